@@ -1,0 +1,412 @@
+"""Make the tiny world: word problems, a tokenizer, and two checkpoints of about a million parameters.
+
+    python -m data.make_tiny            # everything, into data/tiny/; about 45 minutes on 2 cores
+    python -m data.make_tiny problems   # the problem sets and their gold file only, in seconds
+    python -m data.make_tiny tokenizer  # the tokenizer only: needed again when a prompt changes
+
+A problem starts from a number and changes it three to five times, always within 0..99. It has one canonical
+solution, one equation a step, and that makes exact gold labels possible: a step is correct if it is the
+canonical step of its position and everything before it is correct (errors propagate).
+
+There are three disjoint sets: a pool for making the checkpoints (never written, remade from the seed),
+`problems.jsonl` for Stages I to III, `heldout.jsonl` for measuring. `gold.jsonl` has the answers of the last
+two; no stage opens it.
+
+The policy learns to solve and is stopped while it is still often wrong. The verifier learns to solve, too, and
+every prompt that the stages send: verify, verify with the expected answer, critique, merge, and the turns of the
+reward models. The solutions and verifications that it learns to judge are corrupted by `corrupt` and `flip`;
+that is the only place where mistakes are scripted. What both models do wrong later is their own doing.
+
+The tokenizer gives one token to each digit, to each tag and marker of the formats, and to the fixed instruction
+of each prompt: for a million parameters an instruction is only the name of a task.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import verify
+from generate import SOLVE_PROMPT, render_steps
+from kernels.logprob import token_logprobs
+from kernels.transformer import Config, Transformer, load_model, save_model
+
+TINY = Path(__file__).parent / "tiny"
+SEED = 20251203
+POOL, TRAIN, HELDOUT = 60_000, 1_000, 600  # problems in the three sets
+ARCHITECTURE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+# share of each task among the training sequences
+POLICY_TASKS = {"solve": 1.0}
+VERIFIER_TASKS = {
+    "verify": 0.46, "solve": 0.14, "prm_cot": 0.1, "reference": 0.08, "prm": 0.06, "orm": 0.04,
+    "critique": 0.06, "merge": 0.06,
+}  # fmt: skip
+POLICY_STEPS, VERIFIER_STEPS, BATCH, MUON_RATE, ADAMW_RATE = 700, 500, 64, 0.02, 3e-3
+
+# --------------------------------------------------------------------------- problems
+
+NAMES = {
+    "Mia": "She", "Leo": "He", "Anna": "She", "Omar": "He", "Rosa": "She", "Ivan": "He", "Lily": "She",
+    "Hugo": "He", "Nora": "She", "Paul": "He", "Zoe": "She", "Amir": "He",
+}  # fmt: skip
+THINGS = ["apples", "shells", "coins", "cards", "stamps", "books", "beads", "pens", "nuts", "stones"]
+SENTENCES = {
+    "+": ["{pro} buys {b} more.", "{pro} finds {b} {things}.", "{friend} brings {b} more.", "Then {b} {things} are added."],
+    "-": ["{pro} loses {b} of them.", "{pro} gives {b} to {friend}.", "{pro} sells {b} {things}.", "Then {b} are taken away."],
+    "*2": ["Then the number doubles.", "{friend} brings as many again."],
+    "*3": ["Then the number triples.", "Soon there are three times as many."],
+    "/2": ["{pro} gives half of them to {friend}.", "{pro} sells half of the {things}."],
+}  # fmt: skip
+TITLES = {"+": "add", "-": "subtract", "*2": "double", "*3": "triple", "/2": "halve"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem, its canonical equations, and the title of each."""
+
+    text: str
+    steps: tuple[str, ...]
+    titles: tuple[str, ...]
+    answer: str
+
+
+def make_problem(rng: random.Random) -> Problem:
+    """A random problem of 3 to 5 operations whose running total stays within 0..99."""
+    name, friend = rng.sample(list(NAMES), 2)
+    things = rng.choice(THINGS)
+    total = rng.randint(3, 60)
+    sentences = [f"{name} has {total} {things}."]
+    steps, titles = [], []
+    for _ in range(rng.randint(3, 5)):
+        allowed = ["+"] * 3 * (total <= 95) + ["-"] * 3 * (total >= 5)
+        allowed += ["*2"] * (2 <= total <= 49) + ["*3"] * (2 <= total <= 33) + ["/2"] * (total >= 4 and total % 2 == 0)
+        kind = rng.choice(allowed)
+        b = {"+": rng.randint(2, max(2, 99 - total)), "-": rng.randint(2, max(2, total - 1))}.get(kind) or int(kind[1])
+        after = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[kind[0]]
+        sentences.append(rng.choice(SENTENCES[kind]).format(pro=NAMES[name], friend=friend, things=things, b=b))
+        steps.append(f"{total}{kind[0]}{b}={after}")
+        titles.append(TITLES[kind])
+        total = after
+    sentences.append(f"How many {things} does {name} have now?")
+    return Problem(" ".join(sentences), tuple(steps), tuple(titles), str(total))
+
+
+def make_sets(pool: int = POOL) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """(pool, train, held-out): disjoint by text, the same on every call."""
+    rng = random.Random(SEED)
+    seen: set[str] = set()
+    problems = []
+    while len(problems) < HELDOUT + TRAIN + pool:
+        problem = make_problem(rng)
+        if problem.text.lower() not in seen:
+            seen.add(problem.text.lower())
+            problems.append(problem)
+    return problems[HELDOUT + TRAIN :], problems[HELDOUT : HELDOUT + TRAIN], problems[:HELDOUT]
+
+
+def write_problems() -> None:
+    """Write problems.jsonl, heldout.jsonl and gold.jsonl."""
+    _, train, heldout = make_sets(pool=0)
+    gold = []
+    for file, prefix, problems in (("problems", "t", train), ("heldout", "h", heldout)):
+        records = [{"id": f"{prefix}{i:04d}", "problem": p.text, "source": "tiny"} for i, p in enumerate(problems)]
+        gold += [{"id": r["id"], "answer": p.answer, "steps": p.steps} for r, p in zip(records, problems, strict=True)]
+        write_lines(TINY / f"{file}.jsonl", records)
+    write_lines(TINY / "gold.jsonl", gold)
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    """Write records as JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+# --------------------------------------------------------------------------- what the models learn from
+
+
+def corrupt(problem: Problem, rng: random.Random) -> tuple[list[str], str]:
+    """A wrong solution of the kinds a weak solver writes: (steps, answer). Later steps go on from the mistake."""
+    n = len(problem.steps)
+    kind = rng.choices(["result", "operand", "operation", "skip", "extra", "answer"], [10, 4, 4, 2, 1, 1])[0]
+    where = rng.randrange(n)
+    steps, total = [], None
+    for i, step in enumerate(problem.steps):
+        if kind == "skip" and i == where and n > 2:
+            continue
+        left, result = step.split("=")
+        op = next(c for c in left if c in "+-*/")
+        a, b = (int(x) for x in left.split(op))
+        a = a if total is None else total
+        if i == where and kind == "operand":
+            b = slip(b, rng)
+        if i == where and kind == "operation":
+            op = rng.choice([o for o in "+-*/" if o != op])
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[op]
+        result = min(max(result, 0), 99)
+        if (i == where and kind == "result") or rng.random() < 0.06:
+            result = slip(result, rng)
+        steps.append(f"{a}{op}{b}={result}")
+        total = result
+        if i == where and kind == "extra":
+            b = rng.randint(2, 9)
+            steps.append(f"{total}+{b}={min(total + b, 99)}")
+            total = min(total + b, 99)
+    return steps, str(slip(total, rng) if kind == "answer" else total)
+
+
+def slip(value: int, rng: random.Random) -> int:
+    """Another number in 0..99, mostly a near one or one with one digit changed."""
+    near = value + rng.choice([-10, -2, -1, -1, 1, 1, 2, 10])
+    tens, units = divmod(value, 10)
+    other = rng.choice([near, near, rng.randint(0, 9) * 10 + units, tens * 10 + rng.randint(0, 9), rng.randint(0, 99)])
+    return other if 0 <= other <= 99 and other != value else (value + 1 if value < 99 else 98)
+
+
+def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
+    """Step i is correct if it is the canonical step i and all before it are correct."""
+    labels, fine = [], True
+    for i, step in enumerate(steps):
+        fine = fine and i < len(gold_steps) and step == gold_steps[i]
+        labels.append(fine)
+    return labels
+
+
+def write_verification(problem: Problem, labels: list[bool], verdict: bool) -> str:
+    """The verification text: for each step the canonical title and equation, then the verdict."""
+    lines = []
+    for k, label in enumerate(labels):
+        known = k < len(problem.steps)
+        lines += [f"## Step {k + 1}: {problem.titles[k] if known else 'extra'}", problem.steps[k] if known else "none"]
+        lines.append(f"**This step is {'correct' if label else 'incorrect'}.**")
+    lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if verdict else 'No'}**")
+    return "\n".join(lines)
+
+
+def flip(labels: list[bool], verdict: bool, rng: random.Random) -> tuple[list[bool], bool]:
+    """A mistaken judgement of the same solution, for critiques to find: one or two verdicts turned over."""
+    labels = list(labels)
+    for i in rng.sample(range(len(labels)), k=min(len(labels), rng.randint(1, 2))):
+        labels[i] = not labels[i]
+    return labels, verdict != (rng.random() < 0.5)
+
+
+def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """(user turn, target) of one training sequence."""
+    if task == "solve":
+        return SOLVE_PROMPT.format(problem=problem.text), write_response(problem.steps, problem.answer)
+    right = rng.random() < 0.4
+    steps, answer = (list(problem.steps), problem.answer) if right else corrupt(problem, rng)
+    labels, verdict = gold_labels(steps, problem.steps), answer == problem.answer
+    solution = render_steps(steps, answer)
+    judged = write_verification(problem, labels, verdict)
+    texts = {"problem": problem.text, "solution": solution, "examples": "", "reference": problem.answer}
+    if task == "verify":
+        return verify.VERIFY_PROMPT.format(**texts), judged
+    if task == "reference":
+        return verify.REFERENCE_PROMPT.format(**texts), judged
+    if task == "prm_cot":
+        return verify.PRM_PROMPT.format(**texts), judged
+    if task == "prm":
+        return verify.PRM_PROMPT.format(**texts), verify.write_prm_target(labels, verdict)
+    if task == "orm":
+        return verify.ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
+    said, said_verdict = (labels, verdict) if rng.random() < 0.5 else flip(labels, verdict, rng)
+    texts["verification"] = write_verification(problem, said, said_verdict)
+    lines = []
+    for k, (label, claim) in enumerate(zip(labels, said, strict=True)):
+        equation = problem.steps[k] if k < len(problem.steps) else "none"
+        lines.append(f"Step {k + 1}: {equation}, judged {'rightly' if label == claim else 'wrongly'}.")
+    lines.append(f"Verdict: judged {'rightly' if verdict == said_verdict else 'wrongly'}.")
+    texts["critique"] = "\n".join(lines)
+    if task == "critique":
+        return verify.CRITIQUE_PROMPT.format(**texts), texts["critique"]
+    return verify.MERGE_PROMPT.format(**texts), judged
+
+
+def write_response(steps: list[str], answer: str) -> str:
+    """The policy's format."""
+    inner = " ".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{inner}</think><answer>\\boxed{{{answer}}}</answer>"
+
+
+# --------------------------------------------------------------------------- the tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKERS = [
+    "<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>", "\\boxed{", "## Step ", "Step ",
+    "**This step is correct.**", "**This step is incorrect.**", "**Verification: Is the answer correct (Yes/No)? ",
+    "Is the answer correct (Yes/No)?", "Let's verify step by step.", "Problem: ", "Solution: ", "Student Solution: ",
+    "Expected Answer: ", "Verification: ", "Critique: ", "Answer: ", "<|im_start|>user\n", "<|im_start|>assistant\n",
+]  # fmt: skip
+
+
+def make_tokenizer() -> None:
+    """Byte-level BPE on the problems; digits stay apart; markers and instructions are single tokens."""
+    instructions = [
+        prompt.format_map(defaultdict(str)).split("\n\nProblem:")[0]
+        for prompt in (SOLVE_PROMPT, verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.CRITIQUE_PROMPT, verify.MERGE_PROMPT)
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    _, train, _ = make_sets(pool=0)
+    rng = random.Random(SEED)
+    corpus = [p.text for p in train] + ["none extra wrongly Verdict"] * 100
+    corpus += [text for task in VERIFIER_TASKS for p in train[:200] for text in make_example(task, p, rng)]
+    for text in instructions + MARKERS:  # whole tokens already: the merges are for everything else
+        corpus = [line.replace(text, "\n") for line in corpus]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 - len(MARKERS) - len(instructions) - 3,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
+    tokenizer.add_tokens([AddedToken(s, special=False, normalized=False) for s in MARKERS + instructions])
+    TINY.mkdir(exist_ok=True)
+    tokenizer.save(str(TINY / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": ARCHITECTURE["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (TINY / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def encode(tokenizer, user: str, target: str) -> tuple[list[int], int]:
+    """(ids of the chat with the target and its end-of-turn token, number of prompt tokens)."""
+    messages = [{"role": "user", "content": user}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt, answer = tokenizer([text, target], add_special_tokens=False).input_ids
+    return prompt + answer + [tokenizer.eos_token_id], len(prompt)
+
+
+# --------------------------------------------------------------------------- training
+
+
+def pack(examples: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids (N,), lengths (S,), targets (N,)): position i predicts token i + 1; -1 where it is not a target."""
+    ids, targets = [], []
+    for tokens, prompt in examples:
+        ids += tokens
+        targets += [-1] * (prompt - 1) + tokens[prompt:] + [-1]
+    return torch.tensor(ids), torch.tensor([len(t) for t, _ in examples]), torch.tensor(targets)
+
+
+def new_model(vocab_size: int) -> Transformer:
+    """A model with random weights; each matrix keeps the scale of what it multiplies."""
+    torch.manual_seed(SEED)
+    model = Transformer(Config.from_dict({**ARCHITECTURE, "vocab_size": vocab_size}))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def orthogonalise(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz iterations (Jordan et al. 2024, "Muon").
+
+    torch.optim.Muon does the same in bf16, which is several times slower on CPUs without bf16 units.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def train(model: Transformer, tasks: dict[str, float], steps: int, pool: list[Problem], tokenizer, seed: int) -> None:
+    """Train in place: Muon for the matrices, AdamW for the rest (together they need about half the steps of
+    AdamW alone here); linear warm-up, then linear decay."""
+    rng = random.Random(seed)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    bar = tqdm(range(steps), desc=" + ".join(tasks), unit="step", mininterval=10)
+    losses = []
+    for step in bar:
+        schedule = min(1.0, (step + 1) / 30) * (1 - 0.95 * step / steps)
+        chosen = rng.choices(list(tasks), list(tasks.values()), k=BATCH)
+        examples = [encode(tokenizer, *make_example(task, rng.choice(pool), rng)) for task in chosen]
+        ids, lengths, targets = pack(examples)
+        hidden = model.packed(ids, lengths)
+        rows = (targets >= 0).nonzero()[:, 0]
+        logprobs, _ = token_logprobs(hidden[rows], model.head, targets[rows])
+        loss = -logprobs.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.param_groups[0]["lr"] = schedule * ADAMW_RATE
+        adamw.step()
+        with torch.no_grad():
+            for p, momentum in zip(matrices, momenta, strict=True):
+                momentum.lerp_(p.grad, 0.05)
+                update = orthogonalise(p.grad.lerp(momentum, 0.95))
+                p.mul_(1 - schedule * MUON_RATE * 0.05)
+                p.sub_(update, alpha=schedule * MUON_RATE * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        model.zero_grad()
+        losses.append(loss.item())
+        if step % 25 == 24:
+            bar.set_postfix(loss=f"{sum(losses[-25:]) / 25:.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="all", choices=["all", "problems", "tokenizer", "policy", "verifier"])
+    args = parser.parse_args()
+    started = time.time()
+    if args.part in ("all", "problems"):
+        write_problems()
+    if args.part in ("all", "tokenizer"):
+        make_tokenizer()
+    if args.part in ("all", "policy", "verifier"):
+        pool, _, _ = make_sets()
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
+    if args.part in ("all", "policy"):
+        model = new_model(len(tokenizer))
+        train(model, POLICY_TASKS, POLICY_STEPS, pool, tokenizer, SEED)
+        save_model(model, TINY / "policy", TINY)
+    if args.part in ("all", "verifier"):
+        model = load_model(TINY / "policy")  # the verifier goes on from the policy: it, too, has to solve
+        train(model, VERIFIER_TASKS, VERIFIER_STEPS, pool, tokenizer, SEED + 1)
+        save_model(model, TINY / "verifier", TINY)
+    print(f"made {args.part} in {(time.time() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

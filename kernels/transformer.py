@@ -1,0 +1,336 @@
+"""The decoder-only transformer in plain PyTorch: Qwen2/Qwen2.5, Qwen3 and Llama from one class.
+
+The three families differ in three places only: Qwen2 has biases on q, k and v; Qwen3 normalises every
+query and key head; Llama has neither (unless its config says so). Parameter names are those of Hugging
+Face, so that saving is a dump and `AutoModelForCausalLM` loads what we write unchanged.
+
+    model = load_model("path/to/huggingface/directory", device="cpu", dtype=torch.float32)
+    hidden = model(ids)                  # (B, T) long -> (B, T, D), after the final norm
+    logits = hidden.float() @ model.head.float().T       # (B, T, V): never needed whole, see logprob.py
+
+Attention is a function handed to the forward pass: causal over padded rows (the default), causal over
+rows packed one behind the other (training), or over a KV cache (the sampler). The layers don't know which.
+
+Shapes: B rows, T tokens a row, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+# attend(layer index, q (B, T, H, E), k (B, T, K, E), v (B, T, K, E)) -> (B, T, H, E)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the forward pass needs of a Hugging Face `config.json`; `raw` is the file itself, kept for saving."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    raw: dict
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Config":
+        """Read a config dict in either spelling (`rope_theta` + `rope_scaling`, or `rope_parameters`).
+
+        Raises ValueError naming whatever this decoder doesn't compute: another architecture, a rope
+        scaling, a quantisation, sliding windows, another activation.
+        """
+        names = raw.get("architectures") or ["(none)"]
+        if names[0] not in ARCHITECTURES:
+            raise ValueError(f"architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        family = ARCHITECTURES[names[0]]
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"rope scaling {rope_type!r} is not supported; supported: 'default'")
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise ValueError(f"quantisation {method!r} is not supported; use an unquantised checkpoint")
+        if raw.get("use_sliding_window"):
+            raise ValueError("use_sliding_window=true is not supported; supported: full attention")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
+        heads = raw["num_attention_heads"]
+        return cls(
+            family=family,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            max_positions=raw.get("max_position_embeddings", 2048),
+            tied=raw.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or raw.get("attention_bias", False),
+            o_bias=family != "qwen2" and raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
+            raw=raw,
+        )
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention within each row; right padding is harmless because nothing real looks to its right."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, E)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def packed_attention(lengths: Tensor) -> tuple[Tensor, Attend]:
+    """Causal attention over sequences packed one behind the other in a single row.
+
+    lengths (S,) long, their sum N the length of the row. Returns (positions (1, N), attend): everything
+    but the attention then runs on N tokens, without padding. On CUDA attention is PyTorch's flash
+    `varlen_attn`; elsewhere q, k and v are padded to (S, max length) for the attention alone.
+    """
+    S, longest = len(lengths), int(lengths.max())
+    filled = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (S, longest)
+    positions = filled.nonzero()[:, 1][None]  # (1, N)
+
+    if lengths.device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            repeat = q.shape[2] // k.shape[2]  # torch 2.11 has no enable_gqa here
+            k, v = (x[0].repeat_interleave(repeat, dim=1) for x in (k, v))  # (N, H, E)
+            return varlen_attn(q[0], k, v, starts, starts, longest, longest, is_causal=True)[None]
+
+        return positions, attend
+
+    slots = filled.flatten().nonzero()[:, 0]  # (N,): where each token sits in the padded layout
+
+    def attend_padded(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def pad(x: Tensor) -> Tensor:  # (1, N, heads, E) -> (S, longest, heads, E)
+            rows = x.new_zeros(S * longest, *x.shape[2:]).index_copy(0, slots, x[0])
+            return rows.view(S, longest, *x.shape[2:])
+
+        out = causal_attention(layer, pad(q), pad(k), pad(v))  # (S, longest, H, E)
+        return out.flatten(0, 1).index_select(0, slots)[None]  # (1, N, H, E)
+
+    return positions, attend_padded
+
+
+def rotary_angles(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary embedding, (B, T, 1, E) each, for positions (B, T). Computed in fp32."""
+    E = config.head_dim
+    exponents = torch.arange(0, E, 2, device=positions.device, dtype=torch.float32) / E
+    angles = positions[..., None].float() / config.rope_theta**exponents  # (B, T, E / 2)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, E)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to x (B, T, heads, E); pairs are (i, i + E/2), as in Hugging Face."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+# --------------------------------------------------------------------------- the modules
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the mean square in fp32 whatever the dtype of x."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; how tokens see each other is up to `attend`."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        normed = c.family == "qwen3"
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, E)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, E)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, T, H, E)
+        return self.o_proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder. `model(ids)` gives hidden states; the head is a weight, applied by whoever needs logits."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute each block's activations in the backward pass
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_layers)),
+                "norm": RMSNorm(config.hidden_size, config.norm_eps),
+            }
+        )
+        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The (V, D) output weight; the embedding itself where the two are tied."""
+        return self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.device
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
+        """ids (B, T) long -> hidden states (B, T, D) after the final norm. Positions default to 0..T-1."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        x = self.model["embed_tokens"](ids)  # (B, T, D)
+        cos, sin = rotary_angles(positions, self.config, x.dtype)
+        for block in self.model["layers"]:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.model["norm"](x)
+
+    def packed(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Sequences one behind the other: ids (N,) long, lengths (S,) summing to N -> hidden states (N, D)."""
+        positions, attend = packed_attention(lengths)
+        return self(ids[None], positions, attend)[0]
+
+
+# --------------------------------------------------------------------------- Hugging Face directories
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """Load a Hugging Face directory: `config.json` and `model.safetensors` (or shards with an index).
+
+    The model is built on the meta device and each weight is read once, straight to `device` and `dtype`,
+    so there is never a second copy. Raises FileNotFoundError for a missing file and ValueError for an
+    architecture or option that isn't supported, or for weights that don't fit the config.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model directory")
+    config = Config.from_dict(json.loads((path / "config.json").read_text()))
+    with torch.device("meta"):
+        model = Transformer(config)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    loaded: dict[str, Tensor] = {}
+    for shard in shards:
+        if not (path / shard).is_file():
+            raise FileNotFoundError(f"{path / shard}: missing; only safetensors weights are read")
+        with safe_open(path / shard, framework="pt", device=str(device)) as file:
+            for name in file.keys():
+                if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
+                    continue  # duplicates of what the config already says
+                tensor = file.get_tensor(name)
+                if expected.get(name) != tensor.shape:
+                    raise ValueError(f"{path / shard}: {name} is {tuple(tensor.shape)}, expected {expected.get(name)}")
+                loaded[name] = tensor.to(dtype)
+    missing = sorted(expected.keys() - loaded.keys())
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
+    model.load_state_dict(loaded, assign=True)
+    return model.eval()
+
+
+def save_model(model: Transformer, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
+    """Write a Hugging Face directory that `AutoModelForCausalLM` loads, whole or not at all.
+
+    The tokenizer files of `tokenizer_from` are copied beside the weights. An existing `path` is replaced.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    raw = {**model.config.raw, "dtype": str(model.head.dtype).removeprefix("torch.")}
+    (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    if tokenizer_from is not None:
+        for pattern in ("tokenizer*", "vocab.json", "merges.txt", "*.jinja", "generation_config.json"):
+            for file in Path(tokenizer_from).glob(pattern):
+                shutil.copy(file, temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
