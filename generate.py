@@ -89,6 +89,12 @@ def render_steps(steps: list[str], answer: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def render_response(steps: list[str], answer: str) -> str:
+    """The policy's format, which `SOLVE_PROMPT` asks for; `split_steps` and `extract_answer` undo it."""
+    inner = " ".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{inner}</think><answer>\\boxed{{{answer}}}</answer>"
+
+
 def find_boxes(text: str) -> list[str]:
     r"""The contents of every closed `\boxed{…}`, by position; braces may nest, `\{` and `\}` don't count. O(len)."""
     boxes, open_braces = [], []
@@ -189,6 +195,20 @@ def describe_run(args: argparse.Namespace) -> dict:
     return {"arguments": vars(args), "versions": packages, "commit": commit or None}
 
 
+def check_arguments(output: Path, run: dict, free: set[str]) -> None:
+    """Raise InputError if `<output>.args.json` has other arguments than this run, except for the `free` ones."""
+    earlier = output.with_name(output.name + ".args.json")
+    if not earlier.exists():
+        return
+    old, new = json.loads(earlier.read_text())["arguments"], run["arguments"]
+    for name in sorted((old.keys() | new.keys()) - free):
+        if old.get(name) != new.get(name):
+            raise InputError(
+                f"{output}: made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}; "
+                "choose another --out or remove it"
+            )
+
+
 class RecordFile:
     """An append-only JSON Lines output that a killed run can take up again. Use as a context manager.
 
@@ -210,8 +230,8 @@ class RecordFile:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{self.path}: another run is writing to it; wait for it or choose another --out") from None
-            self._check_arguments()
-            if self.path.exists():
+            if self.path.exists() and self.path.stat().st_size:
+                check_arguments(self.path, self.run, self.free)
                 with open(self.path, "rb+") as file:
                     data = file.read()
                     file.truncate(data.rfind(b"\n") + 1)
@@ -222,18 +242,6 @@ class RecordFile:
             self.done = {record["id"] for record in read_records(self.path, ["id"])}
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         return self
-
-    def _check_arguments(self) -> None:
-        earlier = self.path.with_name(self.path.name + ".args.json")
-        if not (earlier.exists() and self.path.exists() and self.path.stat().st_size):
-            return
-        old, new = json.loads(earlier.read_text())["arguments"], self.run["arguments"]
-        for name in sorted((old.keys() | new.keys()) - self.free):
-            if old.get(name) != new.get(name):
-                raise InputError(
-                    f"{self.path}: made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}; "
-                    "choose another --out or remove the file"
-                )
 
     def append(self, records: list[dict]) -> None:
         """Append the records whose ids are not there yet, in one write."""
@@ -289,18 +297,23 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, key: str = "model") 
     return args
 
 
+def find_model(name: str, flag: str = "--model") -> Path:
+    """The directory of a model given as a directory or as a hub name (then downloaded or found in the hub's cache)."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except (HFValidationError, OSError) as error:  # hub and network errors are OSErrors
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
+
+
 def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
     """(model, tokenizer, stop ids) of a Hugging Face directory or hub name; InputError if it can't be used."""
-    path = Path(name)
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
+    path = find_model(name, flag)
     try:
         model = load_model(path, device, dtype)
     except (ValueError, FileNotFoundError) as error:

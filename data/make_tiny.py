@@ -36,8 +36,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import verify
-from generate import SOLVE_PROMPT, render_steps
-from kernels.logprob import token_logprobs
+from generate import SOLVE_PROMPT, render_response, render_steps
 from kernels.transformer import Config, Transformer, load_model, save_model
 
 TINY = Path(__file__).parent / "tiny"
@@ -63,7 +62,7 @@ VERIFIER_TASKS = {
     "verify": 0.46, "solve": 0.14, "prm_cot": 0.1, "reference": 0.08, "prm": 0.06, "orm": 0.04,
     "critique": 0.06, "merge": 0.06,
 }  # fmt: skip
-POLICY_STEPS, VERIFIER_STEPS, BATCH, MUON_RATE, ADAMW_RATE = 700, 500, 64, 0.02, 3e-3
+POLICY_STEPS, VERIFIER_STEPS, BATCH, MUON_RATE, ADAMW_RATE = 500, 400, 64, 0.02, 3e-3
 
 # --------------------------------------------------------------------------- problems
 
@@ -215,7 +214,7 @@ def flip(labels: list[bool], verdict: bool, rng: random.Random) -> tuple[list[bo
 def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, str]:
     """(user turn, target) of one training sequence."""
     if task == "solve":
-        return SOLVE_PROMPT.format(problem=problem.text), write_response(problem.steps, problem.answer)
+        return SOLVE_PROMPT.format(problem=problem.text), render_response(problem.steps, problem.answer)
     right = rng.random() < 0.4
     steps, answer = (list(problem.steps), problem.answer) if right else corrupt(problem, rng)
     labels, verdict = gold_labels(steps, problem.steps), answer == problem.answer
@@ -243,12 +242,6 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
     if task == "critique":
         return verify.CRITIQUE_PROMPT.format(**texts), texts["critique"]
     return verify.MERGE_PROMPT.format(**texts), judged
-
-
-def write_response(steps: list[str], answer: str) -> str:
-    """The policy's format."""
-    inner = " ".join(f"<step>{step}</step>" for step in steps)
-    return f"<think>{inner}</think><answer>\\boxed{{{answer}}}</answer>"
 
 
 # --------------------------------------------------------------------------- the tokenizer
@@ -365,10 +358,8 @@ def train(model: Transformer, tasks: dict[str, float], steps: int, pool: list[Pr
         chosen = rng.choices(list(tasks), list(tasks.values()), k=BATCH)
         examples = [encode(tokenizer, *make_example(task, rng.choice(pool), rng)) for task in chosen]
         ids, lengths, targets = pack(examples)
-        hidden = model.packed(ids, lengths)
-        rows = (targets >= 0).nonzero()[:, 0]
-        logprobs, _ = token_logprobs(hidden[rows], model.head, targets[rows])
-        loss = -logprobs.mean()
+        logprobs, _ = model.packed(ids, lengths, targets)
+        loss = -logprobs.sum() / (targets >= 0).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.param_groups[0]["lr"] = schedule * ADAMW_RATE

@@ -8,7 +8,7 @@ fixed workspace. With z = hidden @ weight.T / temperature and p = softmax(z), ro
     logprob = z[target] - logsumexp(z)          d logprob / d z_j = [j = target] - p_j
     entropy = logsumexp(z) - sum_j p_j z_j      d entropy / d z_j = -p_j (log p_j + entropy)
 
-The forward pass keeps logsumexp and entropy only; the backward pass computes each slice of z again, so that
+The forward pass keeps logsumexp (as maximum and log of the rest) and entropy only; the backward pass computes each slice of z again, so that
 the slice of dW is one finished product and dH accumulates in fp32. No reduction happens inside: losses stay
 in plain PyTorch, and the gradient is right for whatever arrives from them at both outputs.
 
@@ -17,6 +17,7 @@ Shapes: N tokens, D hidden size, V vocabulary, C columns of one slice, R rows th
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def token_logprobs(
@@ -33,14 +34,21 @@ def token_logprobs(
     hidden (N, D), weight (V, D), targets (N,) long. A negative target means ignored: both outputs are 0
     and no gradient flows. workspace: bytes that the logits of one slice may take, in fp32. keep: bytes of
     logits kept for the backward pass rather than computed again (time for memory).
-    Raises ValueError for shapes that don't fit and for a temperature that isn't positive.
+    Raises ValueError for shapes that don't fit, targets that aren't long or not below V, a temperature or
+    workspace that isn't positive, and a negative keep.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be (N,) with N = {hidden.shape[0]}")
+    if targets.dtype != torch.long:
+        raise ValueError(f"targets are {targets.dtype}, must be torch.long")
+    if len(targets) and targets.max() >= len(weight):
+        raise ValueError(f"target {int(targets.max())} is outside the vocabulary of {len(weight)}")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be positive")
+    if workspace <= 0 or keep < 0:
+        raise ValueError(f"workspace {workspace} must be positive and keep {keep} not negative")
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, workspace, keep)
 
 
@@ -84,34 +92,36 @@ class _TokenLogprobs(torch.autograd.Function):
             moment = scale * (moment + shift * total) + (e * shifted).sum(1)
             total = scale * total + e.sum(1)
             top = new_top
-        logsumexp = top + total.log()  # (R,)
-        row_entropy = total.log() - moment / total  # (R,)
-        logprobs = hidden.new_zeros(len(targets), dtype=top.dtype).index_copy(0, rows, chosen - logsumexp)
+        log_total = total.log()  # (R,): logsumexp - top, apart because their sum would round at large offsets
+        row_entropy = log_total - moment / total  # (R,)
+        row_logprobs = chosen - top - log_total  # (R,)
+        logprobs = hidden.new_zeros(len(targets), dtype=top.dtype).index_copy(0, rows, row_logprobs)
         entropy = torch.zeros_like(logprobs).index_copy(0, rows, row_entropy)
-        ctx.save_for_backward(hidden, weight, targets, rows, logsumexp, row_entropy, *kept)
+        ctx.save_for_backward(hidden, weight, targets, rows, top, log_total, row_entropy, *kept)
         ctx.temperature, ctx.columns = temperature, columns
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, targets, rows, logsumexp, row_entropy, *kept = ctx.saved_tensors
+        hidden, weight, targets, rows, top, log_total, row_entropy, *kept = ctx.saved_tensors
         gl, ge = grad_logprobs[rows], grad_entropy[rows]
         live = ((gl != 0) | (ge != 0)).nonzero()[:, 0]  # rows whose upstream gradient is zero give exactly zero
-        gl, ge, lse, ent = (x[live, None] for x in (gl, ge, logsumexp, row_entropy))  # (R, 1)
+        gl, ge = gl / ctx.temperature, ge / ctx.temperature  # dz / d logits, once for all slices
+        gl, ge, top, log_total, ent = (x[live, None] for x in (gl, ge, top, log_total, row_entropy))  # (R, 1)
         rows = rows[live]
         h, t = hidden[rows], targets[rows]
         need_h, need_w = ctx.needs_input_grad[:2]
-        dh = torch.zeros_like(h, dtype=lse.dtype) if need_h else None  # (R, D)
+        dh = torch.zeros_like(h, dtype=top.dtype) if need_h else None  # (R, D)
         dw = torch.empty_like(weight) if need_w else None  # (V, D): each slice is written once
         for i, start in enumerate(range(0, weight.shape[0], ctx.columns)):
             w = weight[start : start + ctx.columns]  # (C, D)
             z = kept[i][live] if i < len(kept) else slice_logits(h, w, ctx.temperature)  # (R, C)
-            logp = z - lse
+            logp = z - top - log_total
             p = logp.exp()
             dz = -p * (gl + ge * (logp + ent))
             here = ((t >= start) & (t < start + len(w))).nonzero()[:, 0]
             dz[here, t[here] - start] += gl[here, 0]
-            dz /= ctx.temperature
             if need_h:
                 dh += dz @ w.to(dz.dtype)
             if need_w:

@@ -28,11 +28,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.logprob import token_logprobs
+
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "LlamaForCausalLM": "llama",
 }
+TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER_FILES += ["*.jinja", "generation_config.json"]
 # attend(layer index, q (B, T, H, E), k (B, T, K, E), v (B, T, K, E)) -> (B, T, H, E)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -69,15 +73,15 @@ class Config:
         if names[0] not in ARCHITECTURES:
             raise ValueError(f"architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}")
         family = ARCHITECTURES[names[0]]
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # this order, as in transformers
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
             raise ValueError(f"rope scaling {rope_type!r} is not supported; supported: 'default'")
         if raw.get("quantization_config"):
             method = raw["quantization_config"].get("quant_method", "unknown")
             raise ValueError(f"quantisation {method!r} is not supported; use an unquantised checkpoint")
-        if raw.get("use_sliding_window"):
-            raise ValueError("use_sliding_window=true is not supported; supported: full attention")
+        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+            raise ValueError("sliding-window attention is not supported; supported: full attention")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
         heads = raw["num_attention_heads"]
@@ -91,7 +95,7 @@ class Config:
             num_kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
             max_positions=raw.get("max_position_embeddings", 2048),
             tied=raw.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2" or raw.get("attention_bias", False),
@@ -114,43 +118,37 @@ def packed_attention(lengths: Tensor) -> tuple[Tensor, Attend]:
     """Causal attention over sequences packed one behind the other in a single row.
 
     lengths (S,) long, their sum N the length of the row. Returns (positions (1, N), attend): everything
-    but the attention then runs on N tokens, without padding. On CUDA attention is PyTorch's flash
-    `varlen_attn`; elsewhere q, k and v are padded to (S, max length) for the attention alone.
+    but the attention then runs on N tokens, without padding. In half precision on CUDA attention is PyTorch's
+    flash `varlen_attn`; elsewhere q, k and v are padded to (S, max length) for the attention alone.
     """
     S, longest = len(lengths), int(lengths.max())
     filled = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (S, longest)
-    positions = filled.nonzero()[:, 1][None]  # (1, N)
+    row, position = filled.nonzero().unbind(1)  # (N,) each
+    slots = row * longest + position  # (N,): where each token sits in the padded layout
+    starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,)
 
-    if lengths.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
+    def pad(x: Tensor) -> Tensor:  # (1, N, heads, E) -> (S, longest, heads, E)
+        rows = x.new_zeros(S * longest, *x.shape[2:]).index_copy(0, slots, x[0])
+        return rows.view(S, longest, *x.shape[2:])
 
-        starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            from torch.nn.attention.varlen import varlen_attn
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             repeat = q.shape[2] // k.shape[2]  # torch 2.11 has no enable_gqa here
             k, v = (x[0].repeat_interleave(repeat, dim=1) for x in (k, v))  # (N, H, E)
-            return varlen_attn(q[0], k, v, starts, starts, longest, longest, is_causal=True)[None]
-
-        return positions, attend
-
-    slots = filled.flatten().nonzero()[:, 0]  # (N,): where each token sits in the padded layout
-
-    def attend_padded(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        def pad(x: Tensor) -> Tensor:  # (1, N, heads, E) -> (S, longest, heads, E)
-            rows = x.new_zeros(S * longest, *x.shape[2:]).index_copy(0, slots, x[0])
-            return rows.view(S, longest, *x.shape[2:])
-
+            return varlen_attn(q[0], k, v, starts, starts, longest, longest, window_size=(-1, 0))[None]  # causal
         out = causal_attention(layer, pad(q), pad(k), pad(v))  # (S, longest, H, E)
         return out.flatten(0, 1).index_select(0, slots)[None]  # (1, N, H, E)
 
-    return positions, attend_padded
+    return position[None], attend
 
 
 def rotary_angles(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary embedding, (B, T, 1, E) each, for positions (B, T). Computed in fp32."""
     E = config.head_dim
     exponents = torch.arange(0, E, 2, device=positions.device, dtype=torch.float32) / E
-    angles = positions[..., None].float() / config.rope_theta**exponents  # (B, T, E / 2)
+    angles = positions[..., None].float() * (1 / config.rope_theta**exponents)  # (B, T, E / 2); rounds as in HF
     angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, E)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -255,8 +253,19 @@ class Transformer(nn.Module):
         """Where the weights are."""
         return self.head.device
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
-        """ids (B, T) long -> hidden states (B, T, D) after the final norm. Positions default to 0..T-1."""
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend = causal_attention,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """ids (B, T) long -> hidden states (B, T, D) after the final norm. Positions default to 0..T-1.
+
+        With targets (B, T): (log-probabilities, entropies), (B * T,) fp32 both, of `token_logprobs`; negative targets
+        are ignored. That the head is used within forward is what lets FSDP gather it like any other weight.
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.model["embed_tokens"](ids)  # (B, T, D)
@@ -266,12 +275,18 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = block(x, cos, sin, attend)
-        return self.model["norm"](x)
+        hidden = self.model["norm"](x)
+        if targets is None:
+            return hidden
+        return token_logprobs(hidden.flatten(0, 1), self.head, targets.flatten(), temperature)
 
-    def packed(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Sequences one behind the other: ids (N,) long, lengths (S,) summing to N -> hidden states (N, D)."""
+    def packed(self, ids: Tensor, lengths: Tensor, targets: Tensor | None = None, temperature: float = 1.0):
+        """Sequences one behind the other: ids (N,) long, lengths (S,) summing to N -> hidden states (N, D), or with
+        targets (N,) (log-probabilities, entropies), (N,) both."""
         positions, attend = packed_attention(lengths)
-        return self(ids[None], positions, attend)[0]
+        if targets is None:
+            return self(ids[None], positions, attend)[0]
+        return self(ids[None], positions, attend, targets[None], temperature)
 
 
 # --------------------------------------------------------------------------- Hugging Face directories
@@ -290,12 +305,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     config = Config.from_dict(json.loads((path / "config.json").read_text()))
     with torch.device("meta"):
         model = Transformer(config)
+    shards = ["model.safetensors"]
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (path / shards[0]).is_file():  # the single file goes first, as in transformers
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     for shard in shards:
         if not (path / shard).is_file():
@@ -305,8 +319,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
                 if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
                     continue  # duplicates of what the config already says
                 tensor = file.get_tensor(name)
-                if expected.get(name) != tensor.shape:
-                    raise ValueError(f"{path / shard}: {name} is {tuple(tensor.shape)}, expected {expected.get(name)}")
+                shape, wanted = tuple(tensor.shape), expected.get(name, "no such weight")
+                if shape != wanted:
+                    raise ValueError(f"{path / shard}: {name} is {shape}, the config says {wanted}")
                 loaded[name] = tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
@@ -318,19 +333,24 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 def save_model(model: Transformer, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
     """Write a Hugging Face directory that `AutoModelForCausalLM` loads, whole or not at all.
 
-    The tokenizer files of `tokenizer_from` are copied beside the weights. An existing `path` is replaced.
+    The tokenizer files of `tokenizer_from` are copied beside the weights. An existing `path` is replaced: until
+    the new directory is complete it stays, then it is renamed to `.<name>.<pid>.old` and removed last.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    raw = {**model.config.raw, "dtype": str(model.head.dtype).removeprefix("torch.")}
-    (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    dtype = str(model.head.dtype).removeprefix("torch.")
+    raw = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"}  # the old spelling
+    (temporary / "config.json").write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n")
     if tokenizer_from is not None:
-        for pattern in ("tokenizer*", "vocab.json", "merges.txt", "*.jinja", "generation_config.json"):
+        for pattern in TOKENIZER_FILES:
             for file in Path(tokenizer_from).glob(pattern):
                 shutil.copy(file, temporary)
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
     temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

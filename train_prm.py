@@ -1,0 +1,408 @@
+"""Stage II: fine-tune a generative reward model on the labels of Stage I (SPARK, Sec. 3.2).
+
+    labels_<method>.jsonl -> train_prm.py -> a Hugging Face directory; metrics.jsonl and training/ inside it
+
+    python train_prm.py                                    # the tiny world: a PRM-CoT, on a CPU, in about a minute
+    python train_prm.py --kind prm --labels runs/tiny/verify/labels_step_consistency.jsonl --model data/tiny/verifier --out runs/tiny/prm
+    torchrun --nproc_per_node 8 train_prm.py --model Qwen/Qwen2.5-14B-Instruct --labels runs/verify/labels_step_consistency.jsonl --out runs/prm_cot
+
+| kind    | user turn                                      | target                                    |
+|---------|------------------------------------------------|-------------------------------------------|
+| orm     | problem, solution, "Is the answer correct?"    | Yes or No                                 |
+| prm     | problem, solution, "Let's verify step by step" | one Correct/Incorrect a step, the verdict |
+| prm_cot | the same                                       | the chosen verification, thinking removed |
+| policy  | the solver prompt                              | a solution judged correct, in tags        |
+
+The loss is the mean negative log-likelihood of the target tokens, the end-of-turn token included, over the whole
+global batch: micro-batches and ranks sum their tokens and divide by one common count.
+
+What differs from the paper: its fine-tuning settings are not published, so learning rate, epochs and batch size are
+ours. `--kind policy` fine-tunes the policy's format on the reference-free labels (the paper: on solutions of a larger
+model, App. D).
+
+The file introduces what GRPO shares: packed batches, FSDP2, and checkpoints.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+from generate import (
+    SOLVE_PROMPT,
+    InputError,
+    check_arguments,
+    describe_run,
+    encode_chat,
+    find_model,
+    log,
+    open_model,
+    parse_args,
+    rank,
+    read_records,
+    render_response,
+    render_steps,
+    run_stage,
+    start_processes,
+    world_size,
+    write_json,
+)
+from kernels.transformer import Transformer, save_model
+from verify import ORM_PROMPT, PRM_PROMPT, write_prm_target
+
+# Used when no --model is given; an explicit flag wins. The tiny reward models start from the checkpoint that has seen
+# verification text, as Qwen2.5 has.
+TINY = {
+    "model": "data/tiny/verifier",
+    "labels": "runs/tiny/verify/labels_step_consistency.jsonl",
+    "out": "runs/tiny/prm_cot",
+    "lr": 2e-4,
+    "epochs": 3,
+    "batch_size": 32,
+    "save_every": 50,
+}
+KINDS = ["orm", "prm", "prm_cot", "policy"]
+
+FREE = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}  # may change on resuming
+
+# A training sequence: the ids of prompt and target, and how many of them are prompt.
+Sequence = tuple[list[int], int]
+
+# --------------------------------------------------------------------------- examples
+
+
+def make_example(kind: str, label: dict) -> tuple[str, str] | None:
+    """(user turn, target) for one kept record of a labels file; None if this kind has no use for it."""
+    solution = render_steps(label["steps"], label["answer"])
+    texts = {"problem": label["problem"], "solution": solution}
+    if kind == "orm":
+        return ORM_PROMPT.format(**texts), "Yes" if label["outcome"] else "No"
+    if kind == "prm":
+        return PRM_PROMPT.format(**texts), write_prm_target(label["step_labels"], label["outcome"])
+    if kind == "prm_cot":
+        return PRM_PROMPT.format(**texts), label["text"].rpartition("</think>")[2].strip()
+    if not label["outcome"] or label["answer"] is None:
+        return None
+    return SOLVE_PROMPT.format(problem=label["problem"]), render_response(label["steps"], label["answer"])
+
+
+def make_sequences(kind: str, labels: list[dict], tokenizer, end_id: int, max_length: int) -> tuple[list[Sequence], dict]:
+    """(training sequences, counts): labels that were dropped or whose sequence is too long are left out and counted."""
+    sequences, counts = [], {"dropped": 0, "unused": 0, "too_long": 0}
+    for label in labels:
+        if label["dropped"] is not None:
+            counts["dropped"] += 1
+            continue
+        example = make_example(kind, label)
+        if example is None:
+            counts["unused"] += 1
+            continue
+        prompt = encode_chat(tokenizer, example[0])
+        ids = prompt + tokenizer(example[1], add_special_tokens=False).input_ids + [end_id]
+        if len(ids) > max_length:
+            counts["too_long"] += 1
+            continue
+        sequences.append((ids, len(prompt)))
+    return sequences, counts
+
+
+def split_by_problem(labels: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
+    """(training labels, evaluation labels), split by problem text so that no problem is on both sides."""
+    problems = sorted({label["problem"] for label in labels})
+    random.Random(0).shuffle(problems)
+    held = set(problems[: round(fraction * len(problems))])
+    return [x for x in labels if x["problem"] not in held], [x for x in labels if x["problem"] in held]
+
+
+# --------------------------------------------------------------------------- packed batches
+
+
+def pack(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences one behind the other, without padding: (ids (N,), lengths (S,), targets (N,)).
+
+    Position i predicts token i + 1. Targets are the response tokens, found by position and never by token value (the
+    padding token may equal the end-of-turn token, which is trained on); -1 elsewhere.
+    """
+    ids = [token for tokens, _ in sequences for token in tokens]
+    targets = [t for tokens, prompt in sequences for t in [-1] * (prompt - 1) + tokens[prompt:] + [-1]]
+    lengths = [len(tokens) for tokens, _ in sequences]
+    return tuple(torch.tensor(x, device=device) for x in (ids, lengths, targets))
+
+
+def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that no group has more than max_tokens tokens (single longer sequences excepted), similar
+    lengths together. Under torchrun every rank gets the same number of groups, the last ones possibly empty: FSDP's
+    collectives need every rank to take part in every micro-batch."""
+    groups: list[list[int]] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or total + lengths[i] > max_tokens:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += lengths[i]
+    if world_size() > 1:
+        most = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        groups += [[] for _ in range(int(most) - len(groups))]
+    return groups
+
+
+def deal(sequences: list, lengths: list[int]) -> list[int]:
+    """Indices of this rank's share of a global batch: dealt out by length, so that ranks have similar work."""
+    order = sorted(range(len(sequences)), key=lambda i: (lengths[i], i))
+    return order[rank() :: world_size()]
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over all ranks."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
+    """Loss of one global batch (this rank's share is given): negative log-likelihood per target token, averaged over
+    the tokens of all ranks and micro-batches. With train=True its gradient is added to the parameters'."""
+    (denominator,) = sum_over_ranks(sum(len(ids) - prompt for ids, prompt in sequences))
+    total = 0.0
+    with torch.set_grad_enabled(train):
+        for group in split_micro_batches([len(ids) for ids, _ in sequences], micro_tokens):
+            # An empty group still runs, on one token that is no target: its loss and gradient are zero.
+            chunk = [sequences[i] for i in group] or [([0], 1)]
+            logprobs, _ = model.packed(*pack(chunk, model.device))
+            loss = -logprobs.sum() / denominator
+            if train:
+                (loss * world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
+            total += loss.item()
+    return sum_over_ranks(total)[0]
+
+
+# --------------------------------------------------------------------------- FSDP2 and checkpoints
+
+
+def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
+    """Shard the model over all ranks (FSDP2), fp32 master weights with bf16 compute on GPUs.
+
+    Master weights are fp32 because a step of 1e-6 changes hardly any bf16 weight. A single CPU process stays as it is.
+    """
+    model.train()
+    model.checkpointing = checkpointing
+    if world_size() == 1 and model.device.type == "cpu":
+        return model
+    if not dist.is_initialized():
+        raise InputError("training on a GPU needs torchrun, also for one: torchrun --nproc_per_node 1 <script> ...")
+    policy = MixedPrecisionPolicy()
+    if model.device.type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.model["layers"]:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def gather_weights(model: Transformer) -> dict[str, Tensor]:
+    """All weights whole and on the CPU, on every rank; under FSDP a collective, one weight at a time."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+def save_checkpoint(directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
+    """Write weights and optimizer as directory/step_<step>, whole or not at all; keep the newest few."""
+    path = directory / f"step_{step:07d}"
+    temporary = directory / f".step_{step:07d}"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if dist.is_initialized():
+        dist.barrier()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    if rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        for old in sorted(directory.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest complete checkpoint into model and optimizer; returns its step, 0 if there is none."""
+    saved = sorted(directory.glob("step_*"))
+    if not saved:
+        return 0
+    weights, state = get_state_dict(model, optimizer)
+    both = {"model": weights, "optimizer": state}
+    dcp.load(both, checkpoint_id=saved[-1], no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+    return int(saved[-1].name.removeprefix("step_"))
+
+
+class MetricsFile:
+    """metrics.jsonl of a training run, one object a step. Resuming after step `start` cuts off what came later.
+    Use as a context manager; only rank 0 writes."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.records = path, []
+        if start and path.exists():
+            lines = path.read_text().split("\n")[:-1]  # a torn last line has no newline
+            self.records = [record for record in map(json.loads, lines) if record["step"] <= start]
+
+    def __enter__(self) -> "MetricsFile":
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".{self.path.name}")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            temporary.replace(self.path)
+            self.file = open(self.path, "a")
+        return self
+
+    def append(self, record: dict) -> None:
+        """Add one step's numbers."""
+        self.records.append(record)
+        if rank() == 0:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *_) -> None:
+        if rank() == 0:
+            self.file.close()
+
+
+def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+    """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not torch.isfinite(norm):
+        raise InputError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; lower --lr")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+# --------------------------------------------------------------------------- main
+
+
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate: linear warm-up, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def batch_at(step: int, sequences: list[Sequence], batch_size: int, seed: int) -> list[Sequence]:
+    """The global batch of a step: a function of (step, seed), so a resumed run sees what it would have seen."""
+    per_epoch = math.ceil(len(sequences) / batch_size)
+    order = list(range(len(sequences)))
+    random.Random(f"{seed}/{step // per_epoch}").shuffle(order)
+    start = step % per_epoch * batch_size
+    return [sequences[i] for i in order[start : start + batch_size]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
+    parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py")
+    parser.add_argument("--out", help="directory of the new checkpoint")
+    parser.add_argument("--kind", default="prm_cot", choices=KINDS)
+    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
+    parser.add_argument("--epochs", type=int, default=2, help="(ours)")
+    parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
+    parser.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps")
+    parser.add_argument("--weight_decay", type=float, default=0.0)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
+    parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
+    parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
+    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    args = parse_args(parser, TINY)
+    for flag in ("labels", "out"):
+        if getattr(args, flag) is None:
+            raise InputError(f"--{flag} is missing; it goes with --model")
+    device = start_processes(args.device)
+    fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
+    labels = read_records(args.labels, fields, "python verify.py")
+    model, tokenizer, stops = open_model(args.model, device, torch.float32)
+    model = prepare_training(model, args.activation_checkpointing)
+    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
+    training, evaluation = split_by_problem(labels, args.eval_fraction)
+    sequences, counts = make_sequences(args.kind, training, tokenizer, end_id, args.max_length)
+    held, _ = make_sequences(args.kind, evaluation, tokenizer, end_id, args.max_length)
+    if not sequences:
+        raise InputError(f"{args.labels}: no usable label for --kind {args.kind} ({counts})")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
+    out = Path(args.out)
+    check_arguments(out, describe_run(args), FREE)
+    start = load_checkpoint(out / "training", model, optimizer)
+    tokens = sum(len(ids) for ids, _ in sequences)
+    log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens, {len(held)} held out, {counts}, "
+        f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
+    if rank() == 0:
+        write_json(out.with_name(out.name + ".args.json"), describe_run(args))
+    with MetricsFile(out / "metrics.jsonl", start) as metrics:
+        train(model, optimizer, sequences, held, args, start, steps, metrics)
+    log(f"{out}: done")
+
+
+def train(model, optimizer, sequences, held, args, start, steps, metrics) -> None:
+    """The loop: steps start..steps-1, evaluation and checkpoint every `save_every` steps and at the end. The exported
+    model is the best one by evaluation loss, or the last one if nothing is held out."""
+    out = Path(args.out)
+    best = min((m["eval/loss"] for m in metrics.records if "eval/loss" in m), default=math.inf)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=rank() != 0)
+    for step in bar:
+        started = time.time()
+        batch = batch_at(step, sequences, args.batch_size, args.seed)
+        mine = [batch[i] for i in deal(batch, [len(ids) for ids, _ in batch])]
+        loss = sft_pass(model, mine, args.micro_tokens, train=True)
+        lr = args.lr * cosine_schedule(step, steps, math.ceil(args.warmup * steps))
+        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm)
+        record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
+        record["time/tokens_per_second"] = sum(len(ids) for ids, _ in batch) / (time.time() - started)
+        last = step + 1 == steps
+        if last or (step + 1) % args.save_every == 0:
+            if held:
+                mine = [held[i] for i in deal(held, [len(ids) for ids, _ in held])]
+                record["eval/loss"] = sft_pass(model, mine, args.micro_tokens, train=False)
+            if record.get("eval/loss", -math.inf) < best:
+                best = record.get("eval/loss", math.inf)
+                export(model, find_model(args.model), out)
+            metrics.append(record)
+            save_checkpoint(out / "training", step + 1, model, optimizer)
+        else:
+            metrics.append(record)
+        bar.set_postfix_str(f"loss {loss:.4f}, {record['time/tokens_per_second']:,.0f} tok/s", refresh=False)
+
+
+def export(model: Transformer, source: Path, out: Path) -> None:
+    """Write the whole model as a Hugging Face directory (rank 0), with the tokenizer files of `source`."""
+    weights = gather_weights(model)
+    if rank() == 0:
+        save_model(model, out, tokenizer_from=source, weights=weights)
+
+
+if __name__ == "__main__":
+    run_stage(main)
