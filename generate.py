@@ -15,20 +15,19 @@ sampler is part of what is to be read. Answers in the problems file are never op
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kernels.logprob import slice_logits
-from kernels.transformer import Transformer, load_model, packed_attention
+from kernels.decode import Prefix, SlotCache, prefill
+from kernels.transformer import Transformer, load_model
 
 # Used when no --model is given; an explicit flag wins.
 TINY = {
@@ -57,8 +56,9 @@ SOLVE_PROMPT = r"""Solve the problem step by step. Write your reasoning as <thin
 
 Problem: {problem}"""
 
-STEP_HEADING = re.compile(r"(?m)^[ \t]*[#*]*[ \t]*Step[ \t]+\d+[ \t]*[:.)]\**[ \t]*")
-ANSWER_LINE = re.compile(r"(?mi)^[ \t]*[#*]*[ \t]*(?:final[ \t]+)?answer[ \t]*:\**[ \t]*(.*)$")
+# One class per run of blanks and marks: two that overlap would make a line of blanks take quadratic time.
+STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+\d+[ \t*]*[:.)]\**[ \t]*")
+ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
 
 def split_steps(text: str) -> list[str]:
@@ -67,7 +67,8 @@ def split_steps(text: str) -> list[str]:
     Three layouts: `<step>…</step>` (the policy's format), "Step 1: …" headings (instruct models), and
     paragraphs separated by blank lines (the last resort). Empty steps are dropped.
     """
-    steps = re.findall(r"<step>(.*?)</step>", text, flags=re.DOTALL)
+    tagged = [part.partition("</step>") for part in text.split("<step>")[1:]]
+    steps = [step for step, closed, _ in tagged if closed]
     if not steps:
         body = re.sub(r"</?think>|<answer>.*?(</answer>|$)", "", text, flags=re.DOTALL)
         answers = list(ANSWER_LINE.finditer(body))
@@ -95,8 +96,8 @@ def render_response(steps: list[str], answer: str) -> str:
     return f"<think>{inner}</think><answer>\\boxed{{{answer}}}</answer>"
 
 
-def find_boxes(text: str) -> list[str]:
-    r"""The contents of every closed `\boxed{…}`, by position; braces may nest, `\{` and `\}` don't count. O(len)."""
+def find_boxes(text: str) -> list[tuple[int, int]]:
+    r"""(start, end) of what every closed `\boxed{…}` holds, in order; braces may nest, `\{` and `\}` don't count. O(len)."""
     boxes, open_braces = [], []
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, flags=re.DOTALL):
         token = match.group()
@@ -105,17 +106,16 @@ def find_boxes(text: str) -> list[str]:
         elif token == "}" and open_braces:
             start, boxed = open_braces.pop()
             if boxed:
-                boxes.append((start, text[start : match.start()]))
-    return [content for _, content in sorted(boxes)]
+                boxes.append((start, match.start()))
+    return sorted(boxes)
 
 
 def extract_answer(text: str) -> str | None:
     r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line, else None."""
-    boxes = find_boxes(text)
-    if boxes:
-        return boxes[-1].strip()
-    lines = [match.group(1).strip() for match in ANSWER_LINE.finditer(text)]
-    return lines[-1] if lines and lines[-1] else None
+    if boxes := find_boxes(text):
+        return text[slice(*boxes[-1])].strip()
+    lines = [match.group(1).strip("* \t") for match in ANSWER_LINE.finditer(text)]
+    return lines[-1] or None if lines else None
 
 
 def encode_chat(tokenizer, user: str) -> list[int]:
@@ -128,7 +128,7 @@ def encode_chat(tokenizer, user: str) -> list[int]:
 # --------------------------------------------------------------------------- record files and processes
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input: the message names the thing, the value and what to do; `run_stage` turns it into exit status 2."""
 
 
@@ -147,17 +147,18 @@ def run_stage(main: Callable[[], None]) -> None:
 def read_records(path: str | Path, fields: list[str], made_by: str = "") -> list[dict]:
     """All records of a JSON Lines file. Raises InputError for a missing or empty file, for a line that is not
     an object with these fields (with its number), and for a repeated id."""
-    path = Path(path)
+    path, advice = Path(path), f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
-        raise InputError(f"{path}: no such file" + (f"; make it with: {made_by}" if made_by else ""))
+        raise InputError(f"{path}: no such file{advice}")
     records, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside strings.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg}); fix or remove the line") from None
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
         missing = [f for f in fields if not isinstance(record, dict) or f not in record]
         if missing:
             raise InputError(f"{path}:{number}: no field {missing[0]!r}; every line needs {', '.join(fields)}")
@@ -166,25 +167,27 @@ def read_records(path: str | Path, fields: list[str], made_by: str = "") -> list
         seen.add(record.get("id"))
         records.append(record)
     if not records:
-        raise InputError(f"{path}: the file is empty" + (f"; make it with: {made_by}" if made_by else ""))
+        raise InputError(f"{path}: the file is empty{advice}")
     return records
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON value, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
     """Write a JSON Lines file and its args.json, each whole or not at all."""
-    write_json(path.with_name(path.name + ".args.json"), describe_run(args))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    write_json(Path(f"{path}.args.json"), describe_run(args))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def describe_run(args: argparse.Namespace) -> dict:
@@ -197,7 +200,7 @@ def describe_run(args: argparse.Namespace) -> dict:
 
 def check_arguments(output: Path, run: dict, free: set[str]) -> None:
     """Raise InputError if `<output>.args.json` has other arguments than this run, except for the `free` ones."""
-    earlier = output.with_name(output.name + ".args.json")
+    earlier = Path(f"{output}.args.json")
     if not earlier.exists():
         return
     old, new = json.loads(earlier.read_text())["arguments"], run["arguments"]
@@ -214,46 +217,49 @@ class RecordFile:
 
     On entry it takes the file's lock (two runs never write to one file), cuts a torn last line, and refuses
     a file made with other arguments, except for those that don't change records (`free`). `done` has the ids
-    already there. Under torchrun rank 0 does all this, and every rank appends whole lines.
+    already there. Under torchrun rank 0 does all this, and every rank appends whole lines. Nothing but the
+    lock is written before the first record, so a run that fails early leaves nothing behind.
     """
 
     def __init__(self, path: str | Path, args: argparse.Namespace, free: tuple[str, ...] = ()):
         self.path, self.free = Path(path), {"out", "limit", "slots", "device", *free}
-        self.run = describe_run(args)
+        self.run, self.file = describe_run(args), None
         self.done: set[str] = set()
 
     def __enter__(self) -> "RecordFile":
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path.with_name(self.path.name + ".lock"), "w")
+            self.lock = open(f"{self.path}.lock", "w")
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"{self.path}: another run is writing to it; wait for it or choose another --out") from None
+                advice = "wait for it or choose another --out"
+                raise InputError(f"{self.path}: another run is writing to it; {advice}") from None
             if self.path.exists() and self.path.stat().st_size:
                 check_arguments(self.path, self.run, self.free)
                 with open(self.path, "rb+") as file:
-                    data = file.read()
-                    file.truncate(data.rfind(b"\n") + 1)
-            write_json(self.path.with_name(self.path.name + ".args.json"), self.run)
+                    file.truncate(file.read().rfind(b"\n") + 1)
         if dist.is_initialized():
             dist.barrier()
         if self.path.exists() and self.path.stat().st_size:
             self.done = {record["id"] for record in read_records(self.path, ["id"])}
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         return self
 
     def append(self, records: list[dict]) -> None:
         """Append the records whose ids are not there yet, in one write."""
+        if self.file is None:
+            write_json(Path(f"{self.path}.args.json"), self.run)
+            self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         fresh = [r for r in records if r["id"] not in self.done]
         self.done.update(r["id"] for r in fresh)
         data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh).encode()
         while data:
             data = data[os.write(self.file, data) :]
 
-    def __exit__(self, *_) -> None:
-        os.close(self.file)
-        if dist.is_initialized():
+    def __exit__(self, error: type | None, *_) -> None:
+        if self.file is not None:
+            os.close(self.file)
+        if dist.is_initialized() and error is None:  # a rank that fails must not wait for the others
             dist.barrier()
         if rank() == 0:
             self.lock.close()
@@ -324,14 +330,17 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = 
 
 def open_tokenizer(path: Path, flag: str = "--model"):
     """(tokenizer, stop ids). Stop ids are those of generation_config.json and the tokenizer's own."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: no tokenizer that can be loaded ({str(error).splitlines()[0]})") from None
     if not tokenizer.chat_template:
         raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
-    stops = {tokenizer.eos_token_id} - {None}
+    stops = {tokenizer.eos_token_id}
     if (path / "generation_config.json").is_file():
         listed = json.loads((path / "generation_config.json").read_text()).get("eos_token_id", [])
         stops |= set(listed if isinstance(listed, list) else [listed])
-    return tokenizer, sorted(stops)
+    return tokenizer, sorted(stops - {None})
 
 
 # --------------------------------------------------------------------------- the sampler
@@ -342,20 +351,27 @@ class Sample:
     """One sampled continuation: its token ids (a stop token included), the log-probability of each under the
     distribution it was drawn from and under the untruncated one at the same temperature, and why it ended."""
 
-    ids: list[int]
-    logprobs: list[float]
-    full_logprobs: list[float]
-    finish: str  # "stop" or "length"
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    full_logprobs: list[float] = field(default_factory=list)
+    finish: str = ""  # "stop" or "length"; empty while it runs
 
 
 @dataclass
 class Row:
-    """A continuation in progress: where it belongs and how far it is."""
+    """A sample in progress: where it belongs, its own random numbers, and how far it is."""
 
     prompt: int
-    sample: int
-    length: int  # tokens in the cache
-    emitted: int = 0
+    number: int
+    prefix: int  # tokens of the prompt
+    limit: int  # tokens that it may have
+    rng: random.Random
+    sample: Sample = field(default_factory=Sample)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: the prompt and all but the newest of its own."""
+        return self.prefix + len(self.sample.ids) - 1
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int):
@@ -365,32 +381,27 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     is the smallest set of most likely tokens with mass >= top_p; top_k = 0 means no limit. temperature 0 is
     greedy, with log-probabilities at temperature 1. fp64 sums: at V = 152k, fp32 would misplace the tail.
     """
-    full = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)  # (B, V)
+    full = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        logprobs = full.gather(1, tokens[:, None])[:, 0]
+        logprobs, tokens = full.max(-1)
         return tokens, logprobs, logprobs
-    if top_p >= 1 and not top_k:
-        cdf = full.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
-        tokens = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp_max(logits.shape[1] - 1)
-        logprobs = full.gather(1, tokens[:, None])[:, 0]
-        return tokens, logprobs, logprobs
-    V = logits.shape[1]
-    window = min(top_k or 64, V)
-    while True:  # the nucleus nearly always lies within a small window; widen it when it doesn't
+    ranked, order, truncated = full, None, top_p < 1 or top_k > 0
+    if truncated:
+        window = min(top_k or 64, full.shape[1])
         ranked, order = full.topk(window, dim=-1)  # (B, window), most likely first
+        # The nucleus nearly always lies within a small window; widen it when it doesn't.
+        while not top_k and window < full.shape[1] and bool((ranked.exp().sum(-1) < top_p).any()):
+            window = min(4 * window, full.shape[1])
+            ranked, order = full.topk(window, dim=-1)
         mass = ranked.exp().cumsum(-1, dtype=torch.float64)
-        if top_k or window == V or bool((mass[:, -1] >= top_p).all()):
-            break
-        window = V
-    total = mass[:, -1:] if top_k else 1.0
-    kept = (mass - ranked.exp()) < top_p * total  # what lies before a kept token is less than top_p
-    cdf = torch.where(kept, ranked.exp().double(), 0.0).cumsum(-1)
-    place = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
-    place = torch.minimum(place, kept.sum(-1, keepdim=True) - 1)
-    full_logprobs = ranked.gather(1, place)[:, 0]
-    return order.gather(1, place)[:, 0], full_logprobs - cdf[:, -1].log().float(), full_logprobs
+        before = mass - ranked.exp()  # what lies before a kept token is less than top_p
+        ranked = ranked.masked_fill(before >= (top_p * mass[:, -1:] if top_k else top_p), -torch.inf)
+    cdf = ranked.exp().cumsum(-1, dtype=torch.float64)  # (B, V) or (B, window)
+    place = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)  # (B, 1)
+    logprobs = ranked.gather(1, place)[:, 0]
+    if not truncated:
+        return place[:, 0], logprobs, logprobs
+    return order.gather(1, place)[:, 0], logprobs - cdf[:, -1].log().float(), logprobs
 
 
 class Sampler:
@@ -400,19 +411,16 @@ class Sampler:
     overwritten by the last ones, and new rows are appended when an eighth of the slots is free. A prompt is
     run once, packed with others, and its keys and values are copied to the slots of all its samples.
 
-    Shapes: n running rows, L layers, K key/value heads, E head size, G query heads per key/value head.
+    This is the schedule; the tensors are in kernels/decode.py.
     """
 
     def __init__(self, model: Transformer, slots: int = 64, prefill_tokens: int = 16_384):
-        self.model, self.slots, self.prefill_tokens = model, slots, prefill_tokens
+        self.model, self.slots, self.prefill_tokens = model, max(slots, 1), prefill_tokens
         self.tokens = 0  # sampled so far, by all calls
 
     def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
         """num_samples samples of every prompt, in order; the settings are those of `stream`."""
-        results: list[list[Sample]] = [[] for _ in prompts]
-        for i, samples in self.stream(prompts, **settings):
-            results[i] = samples
-        return results
+        return [samples for _, samples in sorted(self.stream(prompts, **settings), key=lambda pair: pair[0])]
 
     @torch.no_grad()
     def stream(
@@ -424,176 +432,77 @@ class Sampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int | list[int] = 1024,
         stop_ids: list[int],
         seed: int = 0,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished.
+        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt.
 
-        A sample is a function of (seed, key of its prompt, sample index): its uniform numbers come from a
-        generator seeded by these three, so neither the number of slots nor the order matters (exactly so on
-        CPU in fp32, up to ties within rounding elsewhere). Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
+        A sample is a function of (seed, key of its prompt, sample index): these seed its random numbers, so neither
+        the slots nor the order matter (but for ties within rounding, which other batch shapes may break otherwise).
+        Raises InputError, a ValueError, for settings out of range and for a prompt with too little room.
         """
-        if len(keys) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(keys)} keys")
-        if not prompts:
-            return
-        longest = max(map(len, prompts))
-        if min(map(len, prompts)) == 0:
-            raise ValueError("an empty prompt: there is nothing to continue")
-        if longest + max_new_tokens > self.model.config.max_positions:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
-                f"{self.model.config.max_positions}"
-            )
-        state = _Slots(self.model, min(self.slots, len(prompts) * num_samples), longest + max_new_tokens, max_new_tokens)
-        stops = torch.tensor(sorted(stop_ids), device=self.model.device)
-        queue = deque((p, s) for p in range(len(prompts)) for s in range(num_samples))
-        held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # prompts with samples still in the queue
-        finished: dict[int, list[Sample | None]] = {}
-
-        def settle(logits: Tensor, first: int) -> Iterator[tuple[int, list[Sample]]]:
-            """Draw the next token of rows first..n-1, then harvest those that end with it."""
-            rows = state.rows[first:]
-            n = first + len(rows)
-            steps = state.emitted[first:n]
-            uniform = state.uniform[first:n].gather(1, steps[:, None])[:, 0]  # (n - first,)
-            tokens, logprobs, full = choose_tokens(logits, uniform, temperature, top_p, top_k)
-            state.tokens[first:n] = tokens
-            for buffer, values in ((state.ids, tokens), (state.logprobs, logprobs), (state.full, full)):
-                buffer[first:n].scatter_(1, steps[:, None], values[:, None].to(buffer.dtype))
-            state.emitted[first:n] += 1
-            stopped = torch.isin(tokens, stops).tolist()
-            for row in rows:
-                row.emitted += 1
-            self.tokens += len(rows)
-            ended = [i for i, row in enumerate(rows, first) if stopped[i - first] or row.emitted == max_new_tokens]
-            for i in ended:
-                row = state.rows[i]
-                values = [buffer[i, : row.emitted].tolist() for buffer in (state.ids, state.logprobs, state.full)]
-                group = finished.setdefault(row.prompt, [None] * num_samples)
-                group[row.sample] = Sample(*values, "stop" if stopped[i - first] else "length")
-                if None not in group:
-                    yield row.prompt, finished.pop(row.prompt)
-            state.remove(ended)
-
-        while queue or state.rows:
-            free = state.capacity - len(state.rows)
-            if queue and (free >= max(1, state.capacity // 8) or not state.rows):
+        limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+        if not len(keys) == len(limits) == len(prompts):
+            raise InputError(f"{len(prompts)} prompts, but {len(keys)} keys and {len(limits)} limits of new tokens")
+        if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and min(limits, default=1) > 0):
+            raise InputError(f"out of range: {temperature=}, {top_p=}, {top_k=} or {max_new_tokens=}")
+        context = self.model.config.max_positions
+        for key, prompt, limit in zip(keys, prompts, limits, strict=True):
+            if not prompt or len(prompt) + limit > context:
+                sizes = f"a prompt of {len(prompt)} tokens and --max_new_tokens {limit}"
+                raise InputError(f"{key}: {sizes} don't fit the model's context of {context}; lower the flag")
+        queue = deque((p, k) for p in range(len(prompts)) for k in range(num_samples))
+        waiting = Counter(tuple(prompts[p]) for p, _ in queue)  # how often each distinct prompt is in the queue
+        held: dict[tuple[int, ...], Prefix] = {}  # what running a prompt left, while it is in the queue
+        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+        cache = SlotCache(self.model, min(self.slots, len(queue)), longest)
+        rows: list[Row] = []  # row i sits in slot i
+        groups: dict[int, dict[int, Sample]] = {p: {} for p in range(len(prompts))}
+        while queue or rows:
+            free = cache.slots - len(rows)
+            if queue and free >= max(1, cache.slots // 8):
                 new = [queue.popleft() for _ in range(min(free, len(queue)))]
-                self._prefill(prompts, [p for p, _ in new], held)
-                first = len(state.rows)
-                logits = state.add(new, prompts, held, [_uniforms(seed, keys[p], s, max_new_tokens) for p, s in new])
-                for p in {p for p, _ in new} - {queue[0][0] if queue else None}:
-                    del held[p]
-                yield from settle(logits, first)
-                continue
-            yield from settle(state.decode(), 0)
+                wanted = [tuple(prompts[p]) for p, _ in new]
+                missing = [ids for ids in dict.fromkeys(wanted) if ids not in held]
+                if missing:
+                    held |= zip(missing, prefill(self.model, missing, self.prefill_tokens), strict=True)
+                logits = cache.add(len(rows), [held[ids] for ids in wanted])  # (len(new), V)
+                waiting.subtract(wanted)
+                held = {ids: prefix for ids, prefix in held.items() if waiting[ids]}
+                rngs = [random.Random(f"{seed}/{keys[p]}/{k}") for p, k in new]
+                drawing = [Row(p, k, len(prompts[p]), limits[p], rng) for (p, k), rng in zip(new, rngs, strict=True)]
+                rows += drawing
+            else:
+                drawing = rows
+                logits = cache.decode([row.sample.ids[-1] for row in rows], [row.length for row in rows])  # (n, V)
+            uniform = torch.tensor([row.rng.random() for row in drawing], dtype=torch.float64, device=logits.device)
+            drawn = choose_tokens(logits, uniform, temperature, top_p, top_k)
+            for row, token, logprob, full_logprob in zip(drawing, *(x.tolist() for x in drawn), strict=True):
+                sample = row.sample
+                sample.ids.append(token)
+                sample.logprobs.append(logprob)
+                sample.full_logprobs.append(full_logprob)
+                sample.finish = "stop" if token in stop_ids else "length" if len(sample.ids) == row.limit else ""
+            self.tokens += len(drawing)
+            for row in self._take_finished(rows, cache):
+                group = groups[row.prompt]
+                group[row.number] = row.sample
+                if len(group) == num_samples:
+                    yield row.prompt, [group[k] for k in range(num_samples)]
+                    del groups[row.prompt]
 
-    def _prefill(self, prompts: list[list[int]], wanted: list[int], held: dict) -> None:
-        """Run the wanted prompts that aren't held yet, packed, and hold (keys, values, last hidden state) of each."""
-        wanted = [p for p in dict.fromkeys(wanted) if p not in held]
-        while wanted:
-            chunk, tokens = [], 0
-            while wanted and (not chunk or tokens + len(prompts[wanted[0]]) <= self.prefill_tokens):
-                tokens += len(prompts[wanted[0]])
-                chunk.append(wanted.pop(0))
-            ids = torch.tensor([t for p in chunk for t in prompts[p]], device=self.model.device)[None]  # (1, N)
-            lengths = torch.tensor([len(prompts[p]) for p in chunk], device=self.model.device)  # (S,)
-            positions, packed = packed_attention(lengths)
-            seen: list[tuple[Tensor, Tensor]] = []
-
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                seen.append((k[0], v[0]))  # (N, K, E) each
-                return packed(layer, q, k, v)
-
-            hidden = self.model(ids, positions, attend)[0]  # (N, D)
-            keys, values = (torch.stack(x) for x in zip(*seen, strict=True))  # (L, N, K, E)
-            start = 0
-            for p in chunk:
-                end = start + len(prompts[p])
-                held[p] = (keys[:, start:end], values[:, start:end], hidden[end - 1])
-                start = end
-
-
-class _Slots:
-    """The KV cache and the per-row state of the rows that are running: always the first len(rows) slots."""
-
-    def __init__(self, model: Transformer, slots: int, length: int, max_new_tokens: int):
-        c, device, dtype = model.config, model.device, model.head.dtype
-        self.model, self.capacity, self.rows = model, slots, []
-        self.keys = torch.zeros(c.num_layers, slots, c.num_kv_heads, length, c.head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)  # (L, slots, K, length, E)
-        self.tokens = torch.zeros(slots, device=device, dtype=torch.long)  # the last token of each row
-        self.lengths = torch.zeros(slots, device=device, dtype=torch.long)  # tokens in the cache
-        self.emitted = torch.zeros(slots, device=device, dtype=torch.long)  # tokens sampled
-        self.ids = torch.zeros(slots, max_new_tokens, device=device, dtype=torch.int32)
-        self.logprobs = torch.zeros(slots, max_new_tokens, device=device)
-        self.full = torch.zeros(slots, max_new_tokens, device=device)
-        self.uniform = torch.zeros(slots, max_new_tokens, device=device)
-
-    def add(self, new: list[tuple[int, int]], prompts: list[list[int]], held: dict, uniforms: list[np.ndarray]) -> Tensor:
-        """Append rows for these (prompt, sample) pairs; returns the logits of their first token (R, V)."""
-        first = len(self.rows)
-        for slot, (p, s) in enumerate(new, first):
-            keys, values, _ = held[p]
-            length = len(prompts[p])
-            self.keys[:, slot, :, :length] = keys.transpose(1, 2)
-            self.values[:, slot, :, :length] = values.transpose(1, 2)
-            self.rows.append(Row(p, s, length))
-        here = slice(first, len(self.rows))
-        self.lengths[here] = torch.tensor([len(prompts[p]) for p, _ in new])
-        self.emitted[here] = 0
-        self.uniform[here] = torch.from_numpy(np.stack(uniforms))
-        hidden = torch.stack([held[p][2] for p, _ in new])  # (R, D)
-        return slice_logits(hidden, self.model.head, 1.0)
-
-    def decode(self) -> Tensor:
-        """Feed every row its last token; returns the logits of the next one (n, V)."""
-        n = len(self.rows)
-        longest = max(row.length for row in self.rows) + 1
-        rows, lengths = torch.arange(n, device=self.tokens.device), self.lengths[:n]
-        visible = torch.arange(longest, device=rows.device) <= lengths[:, None]  # (n, longest)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, lengths] = k[:, 0]  # (n, K, E)
-            values[rows, :, lengths] = v[:, 0]
-            # The G query heads of a key/value head become G query rows: each key is read once, not G times.
-            q = q.view(n, keys.shape[1], -1, q.shape[-1])  # (n, K, G, E)
-            out = F.scaled_dot_product_attention(
-                q, keys[:n, :, :longest], values[:n, :, :longest], attn_mask=visible[:, None, None]
-            )
-            return out.reshape(n, 1, -1, q.shape[-1])  # (n, 1, H, E)
-
-        hidden = self.model(self.tokens[:n, None], lengths[:, None], attend)[:, 0]  # (n, D)
-        self.lengths[:n] += 1
-        for row in self.rows:
-            row.length += 1
-        return slice_logits(hidden, self.model.head, 1.0)
-
-    def remove(self, ended: list[int]) -> None:
-        """Drop rows: the last running rows move into the holes, so that the first slots stay dense."""
-        if not ended:
-            return
-        gone, n = set(ended), len(self.rows) - len(ended)
-        holes = [i for i in ended if i < n]
-        movers = [i for i in range(n, len(self.rows)) if i not in gone]
-        if holes:
-            longest = max(self.rows[i].length for i in movers) + 1
-            for cache in (self.keys, self.values):
-                cache[:, holes, :, :longest] = cache[:, movers, :, :longest]
-            for state in (self.tokens, self.lengths, self.emitted, self.ids, self.logprobs, self.full, self.uniform):
-                state[holes] = state[movers]
-            for hole, mover in zip(holes, movers, strict=True):
-                self.rows[hole] = self.rows[mover]
-        del self.rows[n:]
-
-
-def _uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray:
-    """(count,) fp32 in [0, 1): the random numbers of one sample, a function of its three names alone."""
-    digest = hashlib.blake2b(f"{seed}\0{key}\0{sample}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count, np.float32)
+    def _take_finished(self, rows: list[Row], cache: SlotCache) -> list[Row]:
+        """Take the finished rows out; the last running ones move into the holes, so that the first slots stay dense."""
+        finished = [row for row in rows if row.sample.finish]
+        n = len(rows) - len(finished)
+        holes = [i for i in range(n) if rows[i].sample.finish]
+        movers = [i for i in range(n, len(rows)) if not rows[i].sample.finish]
+        for hole, mover in zip(holes, movers, strict=True):
+            rows[hole] = rows[mover]
+            cache.move(mover, hole, rows[mover].length)
+        del rows[n:]
+        return finished
 
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
@@ -639,12 +548,6 @@ def main() -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, tokenizer, stops = open_model(args.model, device, dtype)
         prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in todo]
-        for problem, prompt in zip(todo, prompts, strict=True):
-            if len(prompt) + args.max_new_tokens > model.config.max_positions:
-                raise InputError(
-                    f"problem {problem['id']}: its prompt of {len(prompt)} tokens and --max_new_tokens "
-                    f"{args.max_new_tokens} exceed the model's context of {model.config.max_positions}; lower the flag"
-                )
         sampler = Sampler(model, args.slots)
         stream = sampler.stream(
             prompts,

@@ -65,6 +65,7 @@ from train_prm import (
     export,
     gather_weights,
     load_checkpoint,
+    max_over_ranks,
     pack,
     prepare_training,
     save_checkpoint,
@@ -109,7 +110,7 @@ def format_valid(response: str, constraints: str = "paper", finished: bool = Tru
         return True
     if len(find_boxes(response)) != 1 or response.count("<answer>") != 1 or response.count("</answer>") != 1:
         return False
-    before, _, rest = response.partition("<answer>")
+    _, _, rest = response.partition("<answer>")
     answer, closed, after = rest.partition("</answer>")
     if not closed or after.strip():
         return False
@@ -292,7 +293,9 @@ def update_policy(model, optimizer, reference, rollouts: list[Rollout], advantag
     """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and
     advantages and trains on its share."""
     lengths = [len(r.ids) for r in rollouts]
-    weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens).to(model.device).split(lengths)
+    weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens).to(model.device)
+    weight = weights.sum().item()  # 1 except under dr_grpo: metrics are divided by it, the loss isn't
+    weights = weights.split(lengths)
     total = [len(r.prompt) + len(r.ids) for r in rollouts]
     mine = deal(rollouts, total)
     ref = reference_logprobs(reference, [rollouts[i] for i in mine], args) if args.kl_coef else None
@@ -335,12 +338,12 @@ def update_policy(model, optimizer, reference, rollouts: list[Rollout], advantag
         )
     norm = clip_and_step(model, optimizer, args.lr, args.max_grad_norm)
     return {
-        "kl/k3": values["kl"],
-        "loss/clip_fraction": values["clip_fraction"],
+        "kl/k3": values["kl"] / weight,
+        "loss/clip_fraction": values["clip_fraction"] / weight,
         "loss/surrogate": values["surrogate"],
         "policy/entropy": values["entropy"],
         "gap/mean": values["gap"],
-        "gap/max": worst,
+        "gap/max": max_over_ranks(worst),
         "train/grad_norm": norm,
     }
 
@@ -395,10 +398,10 @@ def refresh(inference: Transformer, model: Transformer) -> None:
     """Copy the trained weights into the sampler's static copy, in place."""
     if inference is model:
         return
-    weights = gather_weights(model)
+    static = inference.state_dict()
     with torch.no_grad():
-        for name, tensor in inference.state_dict().items():
-            tensor.copy_(weights[name])
+        for name, tensor in gather_weights(model):
+            static[name].copy_(tensor)
 
 
 def print_sample(problem: dict, r: Rollout, advantage: float, step: int) -> None:
@@ -457,13 +460,17 @@ def main() -> None:
     run(args)
 
 
-def load_gold(path: str | None, needed: bool) -> dict[str, str]:
-    """Reference answers by problem id; empty without a file, unless the reward needs them."""
-    if path is not None and (needed or Path(path).is_file()):
-        return {record["id"]: record["answer"] for record in read_records(path, ["id", "answer"])}
-    if needed:
-        raise InputError("--reward rlvr needs reference answers: give --gold")
-    return {}
+def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
+    """Reference answers by problem id, those of --gold if there is such a file. Only --reward rlvr needs them, and only
+    then those in the problems file count, too; InputError if it lacks one."""
+    needed = args.reward == "rlvr"
+    gold = {p["id"]: p["answer"] for p in problems if needed and "answer" in p}
+    if args.gold is not None and (needed or Path(args.gold).is_file()):
+        gold |= {record["id"]: record["answer"] for record in read_records(args.gold, ["id", "answer"])}
+    missing = [p["id"] for p in problems if needed and p["id"] not in gold]
+    if missing:
+        raise InputError(f"--reward rlvr: no reference answer for problem {missing[0]}; give --gold with answers for all")
+    return gold
 
 
 def run(args: argparse.Namespace) -> None:
@@ -471,7 +478,7 @@ def run(args: argparse.Namespace) -> None:
     device = start_processes(args.device)
     out = Path(args.out)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
-    gold = load_gold(args.gold, args.reward == "rlvr")
+    gold = load_gold(args, problems)
     heldout = read_records(args.heldout, ["id", "problem"]) if args.heldout and gold else []
     if args.reward == "process_aware" and not Path(args.prm).is_dir() and args.prm == TINY["prm"]:
         raise InputError(f"--prm {args.prm}: no such directory; make it with: python train_prm.py")
@@ -510,11 +517,16 @@ def run(args: argparse.Namespace) -> None:
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
     def measure() -> dict[str, float]:
-        accuracy = heldout_accuracy(
+        """avg@1 on the held-out problems, and the same among format-valid responses (what the format alone can't raise)."""
+        result = heldout_accuracy(
             sampler, tokenizer, stops, heldout, gold,
             num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed,
         )  # fmt: skip
-        return {f"heldout/{name}": accuracy[name] for name in ("accuracy", "low", "high")}
+        valid = torch.tensor([format_valid(texts[0]) for texts in result["texts"]])
+        right = torch.from_numpy(result["correct"][:, 0])
+        numbers = {name: result[name] for name in ("accuracy", "low", "high")}
+        numbers |= {"valid": valid.float().mean().item(), "accuracy_of_valid": right[valid].float().mean().item()}
+        return {f"heldout/{name}": value for name, value in numbers.items()}
 
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:

@@ -29,6 +29,7 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -152,11 +153,7 @@ def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             total = 0
         groups[-1].append(i)
         total += lengths[i]
-    if world_size() > 1:
-        most = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        groups += [[] for _ in range(int(most) - len(groups))]
-    return groups
+    return groups + [[] for _ in range(int(max_over_ranks(len(groups))) - len(groups))]
 
 
 def deal(sequences: list, lengths: list[int]) -> list[int]:
@@ -172,6 +169,15 @@ def sum_over_ranks(*values: float) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return total.tolist()
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    most = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
 
 
 def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
@@ -213,13 +219,10 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
     return fully_shard(model, mp_policy=policy)
 
 
-def gather_weights(model: Transformer) -> dict[str, Tensor]:
-    """All weights whole and on the CPU, on every rank; under FSDP a collective, one weight at a time."""
-    weights = {}
+def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole weight) one at a time, so that no rank needs room for all; under FSDP every rank must take part."""
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        weights[name] = whole.detach().cpu().clone()
-    return weights
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def save_checkpoint(directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
@@ -244,7 +247,7 @@ def save_checkpoint(directory: Path, step: int, model: Transformer, optimizer: t
 
 def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest complete checkpoint into model and optimizer; returns its step, 0 if there is none."""
-    saved = sorted(directory.glob("step_*"))
+    saved = sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())  # it is written last
     if not saved:
         return 0
     weights, state = get_state_dict(model, optimizer)
@@ -399,7 +402,7 @@ def train(model, optimizer, sequences, held, args, start, steps, metrics) -> Non
 
 def export(model: Transformer, source: Path, out: Path) -> None:
     """Write the whole model as a Hugging Face directory (rank 0), with the tokenizer files of `source`."""
-    weights = gather_weights(model)
+    weights = {name: tensor.cpu() for name, tensor in gather_weights(model) if rank() == 0}
     if rank() == 0:
         save_model(model, out, tokenizer_from=source, weights=weights)
 

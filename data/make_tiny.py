@@ -36,12 +36,24 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import verify
-from generate import SOLVE_PROMPT, render_response, render_steps
+from generate import (
+    SOLVE_PROMPT,
+    Sampler,
+    encode_chat,
+    extract_answer,
+    open_model,
+    render_response,
+    render_steps,
+    split_steps,
+)
 from kernels.transformer import Config, Transformer, load_model, save_model
+from train_prm import pack
 
 TINY = Path(__file__).parent / "tiny"
 SEED = 20251203
 POOL, TRAIN, HELDOUT = 60_000, 1_000, 600  # problems in the three sets
+CASES = 200  # of the tiny ProcessBench with an error, and as many without
+PARTS = ["problems", "tokenizer", "policy", "verifier", "processbench"]
 ARCHITECTURE = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -59,10 +71,10 @@ ARCHITECTURE = {
 # share of each task among the training sequences
 POLICY_TASKS = {"solve": 1.0}
 VERIFIER_TASKS = {
-    "verify": 0.46, "solve": 0.14, "prm_cot": 0.1, "reference": 0.08, "prm": 0.06, "orm": 0.04,
-    "critique": 0.06, "merge": 0.06,
+    "verify": 0.5, "solve": 0.12, "prm_cot": 0.12, "reference": 0.08, "prm": 0.06, "orm": 0.04,
+    "critique": 0.04, "merge": 0.04,
 }  # fmt: skip
-POLICY_STEPS, VERIFIER_STEPS, BATCH, MUON_RATE, ADAMW_RATE = 500, 400, 64, 0.02, 3e-3
+POLICY_STEPS, VERIFIER_STEPS, BATCH, MUON_RATE, ADAMW_RATE = 500, 300, 64, 0.02, 3e-3
 
 # --------------------------------------------------------------------------- problems
 
@@ -78,16 +90,14 @@ SENTENCES = {
     "*3": ["Then the number triples.", "Soon there are three times as many."],
     "/2": ["{pro} gives half of them to {friend}.", "{pro} sells half of the {things}."],
 }  # fmt: skip
-TITLES = {"+": "add", "-": "subtract", "*2": "double", "*3": "triple", "/2": "halve"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem, its canonical equations, and the title of each."""
+    """A word problem, its canonical equations, one a step, and the answer."""
 
     text: str
     steps: tuple[str, ...]
-    titles: tuple[str, ...]
     answer: str
 
 
@@ -97,7 +107,7 @@ def make_problem(rng: random.Random) -> Problem:
     things = rng.choice(THINGS)
     total = rng.randint(3, 60)
     sentences = [f"{name} has {total} {things}."]
-    steps, titles = [], []
+    steps = []
     for _ in range(rng.randint(3, 5)):
         allowed = ["+"] * 3 * (total <= 95) + ["-"] * 3 * (total >= 5)
         allowed += ["*2"] * (2 <= total <= 49) + ["*3"] * (2 <= total <= 33) + ["/2"] * (total >= 4 and total % 2 == 0)
@@ -106,10 +116,9 @@ def make_problem(rng: random.Random) -> Problem:
         after = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[kind[0]]
         sentences.append(rng.choice(SENTENCES[kind]).format(pro=NAMES[name], friend=friend, things=things, b=b))
         steps.append(f"{total}{kind[0]}{b}={after}")
-        titles.append(TITLES[kind])
         total = after
     sentences.append(f"How many {things} does {name} have now?")
-    return Problem(" ".join(sentences), tuple(steps), tuple(titles), str(total))
+    return Problem(" ".join(sentences), tuple(steps), str(total))
 
 
 def make_sets(pool: int = POOL) -> tuple[list[Problem], list[Problem], list[Problem]]:
@@ -192,13 +201,12 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
     return labels
 
 
-def write_verification(problem: Problem, labels: list[bool], verdict: bool) -> str:
-    """The verification text: for each step the canonical title and equation, then the verdict."""
+def write_verification(problem: Problem, steps: list[str], labels: list[bool], verdict: bool) -> str:
+    """The verification text: for each step the canonical equation, what the student wrote, and the verdict."""
     lines = []
-    for k, label in enumerate(labels):
-        known = k < len(problem.steps)
-        lines += [f"## Step {k + 1}: {problem.titles[k] if known else 'extra'}", problem.steps[k] if known else "none"]
-        lines.append(f"**This step is {'correct' if label else 'incorrect'}.**")
+    for k, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        lines.append(f"## Step {k + 1}: {problem.steps[k] if k < len(problem.steps) else 'none'}")
+        lines += [f"Written: {step}", f"**This step is {'correct' if label else 'incorrect'}.**"]
     lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if verdict else 'No'}**")
     return "\n".join(lines)
 
@@ -218,8 +226,8 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
     right = rng.random() < 0.4
     steps, answer = (list(problem.steps), problem.answer) if right else corrupt(problem, rng)
     labels, verdict = gold_labels(steps, problem.steps), answer == problem.answer
-    solution = render_steps(steps, answer)
-    judged = write_verification(problem, labels, verdict)
+    solution = render_steps(steps, answer if rng.random() < 0.9 else None)  # ProcessBench shows no separate answer
+    judged = write_verification(problem, steps, labels, verdict)
     texts = {"problem": problem.text, "solution": solution, "examples": "", "reference": problem.answer}
     if task == "verify":
         return verify.VERIFY_PROMPT.format(**texts), judged
@@ -232,7 +240,7 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
     if task == "orm":
         return verify.ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
     said, said_verdict = (labels, verdict) if rng.random() < 0.5 else flip(labels, verdict, rng)
-    texts["verification"] = write_verification(problem, said, said_verdict)
+    texts["verification"] = write_verification(problem, steps, said, said_verdict)
     lines = []
     for k, (label, claim) in enumerate(zip(labels, said, strict=True)):
         equation = problem.steps[k] if k < len(problem.steps) else "none"
@@ -251,7 +259,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKERS = [
-    "<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>", "\\boxed{", "## Step ", "Step ",
+    "<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>", "\\boxed{", "## Step ", "\nWritten: ", "Step ",
     "**This step is correct.**", "**This step is incorrect.**", "**Verification: Is the answer correct (Yes/No)? ",
     "Is the answer correct (Yes/No)?", "Let's verify step by step.", "Problem: ", "Solution: ", "Student Solution: ",
     "Expected Answer: ", "Verification: ", "Critique: ", "Answer: ", "<|im_start|>user\n", "<|im_start|>assistant\n",
@@ -272,7 +280,7 @@ def make_tokenizer() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     _, train, _ = make_sets(pool=0)
     rng = random.Random(SEED)
-    corpus = [p.text for p in train] + ["none extra wrongly Verdict"] * 100
+    corpus = [p.text for p in train] + ["none wrongly Verdict"] * 100
     corpus += [text for task in VERIFIER_TASKS for p in train[:200] for text in make_example(task, p, rng)]
     for text in instructions + MARKERS:  # whole tokens already: the merges are for everything else
         corpus = [line.replace(text, "\n") for line in corpus]
@@ -298,24 +306,14 @@ def make_tokenizer() -> None:
     (TINY / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def encode(tokenizer, user: str, target: str) -> tuple[list[int], int]:
-    """(ids of the chat with the target and its end-of-turn token, number of prompt tokens)."""
-    messages = [{"role": "user", "content": user}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt, answer = tokenizer([text, target], add_special_tokens=False).input_ids
-    return prompt + answer + [tokenizer.eos_token_id], len(prompt)
-
-
 # --------------------------------------------------------------------------- training
 
 
-def pack(examples: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids (N,), lengths (S,), targets (N,)): position i predicts token i + 1; -1 where it is not a target."""
-    ids, targets = [], []
-    for tokens, prompt in examples:
-        ids += tokens
-        targets += [-1] * (prompt - 1) + tokens[prompt:] + [-1]
-    return torch.tensor(ids), torch.tensor([len(t) for t, _ in examples]), torch.tensor(targets)
+def make_sequence(tokenizer, task: str, problem: Problem, rng: random.Random) -> tuple[list[int], int]:
+    """(token ids of prompt, target and end of turn, number of prompt tokens)."""
+    user, target = make_example(task, problem, rng)
+    prompt = encode_chat(tokenizer, user)
+    return prompt + tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id], len(prompt)
 
 
 def new_model(vocab_size: int) -> Transformer:
@@ -356,8 +354,8 @@ def train(model: Transformer, tasks: dict[str, float], steps: int, pool: list[Pr
     for step in bar:
         schedule = min(1.0, (step + 1) / 30) * (1 - 0.95 * step / steps)
         chosen = rng.choices(list(tasks), list(tasks.values()), k=BATCH)
-        examples = [encode(tokenizer, *make_example(task, rng.choice(pool), rng)) for task in chosen]
-        ids, lengths, targets = pack(examples)
+        sequences = [make_sequence(tokenizer, task, rng.choice(pool), rng) for task in chosen]
+        ids, lengths, targets = pack(sequences, model.device)
         logprobs, _ = model.packed(ids, lengths, targets)
         loss = -logprobs.sum() / (targets >= 0).sum()
         loss.backward()
@@ -376,9 +374,36 @@ def train(model: Transformer, tasks: dict[str, float], steps: int, pool: list[Pr
             bar.set_postfix(loss=f"{sum(losses[-25:]) / 25:.4f}")
 
 
+# --------------------------------------------------------------------------- the tiny ProcessBench
+
+
+def write_processbench() -> None:
+    """processbench.jsonl in the real one's format: the policy's own solutions of held-out problems with the index of
+    the first wrong step (-1: none), half of them with an error."""
+    model, tokenizer, stops = open_model(str(TINY / "policy"), torch.device("cpu"), torch.float32)
+    problems = make_sets(pool=0)[2]
+    prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p.text)) for p in problems]
+    groups = Sampler(model, 256).sample(
+        prompts, keys=[f"processbench/{p.text}" for p in problems], num_samples=2, max_new_tokens=160, stop_ids=stops
+    )
+    cases: dict[bool, list[dict]] = {True: [], False: []}
+    for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
+        for k, sample in enumerate(group):
+            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+            steps = split_steps(text)
+            labels = gold_labels(steps, list(problem.steps))
+            label = labels.index(False) if False in labels else -1
+            right = extract_answer(text) == problem.answer
+            if steps and (label >= 0 or right):  # a flawless beginning without the end has no first wrong step
+                record = {"id": f"h{i:04d}/{k}", "generator": "data/tiny/policy", "problem": problem.text}
+                cases[label >= 0].append(record | {"steps": steps, "final_answer_correct": right, "label": label})
+    records = cases[True][:CASES] + cases[False][:CASES]
+    write_lines(TINY / "processbench.jsonl", sorted(records, key=lambda r: r["id"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=["all", "problems", "tokenizer", "policy", "verifier"])
+    parser.add_argument("part", nargs="?", default="all", choices=["all", *PARTS])
     args = parser.parse_args()
     started = time.time()
     if args.part in ("all", "problems"):
@@ -396,6 +421,8 @@ def main() -> None:
         model = load_model(TINY / "policy")  # the verifier goes on from the policy: it, too, has to solve
         train(model, VERIFIER_TASKS, VERIFIER_STEPS, pool, tokenizer, SEED + 1)
         save_model(model, TINY / "verifier", TINY)
+    if args.part in ("all", "processbench"):
+        write_processbench()
     print(f"made {args.part} in {(time.time() - started) / 60:.1f} minutes")
 
 

@@ -8,9 +8,9 @@ fixed workspace. With z = hidden @ weight.T / temperature and p = softmax(z), ro
     logprob = z[target] - logsumexp(z)          d logprob / d z_j = [j = target] - p_j
     entropy = logsumexp(z) - sum_j p_j z_j      d entropy / d z_j = -p_j (log p_j + entropy)
 
-The forward pass keeps logsumexp (as maximum and log of the rest) and entropy only; the backward pass computes each slice of z again, so that
-the slice of dW is one finished product and dH accumulates in fp32. No reduction happens inside: losses stay
-in plain PyTorch, and the gradient is right for whatever arrives from them at both outputs.
+The forward pass keeps logsumexp (in two parts) and entropy only; the backward pass computes each slice of z
+again, so that the slice of dW is one finished product and dH accumulates in fp32. No reduction happens inside:
+losses stay in plain PyTorch, and the gradient is right for whatever arrives from them at both outputs.
 
 Shapes: N tokens, D hidden size, V vocabulary, C columns of one slice, R rows that count.
 """
@@ -107,7 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, rows, top, log_total, row_entropy, *kept = ctx.saved_tensors
         gl, ge = grad_logprobs[rows], grad_entropy[rows]
         live = ((gl != 0) | (ge != 0)).nonzero()[:, 0]  # rows whose upstream gradient is zero give exactly zero
-        gl, ge = gl / ctx.temperature, ge / ctx.temperature  # dz / d logits, once for all slices
+        gl, ge = gl / ctx.temperature, ge / ctx.temperature  # here once, rather than in every slice
         gl, ge, top, log_total, ent = (x[live, None] for x in (gl, ge, top, log_total, row_entropy))  # (R, 1)
         rows = rows[live]
         h, t = hidden[rows], targets[rows]

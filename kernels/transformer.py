@@ -315,8 +315,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
         if not (path / shard).is_file():
             raise FileNotFoundError(f"{path / shard}: missing; only safetensors weights are read")
         with safe_open(path / shard, framework="pt", device=str(device)) as file:
-            for name in file.keys():
-                if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
                     continue  # duplicates of what the config already says
                 tensor = file.get_tensor(name)
                 shape, wanted = tuple(tensor.shape), expected.get(name, "no such weight")
@@ -330,27 +330,32 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     return model.eval()
 
 
-def save_model(model: Transformer, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
-    """Write a Hugging Face directory that `AutoModelForCausalLM` loads, whole or not at all.
+def save_model(
+    model: Transformer,
+    path: str | Path,
+    tokenizer_from: str | Path | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a Hugging Face directory that `AutoModelForCausalLM` loads. Whatever else lies in `path` stays.
 
-    The tokenizer files of `tokenizer_from` are copied beside the weights. An existing `path` is replaced: until
-    the new directory is complete it stays, then it is renamed to `.<name>.<pid>.old` and removed last.
+    The tokenizer files of `tokenizer_from` are copied beside the weights; `weights` replaces the model's own (where
+    they are sharded). Every file is written under a temporary name and renamed, the weights last: a crash leaves the
+    old checkpoint or the new one.
     """
     path = Path(path)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    path.mkdir(parents=True, exist_ok=True)
+
+    def put(name: str, write: Callable[[Path], object]) -> None:
+        temporary = path / f".{name}.{os.getpid()}"
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path / name)
+
     dtype = str(model.head.dtype).removeprefix("torch.")
     raw = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"}  # the old spelling
-    (temporary / "config.json").write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n")
-    if tokenizer_from is not None:
-        for pattern in TOKENIZER_FILES:
-            for file in Path(tokenizer_from).glob(pattern):
-                shutil.copy(file, temporary)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    put("config.json", lambda to: to.write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n"))
+    for pattern in TOKENIZER_FILES if tokenizer_from is not None else ():
+        for file in Path(tokenizer_from).glob(pattern):
+            put(file.name, lambda to, file=file: shutil.copy(file, to))
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or model.state_dict()).items()}
+    put("model.safetensors", lambda to: save_file(whole, to, metadata={"format": "pt"}))
