@@ -85,7 +85,8 @@ PAPER = {  # in percent
 
 # The program of a grading worker: JSON over its pipes. It grades in a forked child under an alarm that kills, because
 # computer algebra can hang or fill the memory inside C code that no Python exception reaches; the parent keeps the
-# imported library, so a death costs a fork and not an import. math-verify's own time limits are off: they say "wrong".
+# imported library, so a death costs a fork and not an import. The alarm counts CPU time (with a clock behind it), so a
+# busy machine doesn't change verdicts. math-verify's own time limits are off: they would say "wrong".
 GRADER = r"""
 import json, logging, os, resource, signal, sys
 from math_verify import parse, verify
@@ -103,9 +104,14 @@ def judge(prediction, reference):
                 failed = True
     return None if failed else False
 
+def set_alarms(seconds):
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
+
 logging.disable(logging.CRITICAL)
 sys.set_int_max_str_digits(0)
-signal.signal(signal.SIGALRM, signal.SIG_DFL)
+for alarm in (signal.SIGPROF, signal.SIGALRM):
+    signal.signal(alarm, signal.SIG_DFL)
 if sys.platform == "linux":
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 replies, sys.stdout = sys.stdout, sys.stderr
@@ -115,9 +121,9 @@ while True:
     if child == 0:
         for line in iter(sys.stdin.readline, ""):
             prediction, reference, timeout = json.loads(line)
-            signal.setitimer(signal.ITIMER_REAL, timeout)
+            set_alarms(timeout)
             verdict = judge(prediction, reference)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            set_alarms(0)
             print(json.dumps(verdict), file=replies, flush=True)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
@@ -129,8 +135,8 @@ _idle: list[subprocess.Popen] = []  # workers between two questions; they end wh
 
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
-    r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: not done after `timeout`
-    seconds, out of memory, crashed. Both are LaTeX, with or without `\boxed{…}`; no answer (None, "") is False.
+    r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
+    crashed. Both are LaTeX, with or without `\boxed{…}`; no answer (None, "") is False. timeout: seconds of CPU time.
 
     A worker process does the algebra; it starts when first needed and stays. Equal texts and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.

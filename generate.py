@@ -25,6 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def describe_run(args: argparse.Namespace) -> dict:
 def check_arguments(output: Path, run: dict, free: set[str]) -> None:
     """Raise InputError if `<output>.args.json` has other arguments than this run, except for the `free` ones."""
     earlier = Path(f"{output}.args.json")
-    if not earlier.exists():
+    if not (earlier.exists() and output.exists()):
         return
     old, new = json.loads(earlier.read_text())["arguments"], run["arguments"]
     for name in sorted((old.keys() | new.keys()) - free):
@@ -422,7 +423,6 @@ class Sampler:
         """num_samples samples of every prompt, in order; the settings are those of `stream`."""
         return [samples for _, samples in sorted(self.stream(prompts, **settings), key=lambda pair: pair[0])]
 
-    @torch.no_grad()
     def stream(
         self,
         prompts: list[list[int]],
@@ -452,6 +452,11 @@ class Sampler:
             if not prompt or len(prompt) + limit > context:
                 sizes = f"a prompt of {len(prompt)} tokens and --max_new_tokens {limit}"
                 raise InputError(f"{key}: {sizes} don't fit the model's context of {context}; lower the flag")
+        choose = partial(choose_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        return self._run(prompts, keys, limits, num_samples, choose, stop_ids, seed)
+
+    @torch.no_grad()
+    def _run(self, prompts, keys, limits, num_samples, choose, stop_ids, seed) -> Iterator[tuple[int, list[Sample]]]:
         queue = deque((p, k) for p in range(len(prompts)) for k in range(num_samples))
         waiting = Counter(tuple(prompts[p]) for p, _ in queue)  # how often each distinct prompt is in the queue
         held: dict[tuple[int, ...], Prefix] = {}  # what running a prompt left, while it is in the queue
@@ -477,7 +482,7 @@ class Sampler:
                 drawing = rows
                 logits = cache.decode([row.sample.ids[-1] for row in rows], [row.length for row in rows])  # (n, V)
             uniform = torch.tensor([row.rng.random() for row in drawing], dtype=torch.float64, device=logits.device)
-            drawn = choose_tokens(logits, uniform, temperature, top_p, top_k)
+            drawn = choose(logits, uniform)
             for row, token, logprob, full_logprob in zip(drawing, *(x.tolist() for x in drawn), strict=True):
                 sample = row.sample
                 sample.ids.append(token)

@@ -60,6 +60,7 @@ from generate import (
 from kernels.transformer import Transformer, load_model
 from train_prm import (
     MetricsFile,
+    check_counts,
     clip_and_step,
     deal,
     export,
@@ -385,13 +386,13 @@ def gather_rollouts(mine: list[Rollout]) -> list[Rollout]:
 
 def problems_at(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
     """The problems of a step: every epoch a new order; a function of (step, seed), so a resumed run goes on exactly."""
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, len(problems))
-        order = list(range(len(problems)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        chosen.append({**problems[order[place]], "place": position})
-    return chosen
+    start, n = step * batch_size, len(problems)
+    order: list[int] = []  # of the epochs that the batch touches
+    for epoch in range(start // n, (start + batch_size - 1) // n + 1):
+        fresh = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(fresh)
+        order += fresh
+    return [{**problems[order[start % n + k]], "place": start + k} for k in range(batch_size)]
 
 
 def refresh(inference: Transformer, model: Transformer) -> None:
@@ -454,6 +455,8 @@ def main() -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = parse_args(parser, TINY, key="policy")
+    check_counts(args, "steps", "batch_size", "group_size", "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots",
+                 "heldout_every", "sample_every", "save_every")  # fmt: skip
     for flag in ("problems", "out") + (("prm",) if args.reward == "process_aware" else ()):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; it goes with --policy")
@@ -525,7 +528,9 @@ def run(args: argparse.Namespace) -> None:
         valid = torch.tensor([format_valid(texts[0]) for texts in result["texts"]])
         right = torch.from_numpy(result["correct"][:, 0])
         numbers = {name: result[name] for name in ("accuracy", "low", "high")}
-        numbers |= {"valid": valid.float().mean().item(), "accuracy_of_valid": right[valid].float().mean().item()}
+        numbers["valid"] = valid.float().mean().item()
+        if valid.any():  # the accuracy of no response isn't a number
+            numbers["accuracy_of_valid"] = right[valid].float().mean().item()
         return {f"heldout/{name}": value for name, value in numbers.items()}
 
     with MetricsFile(out / "metrics.jsonl", start) as metrics:

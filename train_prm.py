@@ -29,6 +29,7 @@ import math
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,7 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
     model.train()
     model.checkpointing = checkpointing
     if world_size() == 1 and model.device.type == "cpu":
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of checkpoints: one process is what is meant
         return model
     if not dist.is_initialized():
         raise InputError("training on a GPU needs torchrun, also for one: torchrun --nproc_per_node 1 <script> ...")
@@ -321,6 +323,13 @@ def batch_at(step: int, sequences: list[Sequence], batch_size: int, seed: int) -
     return [sequences[i] for i in order[start : start + batch_size]]
 
 
+def check_counts(args: argparse.Namespace, *flags: str) -> None:
+    """Raise InputError for the first of these flags that is less than 1."""
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: it must be at least 1")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
@@ -341,6 +350,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = parse_args(parser, TINY)
+    check_counts(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
     for flag in ("labels", "out"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; it goes with --model")

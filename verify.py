@@ -136,8 +136,8 @@ The arithmetic is right, but it starts from the wrong price of Step 2; it should
 **Verification: Is the answer correct (Yes/No)? No**""",
 ]
 
-HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})\b", re.IGNORECASE)
-BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})\b", re.IGNORECASE)
+HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
+BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
 STEP_VERDICT = re.compile(r"[^\w\n]*This step is (correct|incorrect)[^\w\n]*", re.IGNORECASE)
 VERDICT = re.compile(
     r"[^\w\n]*Verification[^\w\n]*Is the answer correct[ \t]*\(Yes/No\)[^\w\n]*(Yes|No)[^\w\n]*", re.IGNORECASE

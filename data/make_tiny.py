@@ -46,7 +46,7 @@ from generate import (
     render_steps,
     split_steps,
 )
-from kernels.transformer import Config, Transformer, load_model, save_model
+from kernels.transformer import Config, Transformer, save_model
 from train_prm import pack
 
 TINY = Path(__file__).parent / "tiny"
@@ -74,7 +74,10 @@ VERIFIER_TASKS = {
     "verify": 0.5, "solve": 0.12, "prm_cot": 0.12, "reference": 0.08, "prm": 0.06, "orm": 0.04,
     "critique": 0.04, "merge": 0.04,
 }  # fmt: skip
-POLICY_STEPS, VERIFIER_STEPS, BATCH, MUON_RATE, ADAMW_RATE = 500, 300, 64, 0.02, 3e-3
+POLICY_STEPS = 420  # where it still errs in about half of the problems
+SOLVER_STEPS, VERIFIER_STEPS = 500, 450  # the verifier first learns to solve, then to judge ...
+VERIFIER_STOP = 350  # ... and is stopped while it is still unsure: at the end it would make no mistakes to vote on
+BATCH, MUON_RATE, ADAMW_RATE = 64, 0.02, 3e-3
 
 # --------------------------------------------------------------------------- problems
 
@@ -202,11 +205,11 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
 
 
 def write_verification(problem: Problem, steps: list[str], labels: list[bool], verdict: bool) -> str:
-    """The verification text: for each step the canonical equation, what the student wrote, and the verdict."""
+    """The verification text: for each step the canonical equation, the result that the student has, the verdict."""
     lines = []
     for k, (step, label) in enumerate(zip(steps, labels, strict=True)):
         lines.append(f"## Step {k + 1}: {problem.steps[k] if k < len(problem.steps) else 'none'}")
-        lines += [f"Written: {step}", f"**This step is {'correct' if label else 'incorrect'}.**"]
+        lines += [f"Written: {step.partition('=')[2]}", f"**This step is {'correct' if label else 'incorrect'}.**"]
     lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if verdict else 'No'}**")
     return "\n".join(lines)
 
@@ -341,15 +344,15 @@ def orthogonalise(g: Tensor) -> Tensor:
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-def train(model: Transformer, tasks: dict[str, float], steps: int, pool: list[Problem], tokenizer, seed: int) -> None:
-    """Train in place: Muon for the matrices, AdamW for the rest (together they need about half the steps of
+def train(model: Transformer, tasks: dict[str, float], steps: int, pool: list[Problem], tokenizer, seed: int, stop: int) -> None:
+    """The first `stop` of `steps` steps, in place: Muon for the matrices, AdamW for the rest (together they need about half the steps of
     AdamW alone here); linear warm-up, then linear decay."""
     rng = random.Random(seed)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     momenta = [torch.zeros_like(p) for p in matrices]
     adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    bar = tqdm(range(steps), desc=" + ".join(tasks), unit="step", mininterval=10)
+    bar = tqdm(range(stop), desc=" + ".join(tasks), unit="step", mininterval=10)
     losses = []
     for step in bar:
         schedule = min(1.0, (step + 1) / 30) * (1 - 0.95 * step / steps)
@@ -415,11 +418,12 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(TINY)
     if args.part in ("all", "policy"):
         model = new_model(len(tokenizer))
-        train(model, POLICY_TASKS, POLICY_STEPS, pool, tokenizer, SEED)
+        train(model, POLICY_TASKS, POLICY_STEPS, pool, tokenizer, SEED, stop=POLICY_STEPS)
         save_model(model, TINY / "policy", TINY)
     if args.part in ("all", "verifier"):
-        model = load_model(TINY / "policy")  # the verifier goes on from the policy: it, too, has to solve
-        train(model, VERIFIER_TASKS, VERIFIER_STEPS, pool, tokenizer, SEED + 1)
+        model = new_model(len(tokenizer))
+        train(model, POLICY_TASKS, SOLVER_STEPS, pool, tokenizer, SEED, stop=SOLVER_STEPS)
+        train(model, VERIFIER_TASKS, VERIFIER_STEPS, pool, tokenizer, SEED + 1, stop=VERIFIER_STOP)
         save_model(model, TINY / "verifier", TINY)
     if args.part in ("all", "processbench"):
         write_processbench()

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 def run(where: Path, *command: str) -> str:
     """Run a stage in `where`; returns its output, fails with it if the stage fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,0 +1,501 @@
+"""Tests of evaluate.py: the grader, the metrics, the four commands."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from evaluate import (
+    bootstrap,
+    bootstrap_interval,
+    first_error,
+    gold_labels,
+    grade,
+    grade_all,
+    heldout_accuracy,
+    majority_answer,
+    pass_at_k,
+    processbench_f1,
+    processbench_numbers,
+    read_cases,
+    vote_report,
+)
+from generate import InputError, Sampler, open_tokenizer
+from kernels.transformer import Config, Transformer, save_model
+from verify import Scored, score_solutions
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data/tiny"
+SHARED = ROOT / "../shared/data"
+
+
+def write_lines(path: Path, records: list[dict]) -> str:
+    """Write records as JSON Lines; returns the path as text."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """All records of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(monkeypatch, *command: str) -> None:
+    """Run evaluate.py's main in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, command)])
+    evaluate.main()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A Hugging Face directory of a small model with random weights and the tiny world's tokenizer."""
+    path = tmp_path_factory.mktemp("random") / "model"
+    tokenizer, _ = open_tokenizer(TINY)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}
+    names = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+    model = Transformer(Config.from_dict({**names, **sizes}))
+    for parameter in model.parameters():  # the default embedding would repeat one token with certainty
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model(model, path, TINY)
+    return path
+
+
+@pytest.fixture
+def fresh_workers(monkeypatch):
+    """No idle grading workers: the next question starts one, from whatever evaluate.GRADER is then."""
+    monkeypatch.setattr(evaluate, "_idle", [])
+
+
+# --------------------------------------------------------------------------- grading
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, verdict",
+    [
+        ("5", "5", True),
+        ("025", "25", True),
+        ("-3", "3", False),
+        ("27", "27.0", True),
+        ("1,000", "1000", True),
+        ("Answer", "Answer", True),
+        ("5.", "5", True),
+        (r"\boxed{5}", "5", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac12", "1/2", True),
+        (r"\frac{\frac{1}{2}}{\frac{3}{4}}", r"\frac{2}{3}", True),
+        (r"\sqrt{\frac{1}{4}}", r"\frac{1}{2}", True),
+        (r"\left\{1, \left\{2\right\}\right\}", "5", False),
+        ("(1,2)", "(1, 2)", True),
+        ("(2,1)", "(1,2)", False),
+        (r"\{1,2\}", r"\{2,1\}", True),
+        (r"5\text{ cm}", "5", True),
+        (r"336^\circ", "336", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("2^{2^{3}}", "256", True),
+        ("2^{2^{3}}", "64", False),
+        ("1" * 5000, "1" * 4999, False),
+        ("1" * 5000, "1" * 5000, True),
+        ("", "5", False),
+        (None, "5", False),
+        ("I don't know", "5", False),
+        ("{" * 30, "5", False),
+        ("\\frac{1", "5", False),
+        ("\x00\n", "5", False),
+    ],
+)
+def test_grade(prediction, reference, verdict):
+    """Guards against comparing text only, and against calling garbage unknown instead of wrong."""
+    assert grade(prediction, reference) is verdict
+
+
+@pytest.mark.parametrize("hang", [r"2^{2^{2^{2^{2^{2}}}}}", "9^{9^{9^{9}}}", "(" * 5000])
+def test_a_hanging_answer_costs_its_deadline_and_is_unknown(hang):
+    """Guards against a hang inside C code that no exception ends, and against counting it as wrong."""
+    grade("x", "1/2")  # a worker is running
+    started = time.time()
+    assert grade(hang, "5", timeout=0.5) is None
+    assert time.time() - started < 10
+    assert grade("1/2", "0.5") is True
+
+
+def test_hangs_stay_alone_in_a_batch():
+    """Guards against one hang delaying, shifting or losing the verdicts of the other pairs."""
+    pairs = [(f"{i}/2", f"{i / 2}") for i in range(40)]
+    pairs[7] = pairs[23] = ("9^{9^{9^{9}}}", "5")  # equal pairs are graded once
+    pairs[30] = ("9^{9^{9^{8}}}", "5")
+    started = time.time()
+    verdicts = grade_all(pairs, timeout=1.0, workers=2)
+    assert time.time() - started < 30
+    assert [i for i, verdict in enumerate(verdicts) if verdict is None] == [7, 23, 30]
+    assert all(verdict is True for verdict in verdicts if verdict is not None)
+
+
+def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monkeypatch):
+    """Guards against a crash of the library, or the library missing, passing for a wrong answer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            evaluate, "GRADER", evaluate.GRADER.replace("verdict = judge(", "verdict = os.kill(os.getpid(), 9) and (")
+        )
+        assert [grade("1/2", "0.5"), grade("1/3", "0.5")] == [None, None]
+    evaluate._idle.clear()
+    monkeypatch.setattr(evaluate, "GRADER", "import no_such_library")
+    with pytest.raises(InputError, match="math-verify"):
+        grade("1/2", "0.5")
+    with pytest.raises(ValueError, match="positive"):
+        grade("1/2", "0.5", timeout=0)
+
+
+@pytest.mark.parametrize("name", ["math", "gsm8k"])
+def test_grades_agree_with_stored_verdicts(name):
+    """Guards against a grader stricter or laxer than the field's: 0.99 of real answers must come out the same."""
+    path = SHARED / f"outputs-realcritic/{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    rows = read_lines(path)
+    verdicts = grade_all([(row["pred"], row["gt"]) for row in rows], workers=2)
+    agreement = np.mean([(v is True) == row["previous_score"][0] for v, row in zip(verdicts, rows, strict=True)])
+    assert agreement >= 0.99
+
+
+def test_importing_starts_nothing():
+    """Guards against a worker, a plot library or computer algebra started by everybody who imports the grader."""
+    code = (
+        "import sys, evaluate\n"
+        "print([m for m in ('matplotlib', 'math_verify') if m in sys.modules], evaluate._idle, end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[] []"
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+def test_processbench_f1_by_brute_force():
+    """Guards against averaging over all cases, and against a division by zero without cases of one kind."""
+    rng = random.Random(0)
+    for _ in range(200):
+        labels = [rng.choice([-1, -1, 0, 1, 2]) for _ in range(rng.randint(0, 12))]
+        predictions = [rng.choice([None, -1, 0, 1, 2]) for _ in labels]
+        cases = list(zip(labels, predictions, strict=True))
+        wrong, fine = [c for c in cases if c[0] >= 0], [c for c in cases if c[0] < 0]
+        a = sum(x == y for x, y in wrong) / len(wrong) if wrong else 0
+        b = sum(x == y for x, y in fine) / len(fine) if fine else 0
+        expected = {"error_acc": a, "correct_acc": b, "f1": 2 * a * b / (a + b) if a + b else 0}
+        assert processbench_f1(labels, predictions) == pytest.approx(expected)
+    assert processbench_f1([-1, 0], [None, None]) == {"error_acc": 0, "correct_acc": 0, "f1": 0}
+
+
+def test_first_error():
+    """Guards against 1-based indices and against calling a correct solution's first step wrong."""
+    assert [first_error(v) for v in ([True, False, False], [False], [True], [])] == [1, 0, -1, -1]
+
+
+def test_processbench_numbers_of_a_prm_and_an_orm():
+    """Guards against an F1 for a model that names no step, and against leaving out what can't be parsed."""
+    cases = [{"label": 1, "final_answer_correct": False}, {"label": 0, "final_answer_correct": True}, {"label": -1}]
+    judged = [([True, False], False), (None, True), ([True], True)]
+    scored = [Scored(steps, verdict, "", 1) for steps, verdict in judged]
+    numbers = processbench_numbers("prm_cot", cases, scored, seed=0)
+    assert {m: number[:2] for m, number in numbers.items()} == {
+        "f1": (pytest.approx(2 / 3), 3),
+        "error_acc": (0.5, 2),
+        "correct_acc": (1.0, 1),
+        "unparsed": (pytest.approx(1 / 3), 3),
+    }
+    scored = [Scored(None, verdict, "", 1) for verdict in (False, False, None)]
+    numbers = processbench_numbers("orm", cases, scored, seed=0)
+    assert numbers["outcome_acc"][0] == pytest.approx(1 / 3) and "f1" not in numbers
+
+
+def test_pass_at_k_is_the_mean_over_all_choices():
+    """Guards against the biased 1 - (1 - c/n)^k."""
+    for n, k in [(1, 1), (4, 1), (5, 3), (6, 6)]:
+        for c in range(n + 1):
+            chosen = list(itertools.combinations([i < c for i in range(n)], k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+    with pytest.raises(ValueError, match="k <= n"):
+        pass_at_k(2, 1, 3)
+
+
+def test_majority_answer():
+    """Guards against samples without an answer winning the vote, and against ties that depend on the hash seed."""
+    assert majority_answer(["2", None, None, None, "3", "3"]) == "3"
+    assert majority_answer(["2", "1", "1", "2"]) == "2"
+    assert majority_answer([None, None]) is None
+
+
+def test_bootstrap_interval_against_the_closed_form():
+    """Guards against resampling too few problems, or samples instead of problems."""
+    values = np.random.default_rng(1).normal(3, 2, size=500)
+    low, high = bootstrap_interval(values, seed=0)
+    error = values.std() / len(values) ** 0.5
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert (low, high) == bootstrap_interval(values, seed=0) != bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(np.full(7, 0.25), seed=0) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="no rows"):
+        bootstrap_interval(np.array([]), seed=0)
+
+
+def test_bootstrap_with_sizes_is_a_ratio_of_sums():
+    """Guards against weighing a solution of one step like one of ten."""
+    sizes = np.array([1.0, 10.0] * 50)
+    resampled = bootstrap(sizes * np.array([1.0, 0.0] * 50), seed=0, sizes=sizes)
+    assert resampled.mean() == pytest.approx(1 / 11, abs=0.005)
+    assert np.all(bootstrap(sizes, seed=0, sizes=sizes) == 1)
+
+
+def test_gather_restores_the_order(monkeypatch):
+    """Guards against verdicts of one rank's problems ending up at another's."""
+    everything = list(range(7))
+    parts = [everything[r::3] for r in range(3)]
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate, "world_size", lambda: 3)
+    monkeypatch.setattr(evaluate.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts))
+    assert evaluate.gather(parts[1]) == everything
+
+
+# --------------------------------------------------------------------------- ProcessBench and benchmarks
+
+
+def test_read_cases(tmp_path):
+    """Guards against reading only one of the two layouts, and against 1-based labels going unnoticed."""
+    cases = [{"problem": "p", "steps": ["a", "b"], "label": label} for label in (-1, 0, 1)]
+    (tmp_path / "array.json").write_text(json.dumps(cases, indent=1))
+    lines = write_lines(tmp_path / "lines.jsonl", cases)
+    assert read_cases(str(tmp_path / "array.json")) == read_cases(lines) == cases
+    for wrong, message in [({"label": 2}, "label 2"), ({"label": None}, "label None"), ({"steps": []}, "0 steps")]:
+        with pytest.raises(InputError, match=message):
+            read_cases(write_lines(tmp_path / "wrong.jsonl", [{**cases[1], **wrong}]))
+    (tmp_path / "cut.json").write_text(json.dumps(cases)[:-5])
+    with pytest.raises(InputError, match="not JSON"):
+        read_cases(str(tmp_path / "cut.json"))
+
+
+def test_published_processbench_is_read():
+    """Guards against a reader that knows the tiny world's file only."""
+    if not (SHARED / "processbench").exists():
+        pytest.skip("../shared/data/processbench is absent")
+    subsets = ("gsm8k", "math", "olympiadbench", "omnimath")
+    assert [len(read_cases(str(SHARED / f"processbench/{name}.json"))) for name in subsets] == [400, 1000, 1000, 1000]
+
+
+def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
+    """Guards against results that change with the batch size."""
+    model, tokenizer, stops = evaluate.open_model(str(checkpoint), torch.device("cpu"), torch.float32)
+    problems = read_lines(TINY / "heldout.jsonl")[:5]
+    gold = {record["id"]: record["answer"] for record in read_lines(TINY / "gold.jsonl")}
+    cases = [{"id": p["id"], "problem": p["problem"], "steps": ["1+1=2", "2+2=5"], "answer": None} for p in problems]
+    results, judged = [], []
+    for slots in (1, 8):
+        world = (Sampler(model, slots), tokenizer, stops)
+        result = heldout_accuracy(*world, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
+        results.append({key: np.array(value, dtype=object).tolist() for key, value in result.items()})
+        judged.append(score_solutions(*world, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
+    assert results[0] == results[1] and judged[0] == judged[1]
+    assert len({text for group in results[0]["texts"] for text in group}) > 10
+    assert np.array(results[0]["correct"]).shape == (5, 3)
+    with pytest.raises(InputError, match="no gold answer"):
+        heldout_accuracy(*world, problems, {}, max_new_tokens=24)
+    with pytest.raises(InputError, match="lower the flag"):
+        heldout_accuracy(*world, problems, gold, max_new_tokens=512)
+
+
+def test_benchmark_numbers():
+    """Guards against a majority that is graded by another sample's verdict."""
+    answers = [["1", "1", "2", None], [None, None, None, None]]
+    correct = np.array([[False, False, True, False], [False] * 4])
+    result = {"per_problem": correct.mean(axis=1), "correct": correct, "answers": answers, "accuracy": 1 / 8}
+    numbers = evaluate.benchmark_numbers({**result, "unknown": 1, "truncated": 2}, None, seed=0)
+    values = {metric: value for metric, (value, _, _) in numbers.items()}
+    expected = {"avg@4": 1 / 8, "pass@2": 1 / 4, "pass@4": 1 / 2, "maj@4": 0.0, "unknown": 1 / 8, "truncated": 1 / 4}
+    assert values == pytest.approx(expected)
+
+
+def test_processbench_command(checkpoint, tmp_path, monkeypatch, capsys):
+    """Guards against results that can't be read by others: fields, the average over subsets, arguments beside them."""
+    cases = [{"problem": "Mia has 3 pens.", "steps": ["1+1=2", "2+2=5"], "label": label} for label in (-1, 1, 0)]
+    paths = [write_lines(tmp_path / f"{name}.jsonl", cases) for name in ("gsm8k", "math")]
+    out = tmp_path / "results.jsonl"
+    flags = ("--model", checkpoint, "--max_new_tokens", "8", "--limit", "2", "--out", out)
+    run(monkeypatch, "processbench", *flags, "--data", *paths)
+    rows = read_lines(out)
+    fields = {"benchmark", "subset", "metric", "value", "n", "interval", "settings", "seconds", "tokens"}
+    assert all(set(row) == fields for row in rows)
+    values = {(row["subset"], row["metric"]): row["value"] for row in rows}
+    assert values["gsm8k", "unparsed"] == 1 and values["average", "f1"] == 0
+    assert json.loads((tmp_path / "results.jsonl.args.json").read_text())["arguments"]["limit"] == 2
+    assert "67.5" in capsys.readouterr().out
+    run(monkeypatch, "processbench", *flags, "--data", *paths, "--kind", "orm", "--votes", "2")
+    assert {row["metric"] for row in read_lines(out)} == {"outcome_acc", "unparsed"}
+    with pytest.raises(InputError, match="rename one"):
+        run(monkeypatch, "processbench", *flags, "--data", paths[0], paths[0])
+
+
+def test_benchmark_command(checkpoint, tmp_path, monkeypatch, capsys):
+    """Guards against models that are measured on different problems, and against mixed-up answers of two benchmarks."""
+    problems = read_lines(TINY / "heldout.jsonl")[:4]
+    paths = [write_lines(tmp_path / f"{name}.jsonl", problems[i : i + 2]) for i, name in [(0, "a"), (2, "b")]]
+    out, other = tmp_path / "results.jsonl", tmp_path / "other"
+    other.symlink_to(checkpoint)
+    flags = ["--model", checkpoint, other, "--problems", *paths, "--out", out, "--max_new_tokens", "12", "--greedy"]
+    run(monkeypatch, "benchmark", *flags, "--num_samples", "2", "--gold", TINY / "gold.jsonl")
+    values = {(row["settings"]["model"], row["benchmark"], row["metric"]): row for row in read_lines(out)}
+    for metric in ("avg@2", "pass@2", "maj@2", "greedy", "unknown", "truncated"):
+        assert values[str(checkpoint), "a", metric]["n"] == 2
+        assert values[str(checkpoint), "a", metric]["value"] == values[str(other), "a", metric]["value"]
+    assert values[str(checkpoint), "benchmarks", "avg@2"]["subset"] == "average"
+    assert values[f"{checkpoint} minus {other}", "b", "avg@2"]["interval"] == [0, 0]
+    assert "47.4" in capsys.readouterr().out
+    wrong = write_lines(tmp_path / "wrong.jsonl", [{"id": problems[0]["id"], "answer": "-1"}])
+    with pytest.raises(InputError, match="rename one id"):
+        run(monkeypatch, "benchmark", *flags, "--gold", TINY / "gold.jsonl", wrong)
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def test_gold_labels_propagate_errors():
+    """Guards against calling a step right that follows a wrong one, and against white space deciding."""
+    assert gold_labels(["1+1=2", "2 + 1 = 3"], ["1 +1=2", "2+1=3"]) == [True, True]
+    assert gold_labels(["1+1=3", "2+1=3"], ["1+1=2", "2+1=3"]) == [False, False]
+    assert gold_labels(["1+1=2", "2+1=3", "3+1=4"], ["1+1=2", "2+1=3"]) == [True, True, False]
+    assert gold_labels([], ["1+1=2"]) == []
+
+
+def verifications_of(solution_id: str, *judged: tuple[list[bool] | None, bool | None]) -> list[dict]:
+    """Verification records in order, of 10 tokens each."""
+    names = ("step_verdicts", "verdict")
+    about = {"solution_id": solution_id, "text": "", "tokens": 10}
+    return [{**about, "sample": j, **dict(zip(names, v, strict=True))} for j, v in enumerate(judged)]
+
+
+T, F = True, False
+SOLUTIONS = [
+    {"id": "p/0", "steps": ["1+1=2", "2+1=3"], "answer": "3"},  # gold: both right, Yes
+    {"id": "p/1", "steps": ["1+1=3", "3+1=4"], "answer": "4"},  # gold: both wrong, No
+    {"id": "q/0", "steps": ["x"], "answer": None},
+]
+VERIFICATIONS = [
+    *verifications_of("p/0", ([T, T], T), ([T, F], F), ([T, T], T), (None, None)),
+    *verifications_of("p/1", ([T, F], F), ([F, F], F), ([F, F], None), ([F, F], T)),
+    *verifications_of("q/0", *[(None, T)] * 4),
+]
+
+
+def test_label_report_on_a_toy_worked_out_by_hand():
+    """Guards against unparsed votes, solutions without votes in the accuracy, and a single that isn't the average."""
+    gold = {"p/0": ([T, T], T), "p/1": ([F, F], F), "q/0": ([T], T)}
+    shuffled = random.Random(0).sample(VERIFICATIONS, len(VERIFICATIONS))
+    rows = {(r["method"], r["N"], r["on"]): r for r in vote_report(SOLUTIONS, shuffled, gold, seed=0)}
+    assert {n for _, n, _ in rows} == {1, 2, 4}
+
+    def numbers(*key):
+        return [rows[key][m] for m in evaluate.LABEL_METRICS]
+
+    for method in ("single", "outcome_consistency", "step_consistency"):
+        assert numbers(method, 1, "all") == numbers(method, 1, "kept") == [3 / 4, 1 / 2, 1 / 2, 1]
+    assert numbers("single", 2, "all") == [3 / 4, 1 / 2, 1 / 2, 3 / 4]
+    assert numbers("single", 2, "kept") == [3 / 4, 1 / 2, 1 / 2, 1]
+    assert numbers("step_consistency", 2, "all") == [3 / 4, 1 / 2, 1 / 2, 1 / 2]  # three ties, all "incorrect"
+    assert rows["step_consistency", 2, "all"]["ties"] == 3
+    assert rows["step_consistency", 2, "all"]["minus_single"]["outcome"][0] == -1 / 4
+    assert numbers("single", 4, "all") == pytest.approx([5 / 6, 2 / 3, 2 / 3, 2 / 3])
+    assert numbers("step_consistency", 4, "all") == [1, 1, 1, 1]
+    gains = rows["step_consistency", 4, "all"]["minus_single"]
+    assert gains["step"] == pytest.approx([1 / 6] * 3)  # both solutions gain the same: no width
+    assert gains["exact"] == pytest.approx([1 / 3] * 3)
+    best = rows["step_consistency", 4, "kept"]
+    assert best["yield"] == pytest.approx(2 / 3) and best["dropped"] == {"no_votes": 1}
+    assert (best["verifications"], best["unparsed"], best["tokens"]) == (12, 6, 120)
+
+
+def test_dropped_solutions_count_among_all():
+    """Guards against dropping hard cases passing for accuracy."""
+    gold = {"p/0": ([T, T], T), "p/1": ([F, F], F)}
+    judged = verifications_of("p/0", ([T, F], T), ([F, T], T)) + verifications_of("p/1", ([F, F], F), ([F, F], F))
+    rows = {(r["method"], r["N"], r["on"]): r for r in vote_report(SOLUTIONS[:2], judged, gold, seed=0)}
+    kept, everything = rows["step_consistency", 2, "kept"], rows["step_consistency", 2, "all"]
+    assert (kept["exact"], kept["yield"], kept["dropped"]) == (1, 0.5, {"no_match": 1})
+    assert (everything["exact"], everything["solutions"]) == (0.5, 2)
+
+
+def test_labels_command(tmp_path, monkeypatch):
+    """Guards against a report that needs canonical steps, mixes up gold of problems and of solutions, or hides gaps."""
+    labels = [
+        {**SOLUTIONS[0], "method": "hybrid", "step_labels": [T, F], "outcome": T, "dropped": None},
+        {**SOLUTIONS[1], "method": "hybrid", "step_labels": [F, F], "outcome": T, "dropped": "no_match"},
+        {**SOLUTIONS[2], "method": "hybrid", "step_labels": None, "outcome": None, "dropped": "no_votes"},
+        {**SOLUTIONS[2], "id": "r/0", "method": "hybrid", "step_labels": [T], "outcome": T, "dropped": None},
+    ]
+    by_problem = [{"id": "p", "answer": "3", "steps": ["1+1=2", "2+1=3"]}, {"id": "q", "answer": "1"}]
+    by_solution = [{"id": "p/0", "step_labels": [T, T], "outcome": T}, {"id": "p/1", "outcome": F}]
+    files = ["--labels", write_lines(tmp_path / "labels.jsonl", labels)]
+    files += ["--verifications", write_lines(tmp_path / "verifications.jsonl", VERIFICATIONS)]
+    out = tmp_path / "labels.json"
+    reports = []
+    for name, gold in [("problems", by_problem), ("solutions", by_solution)]:
+        path = write_lines(tmp_path / f"{name}.jsonl", gold)
+        run(monkeypatch, "labels", *files, "--gold", path, "--out", out)
+        reports.append(json.loads(out.read_text()))
+    first, second = reports
+    assert (first["solutions"], first["without_gold"]) == (3, 1)
+    kept, everything = first["rows"][:2]
+    assert kept["method"] == "hybrid (file)" and kept["dropped"] == {"no_match": 1, "no_votes": 1}
+    assert [kept[m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 1]
+    assert [everything[m] for m in evaluate.LABEL_METRICS] == [0.75, 0.5, 0.5, 0.5]
+    assert [second["rows"][1][m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 0.5]  # steps of p/0 only
+    assert first["rows"][-1]["N"] == 4 and first["rows"][-1]["step"] == 1
+    with pytest.raises(InputError, match="no record"):
+        run(monkeypatch, "labels", *files, "--gold", write_lines(tmp_path / "none.jsonl", [{"id": "z"}]), "--out", out)
+    wrong = write_lines(tmp_path / "wrong.jsonl", verifications_of("p/0", ([T], T)))
+    with pytest.raises(InputError, match="same solutions"):
+        gold = tmp_path / "problems.jsonl"
+        run(monkeypatch, "labels", *files[:2], "--verifications", wrong, "--gold", gold, "--out", out)
+
+
+# --------------------------------------------------------------------------- plots and command lines
+
+
+def test_plot_command(tmp_path, monkeypatch):
+    """Guards against a curve drawn twice after a resumed run, and against failing where a metric is missing."""
+    first = [{"step": s, "reward/mean": s / 10, "heldout/accuracy": 0.5} for s in range(6)]
+    second = [{"step": 0, "heldout/accuracy": 0.4, "heldout/low": 0.3, "heldout/high": 0.5}]
+    second += [{"step": s, "kl/k3": 0.1 * s} for s in (1, 2, 1, 2)]
+    for name, records in (("one", first), ("two", second)):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "metrics.jsonl", records)
+    assert evaluate.read_metrics(str(tmp_path / "two"))["kl/k3"] == {1: 0.1, 2: 0.2}
+    out = tmp_path / "plots/curves.png"
+    run(monkeypatch, "plot", "--runs", tmp_path / "one", tmp_path / "two", "--out", out)
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and list(out.parent.iterdir()) == [out]
+    with pytest.raises(InputError, match="none of them"):
+        run(monkeypatch, "plot", "--runs", tmp_path / "one", "--keys", "nothing", "--out", out)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["processbench", "--data", TINY / "gold.jsonl"], "no field 'problem'"),
+        (["benchmark", "--problems", TINY / "heldout.jsonl", "--gold", TINY / "gold.jsonl"], r"python grpo\.py"),
+        (["labels"], r"python verify\.py"),
+        (["plot"], r"python grpo\.py"),
+        (["benchmark", "--num_samples", "0"], "--num_samples 0"),
+        (["plot", "--runs", "somewhere"], "--out is missing"),
+    ],
+)
+def test_bad_input_says_what_to_do(command, message, tmp_path, monkeypatch):
+    """Guards against a traceback for a newcomer who runs the commands in the wrong order."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        run(monkeypatch, *command)

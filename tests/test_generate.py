@@ -1,0 +1,622 @@
+"""The sampler against `transformers` and exact distributions; solutions as text; record files and the command line."""
+
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import generate
+from generate import (
+    InputError,
+    RecordFile,
+    Sampler,
+    choose_tokens,
+    extract_answer,
+    find_boxes,
+    read_records,
+    render_response,
+    render_steps,
+    split_steps,
+)
+from kernels.decode import SlotCache
+from kernels.transformer import Config, Transformer, load_model, save_model
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.25}
+
+# --------------------------------------------------------------------------- the sampler
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """family -> (our model, transformers' model) with the same random weights."""
+    pairs = {}
+    for name in ("Qwen2", "Qwen3", "Llama"):
+        torch.manual_seed(len(name))
+        theirs = getattr(transformers, f"{name}ForCausalLM")(
+            getattr(transformers, f"{name}Config")(**SIZES, head_dim=8)
+        )
+        path = tmp_path_factory.mktemp("models") / name
+        theirs.eval().save_pretrained(path)
+        pairs[name] = load_model(path), theirs
+    return pairs
+
+
+def make_prompts(count: int, longest: int = 30) -> list[list[int]]:
+    """Random prompts of all lengths from 1 up."""
+    rng = random.Random(count)
+    return [[rng.randrange(97) for _ in range(1 + i * (longest - 1) // max(count - 1, 1))] for i in range(count)]
+
+
+def check_logprobs(model, prompt: list[int], sample, temperature: float = 1.0, top_p: float = 1.0) -> None:
+    """Both recorded log-probabilities of a sample against one forward pass of `transformers`, without any cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1]  # (T, V)
+    full = (logits.double() / temperature).log_softmax(-1)
+    ids = torch.tensor(sample.ids)[:, None]
+    assert (torch.tensor(sample.full_logprobs) - full.gather(1, ids)[:, 0]).abs().max() < 1e-5
+    p, order = full.exp().sort(descending=True)
+    outside = (p.cumsum(-1) - p >= top_p).gather(1, order.argsort())  # (T, V), by token
+    cut = full.masked_fill(outside, -torch.inf).log_softmax(-1)
+    assert (torch.tensor(sample.logprobs) - cut.gather(1, ids)[:, 0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+def test_greedy_tokens_equal_transformers(models, family):
+    """Guards: positions that don't start at 0, a mask that is off by one, query heads folded in the wrong order."""
+    ours, theirs = models[family]
+    prompts = make_prompts(6)
+    samples = Sampler(ours, slots=4).sample(
+        prompts, keys=list("abcdef"), temperature=0.0, max_new_tokens=24, stop_ids=[]
+    )
+    distinct = set()
+    for prompt, (sample,) in zip(prompts, samples, strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+        assert sample.ids == expected
+        check_logprobs(theirs, prompt, sample)
+        distinct |= set(expected)
+    assert len(distinct) > 20  # a model that repeats one token would pass with any cache
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p):
+    """Guards: rows that read a neighbour's keys after a refill or a move, samples filed under another prompt, and
+    log-probabilities of the wrong temperature or of the distribution before truncation."""
+    ours, theirs = models["Qwen3"]
+    happened = Counter()
+
+    def spy(name, original):
+        monkeypatch.setattr(SlotCache, name, lambda *args: happened.update([name]) or original(*args))
+
+    spy("add", SlotCache.add)
+    spy("move", SlotCache.move)
+    prompts = make_prompts(11)
+    limits = [1, 30, 3, 17, 1, 60, 2, 8, 25, 1, 12]
+    samples = Sampler(ours, slots=5).sample(
+        prompts,
+        keys=[str(i) for i in range(11)],
+        num_samples=3,
+        temperature=0.7,
+        top_p=top_p,
+        max_new_tokens=limits,
+        stop_ids=[],
+    )
+    assert happened["add"] > 5 and happened["move"] > 5
+    for prompt, limit, group in zip(prompts, limits, samples, strict=True):
+        assert [len(sample.ids) for sample in group] == [limit] * 3
+        for sample in group:
+            check_logprobs(theirs, prompt, sample, 0.7, top_p)
+            assert (sample.logprobs == sample.full_logprobs) == (top_p == 1.0)
+
+
+def test_sample_is_a_function_of_seed_key_and_index(models):
+    """Guards: random numbers that depend on the slot, the batch, the order, the group's size or Python's hash."""
+    model, prompts = models["Qwen2"][0], make_prompts(7)
+    keys = [f"problem {i}" for i in range(7)]
+    settings = {"temperature": 1.0, "max_new_tokens": 12, "stop_ids": [3, 5, 8]}
+
+    def draw(prompts, keys, slots, num_samples=3, seed=1):
+        groups = Sampler(model, slots).sample(prompts, keys=keys, num_samples=num_samples, seed=seed, **settings)
+        return {key: [sample.ids for sample in group] for key, group in zip(keys, groups, strict=True)}
+
+    expected = draw(prompts, keys, slots=64)
+    for slots in (1, 5):
+        assert draw(prompts, keys, slots) == expected
+    assert draw(prompts[::-1], keys[::-1], slots=4) == expected
+    assert {key: group[:3] for key, group in draw(prompts, keys, 4, num_samples=5).items()} == expected
+    assert draw(prompts, keys, 64, seed=2) != expected
+    texts = {tuple(ids) for group in expected.values() for ids in group if len(ids) > 5}
+    assert len(texts) == sum(len(ids) > 5 for group in expected.values() for ids in group) > 10  # no two alike
+    same_text = draw([prompts[4]] * 3, ["one", "two", "problem 4"], slots=2)
+    assert same_text["one"] != same_text["two"] and same_text["problem 4"] == expected["problem 4"]
+
+
+def test_each_distinct_prompt_is_run_once(models, monkeypatch):
+    """Guards: a prefill per sample, or again for a prompt whose text is there under another key."""
+    runs, original = [], generate.prefill
+    monkeypatch.setattr(
+        generate, "prefill", lambda model, prompts, *args: runs.extend(prompts) or original(model, prompts, *args)
+    )
+    prompts = make_prompts(5)
+    settings = {"keys": list("abcdefg"), "num_samples": 6, "max_new_tokens": 4, "stop_ids": [], "seed": 3}
+    queue = [*prompts, prompts[1], prompts[0]]
+    together = Sampler(models["Qwen2"][0], slots=4).sample(queue, **settings)
+    assert sorted(runs) == sorted(map(tuple, prompts))
+    piecewise = Sampler(models["Qwen2"][0], slots=42, prefill_tokens=8).sample(queue, **settings)
+    assert [[s.ids for s in group] for group in piecewise] == [[s.ids for s in group] for group in together]
+
+
+def test_stop_ids_and_finish_reasons(models):
+    """Guards: a stop id that is only looked for alone, a dropped stop token, tokens after it, a wrong finish reason."""
+    stops, limit = [11, 40, 77], 60
+    sampler = Sampler(models["Llama"][0], slots=8)
+    samples = sampler.sample(
+        make_prompts(8), keys=list("abcdefgh"), num_samples=5, temperature=2.0, max_new_tokens=limit, stop_ids=stops
+    )
+    assert [len(group) for group in samples] == [5] * 8  # 40 samples: no multiple of 8 slots ends in step
+    flat = [sample for group in samples for sample in group]
+    for sample in flat:
+        assert not set(sample.ids[:-1]) & set(stops)
+        assert sample.finish == ("stop" if sample.ids[-1] in stops else "length")
+        assert sample.finish == "stop" or len(sample.ids) == limit
+    assert {sample.ids[-1] for sample in flat if sample.finish == "stop"} == set(stops)
+    assert sampler.tokens == sum(len(sample.ids) for sample in flat)
+
+
+def test_one_long_row_among_short_ones(models):
+    """Guards: a long row cut or stalled by refills around it, answers of one token, and an endless loop at the end."""
+    ours, theirs = models["Qwen2"]
+    prompts, limits = make_prompts(40), [1] * 40
+    limits[7] = 90
+    samples = Sampler(ours, slots=3).sample(
+        prompts, keys=[str(i) for i in range(40)], max_new_tokens=limits, stop_ids=[]
+    )
+    assert [len(group[0].ids) for group in samples] == limits
+    check_logprobs(theirs, prompts[7], samples[7][0])
+    check_logprobs(theirs, prompts[39], samples[39][0])
+    assert Sampler(ours).sample([], keys=[], stop_ids=[]) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"max_new_tokens": 99}, "b: a prompt of 30 tokens and --max_new_tokens 99 don't fit .* of 128"),
+        ({"prompts": [[1], []]}, "b: a prompt of 0 tokens"),
+        ({"keys": ["a"]}, "2 prompts, but 1 keys"),
+        ({"max_new_tokens": [5]}, "1 limits"),
+        ({"max_new_tokens": [5, 0]}, "max_new_tokens=.5, 0."),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": -1}, "top_k=-1"),
+    ],
+)
+def test_settings_out_of_range(models, change, message):
+    """Guards: a prompt silently cut to the context, a nucleus of nothing, and hangs."""
+    good = {"prompts": make_prompts(2), "keys": ["a", "b"], "max_new_tokens": 98, "stop_ids": list(range(97))}
+    sampler = Sampler(models["Qwen2"][0])
+    assert len(sampler.sample(**good)) == 2  # 30 + 98 fits exactly
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    "vocabulary, scale, temperature, top_p, top_k",
+    [
+        (12, 1.5, 1.0, 1.0, 0),
+        (12, 1.5, 0.7, 1.0, 0),
+        (12, 1.5, 1.3, 0.8, 0),
+        (12, 1.5, 1.0, 1.0, 4),
+        (12, 1.5, 0.9, 0.7, 6),
+        (400, 0.3, 1.0, 0.9, 0),  # a nucleus larger than the first windows
+        (12, 1.5, 1.0, 1e-9, 0),  # the nucleus is never empty
+    ],
+)
+def test_sampled_frequencies_are_exact(vocabulary, scale, temperature, top_p, top_k):
+    """Guards: a nucleus one token too small or too large, top_p before top_k, the temperature applied twice."""
+    N = 20_000
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(vocabulary, generator=generator) * scale
+    peaked = torch.full((1, vocabulary), -50.0).index_fill(1, torch.tensor([3]), 50.0)  # a row that needs no window
+    rows = torch.cat([peaked, logits.expand(N, vocabulary)])
+    uniform = torch.rand(N + 1, generator=generator)
+    uniform[0] = 0.99999
+    tokens, logprobs, full = choose_tokens(rows, uniform, temperature, top_p, top_k)
+    assert tokens[0] == 3
+    # The definition, in fp64: top_k first, then the smallest set of most likely tokens with mass >= top_p of the rest.
+    p = (logits.double() / temperature).softmax(-1)
+    exact, order = p.clone(), p.argsort(descending=True)
+    if top_k:
+        exact[order[top_k:]] = 0
+    target, mass = top_p * exact.sum(), 0.0
+    for token in order:
+        if mass >= target:
+            exact[token] = 0
+        mass += exact[token]
+    exact /= exact.sum()
+    counts = torch.bincount(tokens[1:], minlength=vocabulary).double()
+    assert counts[exact == 0].sum() == 0
+    likely = exact > 0
+    chi2 = ((counts - N * exact)[likely] ** 2 / (N * exact[likely])).sum()
+    freedom = int(likely.sum()) - 1
+    assert abs(chi2 - freedom) <= 5 * math.sqrt(2 * max(freedom, 1)) * (freedom > 0)
+    assert (logprobs[1:].double() - exact[tokens[1:]].log()).abs().max() < 1e-5
+    assert (full[1:].double() - p[tokens[1:]].log()).abs().max() < 1e-5
+
+
+# --------------------------------------------------------------------------- solutions as text
+
+SPLIT = [
+    ("<think><step>a</step> <step>b\n\nb</step></think><answer>\\boxed{3}</answer>", ["a", "b\n\nb"]),
+    ("<think><step>a</step><step>cut off", ["a"]),
+    ("<step>lost<step>b</step></step>", ["b"]),
+    ("<step> </step><step>b</step>", ["b"]),
+    ("Step 1: a\nStep 2: b\nAnswer: 4", ["a", "b"]),
+    ("First this.\nStep 1: a\nmore\n\nStep 2: b", ["First this.\na\nmore", "b"]),
+    ("**Step 1:** a\n**Step 2:** b\n**Answer:** 4", ["a", "b"]),
+    ("**Step 1**: a\nstep 2) b\n**Final answer: 4**", ["a", "b"]),
+    ("### Step 1. a\n\n### Step 2. b at Step 1: c\n\nFinal Answer: \\boxed{4}", ["a", "b at Step 1: c"]),
+    ("One.\n \t\nTwo,\nstill two.\n\n\n\nAnswer: 7\nignored", ["One.", "Two,\nstill two."]),
+    ("<think>One.\n\nTwo.</think><answer>5</answer>", ["One.", "Two."]),
+    ("One.\n\n<answer>cut", ["One."]),
+    ("one line", ["one line"]),
+    ("", []),
+    (" \n\n ", []),
+]
+ANSWERS = [
+    ("\\boxed{1} and \\boxed{2}", "2"),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("\\boxed{\\left\\{ x }", "\\left\\{ x"),
+    ("\\boxed {3}", "3"),
+    ("{ open \\boxed{4}", "4"),
+    ("\\boxed{5} \\boxed{6", "5"),
+    ("\\boxed{a{b}", None),
+    ("}} \\boxed{7}", "7"),
+    ("\\boxed{8 \\boxed{9}}", "9"),
+    ("\\boxed{cut\nAnswer: 10", "10"),
+    ("Answer: 1\nAnswer: 11", "11"),
+    ("**Answer: 12**", "12"),
+    ("**Final Answer:** $13$", "$13$"),
+    ("the answer: 14", None),
+    ("Answer:", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, steps", SPLIT)
+def test_split_steps(text, steps):
+    """Guards: layouts of other models read as one step, answers read as steps, and words lost between steps."""
+    assert split_steps(text) == steps
+
+
+@pytest.mark.parametrize("text, answer", ANSWERS)
+def test_extract_answer(text, answer):
+    """Guards: a box cut at its first brace, an unclosed box taken for an answer, the first box instead of the last."""
+    assert extract_answer(text) == answer
+
+
+def test_find_boxes():
+    """Guards: unclosed boxes that count (a format constraint asks for exactly one closed box)."""
+    text = "a \\boxed{1} \\boxed{2{3}} \\boxed{4"
+    assert [text[slice(*box)] for box in find_boxes(text)] == ["1", "2{3}"]
+
+
+STEP_TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.lists(STEP_TEXTS, min_size=1, max_size=4), st.from_regex(r"[^{}\\\s]{1,5}", fullmatch=True))
+@example(["Step 2: a", "b\n\nc"], "Answer: 4")
+@settings(deadline=None, max_examples=50, database=None)
+def test_response_round_trip(steps, answer):
+    """Guards: a response in the policy's format whose steps or answer come back otherwise than they went in."""
+    text = render_response(steps, answer)
+    assert split_steps(text) == steps and extract_answer(text) == answer
+
+
+def test_render_steps():
+    """Guards: another layout in one of the prompts that all go through here; and that it can be read back."""
+    assert render_steps(["a", "b"], "3") == "Step 1: a\nStep 2: b\nAnswer: 3"
+    assert render_steps(["a"]) == "Step 1: a"
+    assert split_steps(render_steps(["a", "b\nc"], "3")) == ["a", "b\nc"]
+
+
+def cpu_milliseconds(function, text: str) -> float:
+    """The least of three, in CPU time: a busy machine makes no difference."""
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        function(text)
+        taken.append(1000 * (time.process_time() - started))
+    return min(taken)
+
+
+UNITS = [
+    " ",
+    "\t",
+    "\n",
+    " \n",
+    "a\n",
+    "#",
+    "# ",
+    "*",
+    "é",
+    "{",
+    "}",
+    "\\",
+    "\\boxed",
+    "\\boxed{",
+    "\\boxed{}",
+    "<step>",
+    "</step>",
+]
+UNITS += [
+    "<answer>",
+    "<think>",
+    "Step 1",
+    "Step 1: ",
+    "**Step 1:**\n",
+    "answer",
+    "answer: ",
+    "Answer:\n",
+    "final answer ",
+]
+
+
+@pytest.mark.parametrize("function", [split_steps, extract_answer])
+def test_garbage_takes_linear_time(function):
+    """Guards: patterns whose parts overlap: 100 kB of blanks took the first version minutes."""
+    texts = [(unit * (100_000 // len(unit))) for unit in UNITS] + ["\\boxed{" * 12_000 + "}" * 12_000]
+    slow = {text[:10]: ms for text in texts if (ms := cpu_milliseconds(function, text)) >= 50}
+    assert not slow
+
+
+# --------------------------------------------------------------------------- record files
+
+
+def open_output(path: Path, **changes) -> RecordFile:
+    return RecordFile(
+        path, Namespace(**{"model": "m", "temperature": 0.7, "seed": 0, "slots": 4, "out": "x", **changes})
+    )
+
+
+def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
+    """Guards: a torn line that swallows the next record, records twice, a second writer, and lines cut at U+2028."""
+    path = tmp_path / "deep" / "out.jsonl"
+    records = [{"id": str(i), "text": "line\u2028\x85 one\r\n“two”"} for i in range(4)]
+    with open_output(path) as output:
+        assert not path.exists()
+        output.append(records[:2])
+        with pytest.raises(InputError, match="another run is writing"), open_output(path):
+            pass
+    with open(path, "a") as file:
+        file.write('{"id": "2", "te')
+    with open_output(path, slots=8, out="./x") as output:  # neither changes records
+        assert output.done == {"0", "1"}
+        output.append(records)
+    assert read_records(path, ["id", "text"]) == records
+    assert json.loads(Path(f"{path}.args.json").read_text())["arguments"]["slots"] == 8
+    with pytest.raises(InputError, match=r"made with --temperature 0.7, this run has --temperature 0.9"):
+        open_output(path, temperature=0.9).__enter__()
+    assert read_records(path, ["id", "text"]) == records
+    assert not list(path.parent.glob(".*"))  # no temporary file is left
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file; make it with: python x.py"),
+        (b"", "the file is empty"),
+        (b"\n\n", "the file is empty"),
+        (b'{"id": 1, "problem": "a"}\n\n{"id": 2,\n', r"in.jsonl:3: not JSON"),
+        (b'{"id": 1, "problem": "a"}\n{"id": 2, "problem": "\xff"}\n', r"in.jsonl:2: not JSON"),
+        (b'{"id": 1}\n', r"in.jsonl:1: no field 'problem'"),
+        (b"[1]\n", r"in.jsonl:1: no field 'id'"),
+        (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id 1 is there twice"),
+    ],
+)
+def test_read_records_names_what_is_wrong(tmp_path, content, message):
+    """Guards: a traceback, or a bad line that is skipped without a word."""
+    path = tmp_path / "in.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_records(path, ["id", "problem"], "python x.py")
+
+
+# --------------------------------------------------------------------------- the command line
+
+# Processes are forked from a server that has imported torch once: a process costs milliseconds, and is still a process.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["verify", "torch._dynamo"])  # the second is what load_model ends up importing
+
+
+def _run_script(script: str, arguments: list[str], stdout: str, stderr: str) -> None:
+    for target, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def start_script(script: str, directory: Path, *arguments: object):
+    """Start `python script arguments` in another process; its output goes to files in the directory."""
+    where = [str(directory / name) for name in ("stdout", "stderr")]
+    process = PROCESSES.Process(target=_run_script, args=(script, [str(a) for a in arguments], *where))
+    process.start()
+    return process
+
+
+def run_script(script: str, directory: Path, *arguments: object) -> tuple[int, str]:
+    """(exit status, stderr) of `python script arguments`."""
+    process = start_script(script, directory, *arguments)
+    process.join(300)
+    return process.exitcode, (directory / "stderr").read_text()
+
+
+def run_and_kill(script: str, directory: Path, output: Path, size: float, *arguments: object) -> int | None:
+    """Start a script, and kill -9 it when its output has more than `size` bytes; returns its exit status."""
+    process = start_script(script, directory, *arguments)
+    while process.is_alive() and not (output.exists() and output.stat().st_size > size):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def make_model(path: Path, **changes) -> Path:
+    """A model directory with random weights and the tiny world's tokenizer."""
+    raw = {**SIZES, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 512}
+    raw |= {"max_position_embeddings": 256, "tie_word_embeddings": True, **changes}
+    torch.manual_seed(0)
+    model = Transformer(Config.from_dict(raw))
+    torch.nn.init.normal_(model.head, std=0.3)
+    save_model(model, path, ROOT / "data" / "tiny")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "random")
+
+
+@pytest.fixture
+def problems(tmp_path) -> Path:
+    path = tmp_path / "problems.jsonl"
+    lines = [json.dumps({"id": f"p{i}", "problem": f"What is {i} + {i}?"}) for i in range(24)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def generate_arguments(model: Path, problems: Path, out: Path) -> list[object]:
+    return [
+        "--model",
+        model,
+        "--problems",
+        problems,
+        "--out",
+        out,
+        "--num_samples",
+        3,
+        "--max_new_tokens",
+        40,
+        "--slots",
+        8,
+    ]
+
+
+def test_kill_and_restart_gives_the_same_solutions(tmp_path, model_dir, problems):
+    """Guards: records lost, doubled, torn or drawn otherwise when a run is killed and taken up again."""
+    whole, pieces = tmp_path / "whole.jsonl", tmp_path / "pieces.jsonl"
+    assert run_script("generate.py", tmp_path, *generate_arguments(model_dir, problems, whole))[0] == 0
+    expected = {r["id"]: r for r in read_records(whole, ["id"])}
+    assert set(expected) == {f"p{i}/{k}" for i in range(24) for k in range(3)}
+    first = expected["p0/0"]
+    assert first["steps"] == split_steps(first["text"]) and first["finish"] in ("stop", "length")
+    moments = [share * whole.stat().st_size for share in sorted(random.random() * 0.7 for _ in range(3))]
+    again = generate_arguments(model_dir, problems, pieces)
+    killed = [run_and_kill("generate.py", tmp_path, pieces, size, *again) for size in moments]
+    assert killed[0] == -9  # on a busy machine a later one may come too late
+    with open(pieces, "rb+") as file:
+        file.truncate(pieces.stat().st_size - 9)  # and the last line is torn
+    assert run_script("generate.py", tmp_path, *again)[0] == 0
+    records = read_records(pieces, ["id"])
+    assert {r["id"]: r for r in records} == expected and len(records) == len(expected)
+    before = pieces.read_bytes()
+    assert run_script("generate.py", tmp_path, *again)[0] == 0
+    assert pieces.read_bytes() == before and "complete, 72 solutions" in (tmp_path / "stdout").read_text()
+
+
+def break_template(tmp_path, arguments):
+    settings = json.loads((ROOT / "data/tiny/tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (make_model(tmp_path / "model") / "tokenizer_config.json").write_text(json.dumps(settings))
+    return ["--model", tmp_path / "model"]
+
+
+def break_tokenizer(tmp_path, arguments):
+    (make_model(tmp_path / "model") / "tokenizer.json").write_text('{"torn')
+    return ["--model", tmp_path / "model"]
+
+
+def break_architecture(tmp_path, arguments):
+    config = make_model(tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "MambaForCausalLM"))
+    return ["--model", tmp_path / "model"]
+
+
+def break_problems(tmp_path, arguments):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"id": "a", "problem": "b"}\nnot JSON\n')
+    return ["--problems", path]
+
+
+def make_earlier_run(tmp_path, arguments):
+    """A run with the same arguments, but for one."""
+    out = tmp_path / "earlier.jsonl"
+    out.write_text('{"id": "p0/0"}\n')
+    names = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {
+        "--temperature": 0.5,
+        "--top_p": 0.95,
+        "--seed": 0,
+    }
+    run = {name[2:]: str(value) if isinstance(value, Path) else value for name, value in names.items()}
+    Path(f"{out}.args.json").write_text(json.dumps({"arguments": run}))
+    return ["--out", out]
+
+
+BAD_INPUT = [
+    (break_template, "no chat template"),
+    (break_tokenizer, "no tokenizer that can be loaded"),
+    (break_architecture, "MambaForCausalLM is not supported"),
+    (lambda *_: ["--model", "/no/such/model"], "--model /no/such/model: neither a directory nor"),
+    (lambda *_: ["--max_new_tokens", 250], r"p0: a prompt of \d+ tokens and --max_new_tokens 250 .* context of 256"),
+    (lambda *_: ["--top_p", 0], "top_p=0.0"),
+    (break_problems, r"broken.jsonl:2: not JSON"),
+    (lambda tmp_path, _: ["--problems", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python"),
+    (lambda *_: ["--problems", "/dev/null"], "/dev/null"),
+    (make_earlier_run, "--temperature 0.5, this run has --temperature 0.7"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(tmp_path, model_dir, problems, change, message):
+    """Guards: tracebacks, exit status 1, and a failed run that leaves an empty or half-written output behind."""
+    out = tmp_path / "out.jsonl"
+    arguments = generate_arguments(model_dir, problems, out)
+    arguments += change(tmp_path, arguments)  # the last flag wins
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    status, stderr = run_script("generate.py", tmp_path, *arguments)
+    assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert re.search(message, stderr)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json*") if path.suffix != ".lock"} == before
+
+
+def test_two_runs_never_share_an_output(tmp_path, model_dir, problems):
+    """Guards: interleaved records; and the same through a real command line, whose help loads no model."""
+    out = tmp_path / "out.jsonl"
+    with open(f"{out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = map(str, generate_arguments(model_dir, problems, out))
+        run = subprocess.run([sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and "another run is writing to it" in run.stderr
+    assert not out.exists()

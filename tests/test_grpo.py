@@ -1,0 +1,382 @@
+"""Stage III: format constraints, rewards, advantages, the loss against autograd, and whole runs on a random model."""
+
+import argparse
+import json
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_prm import TINY, make_model, read_metrics, run_main, torchrun, write_jsonl
+
+import grpo
+from generate import InputError, Sampler
+from kernels.transformer import load_model
+from verify import Scored
+
+# --------------------------------------------------------------------------- format and what is shown
+
+STEPS = "<think><step>1+1=2</step> <step>2+2=4</step></think>"
+GOOD = STEPS + r"<answer>\boxed{4}</answer>"
+
+
+@pytest.mark.parametrize(
+    ("response", "paper", "strict"),
+    [
+        (GOOD, True, True),
+        (f" {GOOD} \n", True, True),
+        ("<think>\n<step>if 1<2 and a<b/c> then 3>2</step>\n</think>\n<answer>so \\boxed{4}.</answer>", True, True),
+        (GOOD.replace("{4}", r"{\frac{1}{2}}"), True, True),
+        (GOOD.replace("4}<", r"4} \boxed{5<"), True, True),  # the second box never closes
+        (GOOD.replace("4}<", r"4} \boxed{5}<"), False, False),
+        (GOOD.replace("2+2=4", r"\boxed{9}"), False, False),
+        (GOOD.replace("{4}", r"{\boxed{4}}"), False, False),
+        (GOOD.replace("{4}", "{4"), False, False),
+        (GOOD + " And more.", False, False),
+        (GOOD + GOOD, False, False),
+        (GOOD + "<answer></answer>", False, False),
+        (GOOD.replace("</answer>", ""), False, False),
+        (STEPS + r"</answer>\boxed{4}<answer>", False, False),
+        (STEPS.replace("</think>", r"<answer>\boxed{4}</answer></think>"), False, False),
+        (r"<answer>\boxed{4}</answer>" + STEPS, False, False),
+        ("", False, False),
+        (r"<answer>\boxed{4}</answer>", True, False),
+        (r"<think>2+2=4</think><answer>\boxed{4}</answer>", True, False),
+        (r"<think></think><answer>\boxed{4}</answer>", True, False),
+        (STEPS.replace("2=4", r"2=\boxed{4}") + "<answer>4</answer>", True, False),
+        (STEPS + r"\boxed{4}<answer>4</answer>", True, False),
+        ("Well. " + GOOD, True, False),
+        (GOOD.replace("</step> <", "</step> so <"), True, False),
+        (GOOD.replace("><answer", "> so <answer"), True, False),
+        (STEPS + GOOD, True, False),
+        (GOOD.replace("<think>", "<think><think>").replace("</think>", "</think></think>"), True, False),
+        (GOOD.replace("1+1=2", "<step>1+1=2</step>"), True, False),
+        (GOOD.replace("</step></think>", "</think></step>"), True, False),
+        (GOOD.replace("</step></think>", "</think>"), True, False),
+        (GOOD.replace("<think>", "</think>", 1), True, False),
+    ],
+)  # fmt: skip
+def test_format_constraints(response, paper, strict):
+    """Guards: a way around the format (a second box, text after the answer, an answer before or inside the thinking,
+    nested or crossing tags), and a `<` in mathematics taken for a tag."""
+    assert grpo.format_valid(response, "none") is True
+    assert grpo.format_valid(response, "paper") is paper
+    assert grpo.format_valid(response, "paper", finished=False) is paper
+    assert grpo.format_valid(response, "strict") is strict
+    assert grpo.format_valid(response, "strict", finished=False) is False
+
+
+def test_appended_solutions_are_shown():
+    """Guards: a reward model that is shown the first solution only, so that appending is never rewarded; and text
+    behind the last answer that it is shown."""
+    other = GOOD.replace("1+1=2", "3+3=6").replace("2+2=4", "6+1=7").replace("{4}", "{7}")
+    assert grpo.shown_solution(GOOD) == (["1+1=2", "2+2=4"], "4")
+    tail = r"<think><step>0=0</step></think>\boxed{0}"
+    assert grpo.shown_solution(GOOD + other + tail) == (["1+1=2", "2+2=4", "3+3=6", "6+1=7"], "7")
+    assert grpo.shown_solution(STEPS + tail) == (["1+1=2", "2+2=4", "0=0"], "0")
+
+
+# --------------------------------------------------------------------------- rewards and advantages
+
+
+def make_args(**changes) -> argparse.Namespace:
+    """What the parts of a step read."""
+    settings = {
+        "reward": "process_aware",
+        "format_constraints": "paper",
+        "group_size": 2,
+        "seed": 0,
+        "temperature": 1.3,
+    }
+    settings |= {"loss_norm": "token", "max_new_tokens": 20, "micro_tokens": 10**6, "kl_coef": 0.5, "clip_low": 0.2}
+    settings |= {"clip_high": 0.2, "max_gap": 100.0, "lr": 1.0, "max_grad_norm": 1e9}
+    return argparse.Namespace(**settings | changes)
+
+
+def test_judgements_reach_their_own_response():
+    """Guards: judgements shifted by the invalid responses in between; an unparsed one that counts as correct; a
+    reward-model call for an invalid response; the problem of another response in the prompt."""
+    verdicts = {"1": True, "2": None, "3": False, "5": True}
+    texts = [GOOD.replace("{4}", "{%s}" % k) for k in "12345"]  # noqa: UP031
+    texts[3] += " more"
+    texts.append(GOOD.replace("\\boxed", ""))
+    rollouts = [grpo.Rollout(f"p{i // 2}", [1], [2], [0.0], text, "stop") for i, text in enumerate(texts)]
+    seen = []
+
+    def judge(solutions):
+        seen.extend((s["problem"], s["answer"]) for s in solutions)
+        return [Scored(None, verdicts[s["answer"]], "", 0) for s in solutions]
+
+    problems = [{"id": f"p{i}", "problem": f"problem {i}"} for i in range(3)]
+    grpo.score_rollouts(rollouts, problems, make_args(), 0, judge, {})
+    assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    assert seen == [("problem 0", "1"), ("problem 0", "2"), ("problem 1", "3"), ("problem 2", "5")]
+    assert grpo.process_aware_reward(False, Scored(None, True, "", 0)) == 0.0
+    metrics = grpo.rollout_metrics(rollouts, torch.zeros(6), 2)
+    assert metrics["reward/unparsed"] == metrics["reward/count_mismatch"] / 3 == 1 / 4
+    assert metrics["format/valid"] == 4 / 6 and metrics["format/text_after_answer"] == 1 / 6
+
+
+def test_random_reward_sees_nothing_but_the_format():
+    """Guards: a control that depends on the response, or that rewards invalid ones."""
+    coins = []
+    for text in (GOOD, GOOD.replace("4", "5")):
+        rollouts = [grpo.Rollout("p", [1], [2], [0.0], text, "stop") for _ in range(40)]
+        rollouts[7].text = "broken"
+        args = make_args(reward="random", group_size=40)
+        grpo.score_rollouts(rollouts, [{"id": "p", "problem": ""}], args, 3, None, {})
+        coins.append([r.reward for r in rollouts])
+    assert coins[0] == coins[1] and 8 < sum(coins[0]) < 32
+    assert not any(grpo.random_reward(False, random.Random(i)) for i in range(20))
+    assert {grpo.random_reward(True, random.Random(i)) for i in range(20)} == {0.0, 1.0}
+
+
+def test_verifiable_reward_needs_every_answer(tmp_path):
+    """Guards: a KeyError in the middle of a run; answers of the problems file read by a reward that mustn't see them."""
+    problems = [{"id": "a", "problem": "", "answer": "1"}, {"id": "b", "problem": ""}]
+    with pytest.raises(InputError, match="problem b"):
+        grpo.load_gold(make_args(reward="rlvr", gold=None), problems)
+    path = write_jsonl(tmp_path / "gold.jsonl", [{"id": "b", "answer": "2"}])
+    assert grpo.load_gold(make_args(reward="rlvr", gold=path), problems) == {"a": "1", "b": "2"}
+    assert grpo.load_gold(make_args(gold=None), problems) == {}
+    rollouts = [grpo.Rollout("b", [1], [2], [0.0], GOOD.replace("{4}", f"{{{k}}}"), "stop") for k in (2, 3)]
+    grpo.score_rollouts(rollouts, problems, make_args(reward="rlvr"), 0, None, {"b": "2"})
+    assert [r.reward for r in rollouts] == [1.0, 0.0]
+
+
+def test_group_advantages():
+    """Guards: the biased std; statistics over the batch; a group of equal rewards (0.7 sixteen times has no mean of 0.7
+    in fp32) or of rewards that differ by rounding blown up to +-1."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.4, 1.0, 0.4, 1.0])
+    wanted = [1.5, -0.5, -0.5, -0.5] + [-math.sqrt(3) / 2, math.sqrt(3) / 2] * 2
+    torch.testing.assert_close(grpo.group_advantages(rewards, 4), torch.tensor(wanted), atol=1e-5, rtol=0)
+    shaped = torch.full((16,), 0.7)
+    assert grpo.group_advantages(shaped, 16).tolist() == [0.0] * 16
+    shaped[3] = shaped[3].nextafter(torch.tensor(1.0))
+    assert grpo.group_advantages(shaped, 16).abs().max() < 0.2
+    assert grpo.group_advantages(torch.tensor([0.3, 0.9]), 1).tolist() == [0.0, 0.0]
+
+
+# --------------------------------------------------------------------------- the loss
+
+
+def test_loss_weights():
+    """Guards: one norm's denominator in another; a length of the micro-batch in place of the batch's."""
+    for norm, wanted in (
+        ("token", [1 / 4] * 4),
+        ("sequence", [1 / 2, 1 / 6, 1 / 6, 1 / 6]),
+        ("dr_grpo", [1 / 16] * 4),
+    ):
+        torch.testing.assert_close(grpo.loss_weights([1, 3], norm, 8), torch.tensor(wanted), atol=1e-8, rtol=0)
+
+
+def test_clip_on_both_sides():
+    """Guards: the clip that binds for the wrong sign of the advantage, or with the two bounds exchanged."""
+    ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.25, 0.75])
+    logprobs = ratios.log().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    zeros, weights = torch.zeros(6), torch.full((6,), 0.5)
+    loss, stats = grpo.grpo_loss(logprobs, zeros, zeros, advantages, weights, clip_low=0.2, clip_high=0.3, kl_coef=0.0)
+    assert loss.item() == pytest.approx(-0.5 * (1.3 - 1.5 + 0.5 - 0.8 + 1.25 - 0.8))
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.0, 0.75, -0.25, 0.0, -0.625, 0.0])
+    assert stats["clip_fraction"] == pytest.approx(0.5 * 3) and stats["surrogate"] == pytest.approx(-loss.item())
+
+
+def brute_force(model, reference, samples, args) -> torch.Tensor:
+    """The GRPO objective from full logits, one response after the other, as the method states it.
+    samples: (prompt, ids, advantage, old log-probs or None for the current ones)."""
+    per_response = []
+    for prompt, ids, advantage, old in samples:
+        both = []
+        for network in (model, reference):
+            logits = network(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1] @ network.head.T / args.temperature
+            both.append(logits.log_softmax(-1)[range(len(ids)), ids])
+        logp, ref = both[0], both[1].detach()
+        ratio = (logp - (logp.detach() if old is None else old)).exp()
+        bound = ratio.clamp(max=1 + args.clip_high) if advantage >= 0 else ratio.clamp(min=1 - args.clip_low)
+        per_response.append(-bound * advantage + args.kl_coef * ((ref - logp).exp() - (ref - logp) - 1))
+    if args.loss_norm == "token":
+        return torch.cat(per_response).mean()
+    if args.loss_norm == "sequence":
+        return torch.stack([x.mean() for x in per_response]).mean()
+    return torch.stack([x.sum() / args.max_new_tokens for x in per_response]).mean()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence", "dr_grpo"])
+def test_loss_and_gradient_equal_autograd_on_full_logits(model_path, norm):
+    """Guards: loss inputs written in place; a wrong denominator, k3 or clip; log-probs of shifted tokens."""
+    args = make_args(loss_norm=norm, kl_coef=0.3)
+    model = load_model(model_path, dtype=torch.float64)
+    reference = load_model(make_model(model_path.parent / "reference", seed=1), dtype=torch.float64)
+    rng = random.Random(0)
+    samples = []
+    for prompt, length, advantage in ((3, 1, 1.3), (5, 7, -0.4), (2, 4, 0.0), (4, 11, 0.9), (1, 2, -2.0)):
+        prompt, ids = ([rng.randrange(500) for _ in range(n)] for n in (prompt, length))
+        packed = grpo.pack([(prompt + ids, len(prompt))], torch.device("cpu"))
+        with torch.no_grad():
+            old = model.packed(*packed, args.temperature)[0][packed[2] >= 0]
+        samples.append((prompt, ids, advantage, old + torch.tensor([rng.gauss(0, 0.5) for _ in ids])))
+    wanted = brute_force(model, reference, samples, args)
+    wanted.backward()
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    lengths = [len(ids) for _, ids, _, _ in samples]
+    packed = grpo.pack([(prompt + ids, len(prompt)) for prompt, ids, _, _ in samples], torch.device("cpu"))
+    logprobs = model.packed(*packed, args.temperature)[0][packed[2] >= 0]
+    with torch.no_grad():
+        ref = reference.packed(*packed, args.temperature)[0][packed[2] >= 0]
+    advantages = torch.tensor([a for _, _, a, _ in samples], dtype=torch.float64).repeat_interleave(
+        torch.tensor(lengths)
+    )
+    inputs = [logprobs, torch.cat([old for *_, old in samples]), ref, advantages]
+    inputs.append(grpo.loss_weights(lengths, norm, args.max_new_tokens).double())
+    copies = [x.detach().clone() for x in inputs]
+    loss, stats = grpo.grpo_loss(*inputs, kl_coef=args.kl_coef)
+    loss.backward()
+    assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
+    assert stats["clip_fraction"] > 0
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-7)  # the weights are fp32
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradient[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence", "dr_grpo"])
+def test_update_gives_every_token_its_own_advantage(model_path, norm):
+    """Guards: a reward on another response's tokens (a stale loop variable, an order lost in sorting by length); a
+    gradient or metrics that depend on the micro-batches; the sampler's temperature missing from the loss."""
+    args = make_args(loss_norm=norm)
+    rng = random.Random(1)
+    rollouts = []
+    for length in (6, 1, 9, 3, 12, 4):
+        prompt, ids = ([rng.randrange(500) for _ in range(n)] for n in (rng.randint(1, 9), length))
+        rollouts.append(grpo.Rollout("p", prompt, ids, [0.1 * length] * length, "", "stop"))
+    advantages = torch.tensor([1.0, -3.0, 0.25, 2.0, 0.0, -0.5])
+    reference = load_model(make_model(model_path.parent / "reference", seed=1))
+    model = load_model(model_path)
+    samples = [(r.prompt, r.ids, a, None) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
+    brute_force(model, reference, samples, args).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    norm_wanted = torch.cat([g.flatten() for g in gradient.values()]).norm().item()
+    results = []
+    for micro_tokens in (1, 25, 10**6):
+        model = load_model(model_path)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters())  # one step of size 1: the difference is the gradient
+        args.micro_tokens = micro_tokens
+        results.append(grpo.update_policy(model, optimizer, reference, rollouts, advantages, args))
+        assert results[-1]["train/grad_norm"] == pytest.approx(norm_wanted, rel=1e-4)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(before[name] - p.detach(), gradient[name], atol=1e-6, rtol=1e-4, msg=name)
+    for name, value in results[0].items():
+        assert [result[name] for result in results] == pytest.approx([value] * 3, rel=1e-4, abs=1e-6), name
+    only_kl = make_args(kl_coef=1.0, loss_norm="sequence" if norm == "sequence" else "token")  # a mean under every norm
+    k3 = brute_force(load_model(model_path), reference, [(r.prompt, r.ids, 0.0, None) for r in rollouts], only_kl)
+    assert results[0]["kl/k3"] == pytest.approx(k3.item(), rel=1e-4) and k3 > 0.1
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+def test_every_epoch_has_every_problem_once():
+    """Guards: problems dropped where an epoch ends within a batch; two draws of one problem that get the same samples."""
+    problems = [{"id": i, "prompt": [1]} for i in range(7)]
+    drawn = [p for step in range(7) for p in grpo.problems_at(step, problems, 3, seed=5)]
+    epochs = [[p["id"] for p in drawn[k : k + 7]] for k in (0, 7, 14)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 3 and epochs[0] != epochs[1] != epochs[2]
+    assert [p["place"] for p in drawn] == list(range(21))
+    seen: list[str] = []
+
+    class Recorder:
+        def sample(self, prompts, *, keys, **_):
+            seen.extend(keys)
+            return [[] for _ in prompts]
+
+    for step in range(7):
+        grpo.sample_rollouts(Recorder(), None, [0], drawn[3 * step : 3 * step + 3], make_args(), step)
+    assert len(set(seen)) == 21
+    assert grpo.problems_at(1, problems, 17, seed=5)[:4] == drawn[17:]  # a batch may hold several epochs
+
+
+@pytest.fixture(scope="module")
+def world(model_path):
+    """Four uninterrupted steps: random reward, 7 problems, so that an epoch ends within the third batch of 3."""
+    root = model_path.parent
+    for name, count in (("problems", 7), ("heldout", 5)):
+        lines = (TINY / f"{name}.jsonl").read_text().splitlines()[:count]
+        write_jsonl(root / f"{name}.jsonl", [json.loads(line) for line in lines])
+    flags = ["--policy", model_path, "--problems", root / "problems.jsonl", "--heldout", root / "heldout.jsonl"]
+    flags += ["--gold", TINY / "gold.jsonl", "--reward", "random", "--format_constraints", "none", "--batch_size", 3]
+    flags += ["--group_size", 4, "--max_new_tokens", 10, "--lr", 1e-3, "--kl_coef", 0.1, "--temperature", 0.8]
+    flags += ["--heldout_every", 2, "--save_every", 2, "--sample_every", 3, "--micro_tokens", 900, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_main(monkeypatch, grpo, *flags, "--steps", 4, "--out", root / "whole")
+    return root, flags
+
+
+def test_sampler_and_trainer_agree(world):
+    """Guards: rewards trained on other tokens or at another temperature than were sampled; no gradient at all; a metric
+    that isn't a number (JSON has none), such as the accuracy of the valid responses where none is valid."""
+    root, _ = world
+    first, *steps = read_metrics(root / "whole")
+    assert {"step", "heldout/accuracy", "heldout/low", "heldout/high", "heldout/valid"} == first.keys()
+    assert all(math.isfinite(value) for record in (first, *steps) for value in record.values())
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert max(record["gap/max"] for record in steps) < 1e-4
+    assert all(record["train/grad_norm"] > 0 and 0 < record["reward/mean"] < 1 for record in steps)
+    assert steps[0]["kl/k3"] == pytest.approx(0, abs=1e-9) and steps[3]["kl/k3"] > 1e-6
+    before, after = (load_file(path / "model.safetensors") for path in (root / "model", root / "whole"))
+    assert sum((before[name] != after[name]).sum() for name in before) > 0.9 * sum(x.numel() for x in before.values())
+
+
+def test_resume_equals_uninterrupted(world, monkeypatch):
+    """Guards: a batch repeated or a coin tossed again after a resume; an optimizer or reference that isn't restored;
+    numbers that make no sense, or other ones than the run was begun with."""
+    root, flags = world
+    run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "halves")
+    run_main(monkeypatch, grpo, *flags, "--steps", 4, "--out", root / "halves")
+    assert read_metrics(root / "halves") == read_metrics(root / "whole")
+    halves, whole = (load_file(root / name / "model.safetensors") for name in ("halves", "whole"))
+    assert all(torch.equal(halves[name], whole[name]) for name in whole)
+    with pytest.raises(InputError, match=r"--heldout_every 0: it must be at least 1"):
+        run_main(monkeypatch, grpo, *flags, "--out", root / "halves", "--heldout_every", 0)
+    with pytest.raises(InputError, match=r"--kl_coef 0\.1, this run has --kl_coef 0\.2"):
+        run_main(monkeypatch, grpo, *flags, "--steps", 4, "--out", root / "halves", "--kl_coef", 0.2)
+
+
+def test_two_ranks_train_as_one(world):
+    """Guards: groups torn apart when rollouts are gathered; per-rank normalisers and advantages; a stale copy in the
+    sampler; ranks that disagree on the number of micro-batches (3 problems on 2 ranks)."""
+    root, flags = world
+    torchrun("grpo.py", *flags, "--steps", 4, "--out", root / "ranks")
+    for one, two in zip(read_metrics(root / "whole"), read_metrics(root / "ranks"), strict=True):
+        assert one == pytest.approx(two, abs=1e-4), one["step"]
+
+
+def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
+    """Guards: training on samples of another distribution than the loss assumes."""
+    root, flags = world
+    real = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, *a, **kw: real(self, *a, **kw | {"temperature": 0.5}))
+    with pytest.raises(InputError, match=r"--max_gap 0\.1.*stopped before the update"):
+        run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "other")
+    assert not (root / "other" / "training").exists()
+
+
+def test_learning_rate_zero_changes_nothing(world, monkeypatch):
+    """Guards: weights that move without a learning rate (decay, buffers, a lossy export); accuracy measured on other
+    samples each time."""
+    root, flags = world
+    run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "still", "--lr", 0, "--heldout_every", 1)
+    before, after = (load_file(path / "model.safetensors") for path in (root / "model", root / "still"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    records = read_metrics(root / "still")
+    assert len({tuple(record[f"heldout/{x}"] for x in ("accuracy", "low", "high")) for record in records}) == 1
+    assert len(records) == 3 and records[2]["kl/k3"] == pytest.approx(0, abs=1e-9)

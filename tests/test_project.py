@@ -1,0 +1,286 @@
+"""The repository as a whole: imports, command lines, documented commands, and the data that ships with it."""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import evaluate
+import verify
+from data import make_tiny
+from generate import SOLVE_PROMPT, encode_chat
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "data" / "tiny"
+STAGES = ["generate", "verify", "train_prm", "evaluate", "grpo"]
+TREES = {
+    path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text())
+    for path in [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/**/*.py")]
+}
+
+
+def read_jsonl(name: str) -> list[dict]:
+    return [json.loads(line) for line in (TINY / name).read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------- imports
+
+# what each file may import: first ours, then other people's (the standard library is free)
+LADDER = {
+    "kernels/logprob": "torch",
+    "kernels/transformer": "kernels torch safetensors",
+    "kernels/decode": "kernels torch",
+    "kernels/__init__": "",
+    "generate": "kernels torch numpy tqdm transformers huggingface_hub",
+    "verify": "generate kernels torch numpy tqdm",
+    "train_prm": "generate verify kernels torch numpy tqdm",
+    "evaluate": "generate verify kernels torch numpy tqdm matplotlib",
+    "grpo": "generate verify train_prm evaluate kernels torch numpy tqdm",
+    "data": "generate verify train_prm evaluate grpo kernels torch numpy tqdm tokenizers transformers pyarrow",
+}
+
+
+def imports(tree: ast.AST) -> list[tuple[str, list[str]]]:
+    """(module, names) of every import, at whatever depth; a name computed at run time is not found."""
+    found = [(alias.name, []) for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not any(node.level for node in froms), "a relative import"
+    return found + [(node.module, [alias.name for alias in node.names]) for node in froms]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_import_ladder(name):
+    """Guards: a stage that reaches upwards, into data/ or tests/, or for somebody else's training or sampling engine."""
+    allowed = (
+        set(LADDER.get(name, LADDER["data"] if name.startswith("data/") else "").split()) | sys.stdlib_module_names
+    )
+    for module, names in imports(TREES[name]):
+        assert module.split(".")[0] in allowed, f"{name} imports {module}"
+        if module.split(".")[0] == "transformers":
+            assert module == "transformers" and names == ["AutoTokenizer"], f"{name} imports {names} from {module}"
+    calls = [ast.unparse(node.func) for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if re.search(r"__import__|import_module|run_path|^exec$|^eval$", call)]
+
+
+PROBE = """
+import contextlib, io, json, runpy, sys, torch, transformers  # these two may look at devices when they are imported
+sys.path.insert(0, {root!r})
+def touched(*_): raise SystemExit("a device was touched")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = touched
+for stage in {stages}: __import__(stage)
+print(sorted({{"matplotlib", "math_verify", "pyarrow"}} & set(sys.modules)), torch.distributed.is_initialized())
+for command in {commands}:
+    stage, *more = command.split()
+    sys.argv, text = [stage, *more, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            runpy.run_path({root!r} + "/" + stage + ".py", run_name="__main__")
+    except SystemExit as end:
+        print(json.dumps([command, end.code, text.getvalue()]))
+"""
+COMMANDS = ["generate", "verify", "train_prm", "grpo", "evaluate"]
+COMMANDS += [f"evaluate {name}" for name in ("processbench", "benchmark", "labels", "plot")]
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory) -> list[str]:
+    """What importing every stage prints, then the --help of every command; in a directory without data or models."""
+    empty = tmp_path_factory.mktemp("empty")
+    program = PROBE.format(stages=STAGES, commands=COMMANDS, root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", program], cwd=empty, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not list(empty.iterdir()), done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def helps(probe) -> dict[str, str]:
+    return {command: text for command, _, text in map(json.loads, probe[1:])}
+
+
+def test_import_and_help_have_no_effects(probe):
+    """Guards: a stage that prints, parses or takes a device when it is imported, drags in the plotting or grading
+    library, or loads a model for --help."""
+    assert probe[0] == "[] False"
+    results = [json.loads(line) for line in probe[1:]]
+    assert [(command, code) for command, code, _ in results] == [(command, 0) for command in COMMANDS]
+    assert all(text.startswith("usage: ") and "--help" in text for *_, text in results)
+
+
+# --------------------------------------------------------------------------- flags and documented commands
+
+
+def flags_of(tree: ast.AST) -> set[str]:
+    """Flags that a piece of code defines, without their dashes."""
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+    names = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
+    return {name[2:] for name in names if name.startswith("--")}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "evaluate"])
+def test_every_flag_is_read(command):
+    """Guards: a flag that does nothing: args.<flag> must stand in the command's function or in one that it leads to."""
+    stage, *more = command.split()
+    main = evaluate.COMMANDS[more[0]].__name__ if more else "main"
+    parts = {node.name: node for node in TREES[stage].body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    reached, waiting = {}, [main]
+    while waiting:
+        name = waiting.pop()
+        reached[name] = list(ast.walk(parts[name]))
+        names = {node.id for node in reached[name] if isinstance(node, ast.Name)}
+        waiting += [other for other in names if other in parts and other not in reached]
+    flags = set().union(*(flags_of(parts[name]) for name in reached))
+    attributes = [node for nodes in reached.values() for node in nodes if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in attributes if getattr(node.value, "id", "") == "args"}
+    assert "out" in flags and all(re.fullmatch(r"[a-z0-9_]+", flag) for flag in flags)
+    assert flags <= read, f"never read: {sorted(flags - read)}"
+
+
+def documented_commands(text: str) -> list[list[str]]:
+    """The words of every command of a text that runs Python; a backslash continues a line, # begins a comment."""
+    lines = [line.split("#")[0] for line in text.replace("\\\n", " ").splitlines()]
+    commands = [command.strip().removeprefix("do ") for line in lines for command in re.split(r";|&&|\|", line)]
+    return [shlex.split(command) for command in commands if re.match(r"(\$ )?(\w+=\S+ )*(python3?|torchrun) ", command)]
+
+
+def documents() -> dict[str, str | None]:
+    """The texts whose commands are checked: the docstring of each script, and the README's fenced blocks."""
+    texts = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items() if not name.startswith("kernels")}
+    readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else None
+    return texts | {"README": readme and "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))}
+
+
+@pytest.mark.parametrize("name", documents())
+def test_documented_commands_exist(helps, name):
+    """Guards: a README or docstring whose commands name files, evaluations or flags that don't exist."""
+    text = documents()[name]
+    if text is None:
+        pytest.skip("README.md isn't there yet")
+    commands = documented_commands(text)
+    assert commands
+    for words in commands:
+        place = next((i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m"), None)
+        assert place is not None, " ".join(words)
+        script, rest = words[place], words[place + 1 :]
+        if not script.endswith(".py"):
+            if not script.startswith(("data.", "tests.", *STAGES)):
+                continue  # pytest, venv, pip
+            script = script.replace(".", "/") + ".py"
+        assert (ROOT / script).is_file(), " ".join(words)
+        command = script.removesuffix(".py")
+        if command == "evaluate" and rest and not rest[0].startswith("-"):
+            command = f"evaluate {rest[0]}"
+            assert command in helps, " ".join(words)
+        flags = {f"--{flag}" for flag in flags_of(ast.parse((ROOT / script).read_text()))}
+        if command in helps:
+            flags = set(re.findall(r"--\w+", helps[command].partition("\n\n")[0]))  # of the usage
+        used = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert used <= flags | {"--help"}, f"{sorted(used - flags)} in: {' '.join(words)}"
+
+
+def test_top_level_holds_nothing_else():
+    """Guards: a sixth stage, a utils.py, a stray output."""
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    allowed = {f"{stage}.py" for stage in STAGES} | {"kernels", "data", "tests", "requirements.txt"}
+    allowed |= {"README.md", "LICENSE", "pyproject.toml", ".gitignore", ".ci"}
+    assert {file.split("/")[0] for file in files if (ROOT / file).exists()} <= allowed
+    assert not [file for file in files if Path(file).name in ("utils.py", "common.py", "helpers.py")]
+
+
+# --------------------------------------------------------------------------- the tiny world
+
+
+def test_problem_sets_are_disjoint_and_reproducible():
+    """Guards: held-out problems that a checkpoint was trained on; files that their script doesn't make; answers in a
+    file that a reference-free stage reads."""
+    pool, train, heldout = make_tiny.make_sets()
+    sets = [{re.sub(r"\W+", " ", p.text.lower()).strip() for p in problems} for problems in (pool, train, heldout)]
+    assert [len(s) for s in sets] == [make_tiny.POOL, make_tiny.TRAIN, make_tiny.HELDOUT]
+    assert len(set.union(*sets)) == sum(map(len, sets))
+    gold = read_jsonl("gold.jsonl")
+    for name, problems in (("problems", train), ("heldout", heldout)):
+        records = read_jsonl(f"{name}.jsonl")
+        assert [r["problem"] for r in records] == [p.text for p in problems]
+        assert all(r.keys() == {"id", "problem", "source"} for r in records)
+        answers = {r["id"]: r["answer"] for r in gold}
+        assert [answers.pop(r["id"]) for r in records] == [p.answer for p in problems]
+        gold = [r for r in gold if r["id"] in answers]
+    assert not gold
+
+
+def solve(problem: str) -> list[str]:
+    """The equations of a word problem, read off its sentences without the generator's tables."""
+    total, steps = None, []
+    for sentence in problem.split(". "):
+        number = int(n.group()) if (n := re.search(r"\d+", sentence)) else None
+        if total is None:
+            total = number
+        elif not sentence.startswith("How many"):
+            if re.search(r"doubles|as many again", sentence):
+                sign, number, after = "*", 2, total * 2
+            elif re.search(r"triples|three times", sentence):
+                sign, number, after = "*", 3, total * 3
+            elif "half" in sentence:
+                sign, number, after = "/", 2, total / 2
+            elif re.search(r"loses|gives|sells|taken away", sentence):
+                sign, after = "-", total - number
+            else:
+                assert re.search(r"buys|finds|brings|added", sentence), sentence
+                sign, after = "+", total + number
+            assert after == int(after)
+            steps.append(f"{total}{sign}{number}={int(after)}")
+            total = int(after)
+    return steps
+
+
+def test_gold_answers_are_right():
+    """Guards: a gold file that disagrees with its own problems; every accuracy on the tiny world stands on it."""
+    problems = {r["id"]: r["problem"] for name in ("problems", "heldout") for r in read_jsonl(f"{name}.jsonl")}
+    for record in read_jsonl("gold.jsonl"):
+        steps = solve(problems[record["id"]])
+        assert list(record["steps"]) == steps, record["id"]
+        assert record["answer"] == steps[-1].split("=")[1] and 0 <= int(record["answer"]) <= 99
+
+
+def test_tokenizer_fits_the_prompts():
+    """Guards: a prompt that was edited after the tokenizer was made: its instruction would fall into hundreds of
+    tokens that the tiny models have never seen."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert tokenizer.eos_token == "<|im_end|>" and len(tokenizer) <= 512
+    assert all(len(tokenizer(f"{digit}").input_ids) == 1 for digit in range(10))
+    assert len(tokenizer("4719").input_ids) == 4
+    texts = {
+        "problem": read_jsonl("heldout.jsonl")[0]["problem"],
+        "solution": "Step 1: 4+7=11\nAnswer: 11",
+        "examples": "",
+    }
+    texts |= {"reference": "11", "verification": "## Step 1: add", "critique": "Step 1: 4+7=11, judged rightly."}
+    prompts = [SOLVE_PROMPT, verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.CRITIQUE_PROMPT, verify.MERGE_PROMPT]
+    fixed = [prompt.format(**texts).split("\n\nProblem: ")[0] for prompt in prompts]
+    prompts += [verify.ORM_PROMPT, verify.PRM_PROMPT]
+    fixed += [prompt.format(**texts).split("\n\n")[-1] for prompt in prompts[-2:]]
+    for prompt, instruction in zip(prompts, fixed, strict=True):
+        ids = encode_chat(tokenizer, prompt.format(**texts))
+        assert tokenizer(instruction).input_ids == [token := tokenizer.convert_tokens_to_ids(instruction)]
+        assert token != tokenizer.unk_token_id and ids.count(token) == 1
+        assert prompt.format(**texts) in tokenizer.decode(ids)
+    for text in (
+        make_tiny.render_response(["4+7=11"], "11"),
+        "**This step is correct.**",
+        "## Step 3: double\n11*2=22",
+    ):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_checkpoints_are_small():
+    """Guards: a repository that outgrows a quick clone."""
+    files = [path for name in ("policy", "verifier") for path in (TINY / name).glob("*")]
+    if not any(path.name == "model.safetensors" for path in files):
+        pytest.skip("the tiny checkpoints aren't there")
+    assert sum(path.stat().st_size for path in files) <= 12_000_000

@@ -1,0 +1,293 @@
+"""Stage II: training examples, the packed loss, FSDP2 and checkpoints, on a random model of two layers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_prm
+from generate import InputError, encode_chat, render_response, render_steps
+from kernels.transformer import Config, Transformer, load_model, save_model
+from verify import REWARD_MODELS
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "data" / "tiny"
+SHAPE = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def make_model(path: Path, seed: int = 0) -> Path:
+    """A random model with the tiny world's tokenizer; returns its directory."""
+    torch.manual_seed(seed)
+    model = Transformer(Config.from_dict({**SHAPE, "vocab_size": len(AutoTokenizer.from_pretrained(TINY))}))
+    torch.nn.init.normal_(model.head, std=0.3)  # logits far enough from uniform that temperature matters
+    save_model(model, path, TINY)
+    return path
+
+
+def make_label(i: int, **changes) -> dict:
+    """Label i: 2 to 4 steps, the last of them wrong for every third i."""
+    steps = [f"{i}+{k}={i + k}" for k in range(1, 3 + i % 3)]
+    step_labels = [True] * (len(steps) - 1) + [i % 3 != 0]
+    judged = zip(steps, step_labels, strict=True)
+    sections = [
+        f"## Step {k}: add\n{s}\n**This step is {'correct' if c else 'incorrect'}.**"
+        for k, (s, c) in enumerate(judged, 1)
+    ]
+    verdict = f"**Verification: Is the answer correct (Yes/No)? {'Yes' if i % 3 else 'No'}**"
+    label = {
+        "id": f"t{i}/0",
+        "problem": f"Mia has {i} pens. How many now?",
+        "steps": steps,
+        "answer": str(i + len(steps)),
+    }
+    label |= {
+        "step_labels": step_labels,
+        "outcome": i % 3 != 0,
+        "text": "\n".join([*sections, verdict]),
+        "dropped": None,
+    }
+    return label | changes
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the keys that measure time."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in records]
+
+
+def run_main(monkeypatch, stage, *flags: object) -> None:
+    """The stage's main with these flags, in this process."""
+    monkeypatch.setattr(sys, "argv", [stage.__name__, *map(str, flags)])
+    stage.main()
+
+
+def torchrun(script: str, *flags: object) -> None:
+    """A stage on two gloo ranks; `timeout` ends them all if a collective hangs, which subprocess's own would not."""
+    command = [
+        "timeout",
+        "200",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        ROOT / script,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --------------------------------------------------------------------------- examples and batches
+
+
+def test_targets_are_found_by_position():
+    """Guards: an end-of-turn token masked because it equals the padding token; prompt tokens trained on."""
+    end = 2  # the padding token as well, and it occurs in a prompt and inside a response
+    ids, lengths, targets = train_prm.pack([([end, 5, end, 7, end], 3), ([4, end], 1)], torch.device("cpu"))
+    assert ids.tolist() == [end, 5, end, 7, end, 4, end] and lengths.tolist() == [5, 2]
+    assert targets.tolist() == [-1, -1, 7, end, -1, end, -1]
+
+
+def test_examples_of_each_kind():
+    """Guards: a kind trained on another kind's prompt or on text its own parser rejects; thinking left in the target;
+    dropped or wrong solutions becoming examples; the end-of-turn token missing."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    right, wrong = make_label(1), make_label(3)
+    drafts = "<think>**This step is incorrect.**</think>\n\n" + right["text"]
+    labels = [
+        right,
+        wrong,
+        make_label(4, text=drafts),
+        make_label(5, dropped="no_match", text=None),
+        make_label(7, answer=None),
+    ]
+    for kind, (prompt, parse) in REWARD_MODELS.items():
+        sequences, counts = train_prm.make_sequences(kind, labels, tokenizer, tokenizer.eos_token_id, 1000)
+        kept = [labels[i] for i in (0, 1, 2, 4)]
+        assert counts == {"dropped": 1, "unused": 0, "too_long": 0}
+        for (ids, start), label in zip(sequences, kept, strict=True):
+            shown = prompt.format(problem=label["problem"], solution=render_steps(label["steps"], label["answer"]))
+            assert ids[:start] == encode_chat(tokenizer, shown)
+            assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[start:-1]
+            parsed = parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
+            assert parsed.verdict is label["outcome"]
+            assert parsed.step_verdicts == (None if kind == "orm" else label["step_labels"])
+    assert train_prm.make_example("orm", right)[1] == "Yes" and train_prm.make_example("orm", wrong)[1] == "No"
+    assert train_prm.make_example("prm_cot", labels[2])[1] == right["text"]
+    sequences, counts = train_prm.make_sequences("policy", labels, tokenizer, tokenizer.eos_token_id, 1000)
+    responses = [tokenizer.decode(ids[start:-1]) for ids, start in sequences]
+    assert responses == [render_response(label["steps"], label["answer"]) for label in (right, labels[2])]
+    assert counts == {"dropped": 1, "unused": 2, "too_long": 0}  # unused: judged wrong, and without an answer
+    longest = max(len(ids) for ids, _ in sequences)
+    assert train_prm.make_sequences("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
+
+
+def test_evaluation_problems_are_not_trained_on():
+    """Guards: solutions of one problem on both sides of the split."""
+    labels = [make_label(i % 10, id=f"{i}") for i in range(40)]
+    training, evaluation = train_prm.split_by_problem(labels, 0.3)
+    assert len(training) + len(evaluation) == 40 and len(evaluation) == 12
+    assert not {x["problem"] for x in training} & {x["problem"] for x in evaluation}
+
+
+def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
+    """Guards: means of micro-batch means; the last micro-batch logged as the loss; targets shifted by one."""
+    model = load_model(make_model(tmp_path / "model"))
+    sequences = [([3 + i] * 2 + list(range(10 * i, 12 * i + 2)), 2 + i % 2) for i in range(1, 7)]
+    nll = []
+    for ids, start in sequences:
+        logits = model(torch.tensor([ids]))[0] @ model.head.T
+        nll.append(-logits[start - 1 : -1].log_softmax(-1)[range(len(ids) - start), ids[start:]])
+    wanted = torch.cat(nll).mean()
+    wanted.backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for micro_tokens in (1, 30, 10**6):
+        model.zero_grad()
+        loss = train_prm.sft_pass(model, sequences, micro_tokens, train=True)
+        assert loss == pytest.approx(wanted.item(), abs=1e-6)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, gradient[name], atol=1e-6, rtol=1e-4, msg=f"{name}, {micro_tokens}")
+    assert train_prm.sft_pass(model, sequences, 30, train=False) == pytest.approx(wanted.item(), abs=1e-6)
+
+
+# --------------------------------------------------------------------------- the loop and its checkpoints
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run that nobody interrupted: 3 epochs of 3 batches, the last one of a single sequence. What is held out is unlike
+    the rest, so that the loss on it soon rises again."""
+    root = tmp_path_factory.mktemp("sft")
+    labels = [make_label(i) for i in range(12)]
+    for label in train_prm.split_by_problem(labels, 0.25)[1]:
+        label["text"] = "Verdict none"
+    labels = write_jsonl(root / "labels.jsonl", labels)
+    flags = ["--model", make_model(root / "model"), "--labels", labels, "--epochs", 3, "--batch_size", 4]
+    flags += ["--lr", 3e-3, "--eval_fraction", 0.25, "--save_every", 2, "--micro_tokens", 250, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
+    return root, flags
+
+
+def test_export_is_a_hugging_face_directory(world):
+    """Guards: weights that transformers can't load or reads otherwise; an export that isn't the model of the best
+    evaluation, or that removes the metrics and checkpoints beside it."""
+    out = world[0] / "whole"
+    ids = torch.tensor([[5, 300, 17, 80, 41]])
+    ours = load_model(out)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)
+        assert theirs.dtype == torch.float32
+        torch.testing.assert_close(ours(ids) @ ours.head.T, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    labels = [json.loads(line) for line in (world[0] / "labels.jsonl").read_text().splitlines()]
+    _, held = train_prm.split_by_problem(labels, 0.25)
+    sequences, _ = train_prm.make_sequences("prm_cot", held, tokenizer, tokenizer.eos_token_id, 8192)
+    losses = [record["eval/loss"] for record in read_metrics(out) if "eval/loss" in record]
+    assert len(losses) == 5 and losses[0] > losses[2] == min(losses)
+    assert train_prm.sft_pass(ours, sequences, 1000, train=False) == pytest.approx(min(losses), abs=1e-5)
+    assert [record["step"] for record in read_metrics(out)] == list(range(1, 10))
+    assert [path.name for path in sorted((out / "training").iterdir())] == ["step_0000008", "step_0000009"]
+
+
+@pytest.mark.parametrize("interruption", ["killed while saving", "torn checkpoint", "gradient not a number"])
+def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption):
+    """Guards: an optimizer saved but not loaded; a batch seen twice; an unfinished checkpoint taken for a whole one;
+    metrics of lost steps left in the file; the best evaluation forgotten; a gradient that isn't a number reaching weights or checkpoint."""
+    root, flags = world
+    out = tmp_path / "out"
+    if interruption == "gradient not a number":
+        spoilt = iter([False] * 7 + [True])
+        real = train_prm.sft_pass
+
+        def sft_pass(model, *rest, train):
+            loss = real(model, *rest, train=train)
+            if train and next(spoilt):
+                model.head.grad[0, 0] = float("nan")
+            return loss
+
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"gradient.*nan.*checkpoint is intact"):
+            patch.setattr(train_prm, "sft_pass", sft_pass)
+            run_main(patch, train_prm, *flags, "--out", out)
+    else:
+        saves = iter([False] * 3 + [True])
+        real_save = train_prm.dcp.save
+
+        def save(*arguments, checkpoint_id, **settings):
+            killed = next(saves)
+            real_save(*arguments, checkpoint_id=checkpoint_id, **settings)
+            if killed:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train_prm.dcp, "save", save)
+            run_main(patch, train_prm, *flags, "--out", out)
+        assert read_metrics(out)[-1]["step"] == 8  # of a step whose checkpoint doesn't exist
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 9, "train/lo')
+        if interruption == "torn checkpoint":
+            (out / "training" / ".step_0000008").rename(out / "training" / "step_0000008")
+            (out / "training" / "step_0000008" / ".metadata").unlink()
+    resumed_at = []
+    real_batch = train_prm.batch_at
+    monkeypatch.setattr(train_prm, "batch_at", lambda step, *rest: resumed_at.append(step) or real_batch(step, *rest))
+    run_main(monkeypatch, train_prm, *flags, "--out", out)
+    assert resumed_at == [6, 7, 8]
+    assert read_metrics(out) == read_metrics(root / "whole")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (out, root / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_other_arguments_are_refused_on_resume(world, monkeypatch):
+    """Guards: a run continued with other numbers than it was begun with; a ZeroDivisionError."""
+    root, flags = world
+    with pytest.raises(InputError, match=r"--batch_size 0: it must be at least 1"):
+        run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--batch_size", 0)
+    with pytest.raises(InputError, match=r"--seed 0, this run has --seed 1"):
+        run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--seed", 1)
+    before = (root / "whole" / "metrics.jsonl").read_text()
+    run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--micro_tokens", 9)  # this may change
+    assert (root / "whole" / "metrics.jsonl").read_text() == before
+
+
+def test_two_ranks_train_as_one(world):
+    """Guards: a token count per rank, an averaged gradient, sharded weights in the export, a rank without sequences
+    that misses a collective (the last batch has one sequence, and the ranks' micro-batches differ in number), recomputed
+    activations that differ."""
+    root, flags = world
+    torchrun("train_prm.py", *flags, "--out", root / "ranks", "--activation_checkpointing")
+    for one, two in zip(read_metrics(root / "whole"), read_metrics(root / "ranks"), strict=True):
+        assert one == pytest.approx(two, abs=1e-5), one["step"]
+    one, two = (load_file(root / name / "model.safetensors") for name in ("whole", "ranks"))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_small_steps_change_the_weights(world, monkeypatch, tmp_path):
+    """Guards: weights trained in bf16, of which a step of 1e-6 changes one in fifty."""
+    root, flags = world
+    changes = ["--lr", 1e-6, "--epochs", 1, "--batch_size", 12, "--out", tmp_path / "out"]
+    run_main(monkeypatch, train_prm, *flags, *changes)
+    before, after = (load_file(path / "model.safetensors") for path in (root / "model", tmp_path / "out"))
+    changed = sum((before[name] != after[name]).sum().item() for name in before)
+    assert changed > 0.95 * sum(weight.numel() for weight in before.values())

@@ -1,0 +1,372 @@
+"""Parsers of verifications against tables, garbage and random texts; aggregation against toys counted by hand."""
+
+import json
+import random
+import re
+from argparse import Namespace
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_generate import cpu_milliseconds, make_model, run_and_kill, run_script
+
+import verify
+from generate import read_records, render_steps
+from verify import (
+    METHODS,
+    REWARD_MODELS,
+    Label,
+    Verification,
+    outcome_consistency,
+    parse_orm,
+    parse_prm,
+    parse_verification,
+    single,
+    step_consistency,
+    write_prm_target,
+)
+
+YES = "**Verification: Is the answer correct (Yes/No)? Yes**"
+NO = "**Verification: Is the answer correct (Yes/No)? No**"
+
+
+def section(step: int, correct: bool, analysis: str = "Some words.", title: str = "title") -> str:
+    """One section in the form that VERIFY_PROMPT asks for."""
+    return f"## Step {step}: {title}\n{analysis}\n**This step is {'correct' if correct else 'incorrect'}.**"
+
+
+def write(verdicts: list[bool], verdict: bool) -> str:
+    return "\n".join([section(k, v) for k, v in enumerate(verdicts, 1)] + [YES if verdict else NO])
+
+
+# --------------------------------------------------------------------------- parsers
+
+GOOD = write([True, False], False)
+TABLE = {  # name: (text, step verdicts of two steps, verdict)
+    "as asked for": (GOOD, [True, False], False),
+    "all right": (write([True, True], True), [True, True], True),
+    "thinking with drafts": ("<think>" + write([False, True], True) + "</think>\n" + GOOD, [True, False], False),
+    "thinking, opened by the template": (write([False, True], True) + "</think>" + GOOD, [True, False], False),
+    "cut off while thinking": ("<think>" + GOOD, None, None),
+    "text in front": ("Let me check.\n\n" + GOOD, [True, False], False),
+    "text behind": (GOOD + "\n\nI hope this helps.", [True, False], False),
+    "other case": (GOOD.lower(), [True, False], False),
+    "no bold": (GOOD.replace("*", ""), [True, False], False),
+    "no final stop, more blanks": (GOOD.replace(".**", "  ** ").replace("? ", " ?   "), [True, False], False),
+    "bold headings": (re.sub("## (.*)", r"**\1**", GOOD), [True, False], False),
+    "deeper headings": (GOOD.replace("## Step", "#### **Step"), [True, False], False),
+    "steps in another order": ("\n".join([section(2, False), section(1, True), NO]), [True, False], False),
+    "a step left out": ("\n".join([section(1, True), NO]), None, False),
+    "a step too many": (write([True, False, False], False), None, False),
+    "a step twice": ("\n".join([section(1, True), section(1, True), section(2, False), NO]), None, False),
+    "a step number repeated for another": ("\n".join([section(1, True), section(1, False), NO]), None, False),
+    "step 0": ("\n".join([section(0, True), section(1, True), section(2, False), NO]), None, False),
+    "a section without a verdict": (f"## Step 1: a\nb\n{section(2, False)}\n{NO}", None, False),
+    "the last section without a verdict": (f"{section(1, True)}\n## Step 2: a\nb\n{NO}", None, False),
+    "two verdicts in a section": (GOOD.replace(NO, f"**This step is correct.**\n{NO}"), None, False),
+    "verdict with more words": (GOOD.replace("is incorrect.", "is incorrect, as shown."), None, False),
+    "verdicts without headings": (f"**This step is correct.**\n**This step is incorrect.**\n{NO}", None, False),
+    "quoted within a line": (
+        "\n".join([section(1, True, 'He says "This step is incorrect." Verification: No.'), section(2, False), NO]),
+        [True, False],
+        False,
+    ),
+    "Verification line inside an analysis": (
+        "\n".join([section(1, True), section(2, False, f"It would end with\n{YES}\nbut does not."), NO]),
+        [True, False],
+        False,
+    ),
+    "two Verification lines": (f"{GOOD}\n{NO}", [True, False], None),
+    "no Verification line": (GOOD.replace(NO, ""), [True, False], None),
+    "Yes/No not chosen": (GOOD.replace("? No", "?"), [True, False], None),
+    "cut off in the last line": (GOOD[:-12], [True, False], None),
+    "cut off in an analysis": (GOOD[: GOOD.index("Some", 60)], None, None),
+    "a huge step number": ("\n".join([section(10**30, True), section(1, True), section(2, False), NO]), None, False),
+    "empty": ("", None, None),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parse_verification(name):
+    """Guards: "incorrect" read as "correct", a section that takes over the next one's verdict, drafts and quotes that
+    vote, a wrong number of verdicts cut or padded to fit, and a failed field that spoils the other."""
+    text, step_verdicts, verdict = TABLE[name]
+    assert parse_verification(text, 2) == Verification(step_verdicts, verdict)
+
+
+LINES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n#*<"), max_size=60)
+QUOTES = [
+    '"This step is correct."',
+    "he ends with: This step is incorrect.",
+    "Is the answer correct (Yes/No)? Yes",
+    "Step 9:",
+]
+ANALYSES = st.lists(st.one_of(LINES, st.sampled_from(QUOTES).map("Note: {}".format)), max_size=4).map("\n".join)
+
+
+@given(st.lists(st.tuples(st.booleans(), LINES, ANALYSES), min_size=1, max_size=12), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=60, database=None)
+def test_verification_round_trip(sections, verdict, thinking):
+    """Guards: any analysis at all that changes what is read; numbers of two digits."""
+    texts = [section(k, label, analysis, title) for k, (label, title, analysis) in enumerate(sections, 1)]
+    text = "\n".join(["<think>hm</think>"] * thinking + texts + [YES if verdict else NO])
+    labels = [label for label, *_ in sections]
+    assert parse_verification(text, len(sections)) == Verification(labels, verdict)
+    assert parse_verification(text, len(sections) + 1) == Verification(None, verdict)
+
+
+UNITS = [
+    " ",
+    "\n",
+    "a\n",
+    "#",
+    "# ",
+    "*",
+    "** ",
+    "é",
+    "## Step 1: ",
+    "## Step 1:\n",
+    "**Step 1",
+    "Step 1: Correct\n",
+    "<think>",
+]
+UNITS += [
+    "</think>",
+    "**This step is correct.**\n",
+    "This step is ",
+    "Verification ",
+    YES,
+    YES + "\n",
+    "Is the answer correct ",
+    "9",
+]
+
+
+@pytest.mark.parametrize("parse", [parse_verification, parse_prm, parse_orm])
+def test_garbage_takes_linear_time(parse):
+    """Guards: patterns that go back and forth over 100 kB of a confused model's output."""
+    texts = [unit * (100_000 // len(unit)) for unit in UNITS] + ["## Step 1: a\n" + "*" * 100_000 + YES]
+    slow = {text[:20]: ms for text in texts if (ms := cpu_milliseconds(lambda t: parse(t, 3), text)) >= 50}
+    assert not slow
+
+
+@pytest.mark.parametrize("prompt", [verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.MERGE_PROMPT])
+def test_prompt_asks_for_what_the_parser_reads(prompt):
+    """Guards: a prompt whose wording drifts away from its parser, so that obedient verifiers are unparsed."""
+    right, wrong, final = re.findall(r"\*\*.*?\*\*", prompt)[:3]
+    heading = re.search(r"## Step k: <short title>", prompt).group().replace("k:", "{}:")
+    no = final.replace("Yes**", "No**")
+    text = "\n".join([heading.format(1), "a", right, heading.format(2), "b", wrong, no])
+    assert parse_verification(text, 2) == Verification([True, False], False)
+    assert parse_verification(text.replace(no, final), 2).verdict is True
+    braces = {
+        "problem": "{x} \\frac{1}{2}",
+        "solution": "{0}",
+        "examples": "",
+        "reference": "{",
+        "verification": "}",
+        "critique": "{c}",
+    }
+    assert "{x} \\frac{1}{2}" in prompt.format(**braces)
+
+
+def test_worked_examples_parse():
+    """Guards: examples in the prompt that show another format, or another number of steps, than is asked for."""
+    found = []
+    for text in verify.WORKED_EXAMPLES:
+        solution, _, verification = text.partition("Student Solution: ")[2].partition("\n\n")
+        found.append(parse_verification(verification, len(re.findall(r"(?m)^Step \d+:", solution))))
+    assert found == [Verification([True] * 3, True), Verification([True, False, False], False)]
+    prompts = [verify.verification_prompt("P", ["a", "b"], "3", n) for n in (0, 1, 2)]
+    assert [prompt.count("\n\nExample\n\n") for prompt in prompts] == [0, 1, 2]
+    assert all(
+        prompt.endswith("Problem: P\n\nStudent Solution: " + render_steps(["a", "b"], "3")) for prompt in prompts
+    )
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.booleans())
+@settings(deadline=None, max_examples=30, database=None)
+def test_reward_model_targets_round_trip(labels, verdict):
+    """Guards: a reward model that is trained on one format and parsed as another; and a pair put together wrongly."""
+    prompts, parsers = zip(*(REWARD_MODELS[kind] for kind in ("prm", "prm_cot", "orm")), strict=True)
+    assert parsers[0](write_prm_target(labels, verdict), len(labels)) == Verification(labels, verdict)
+    assert parsers[0](write_prm_target(labels, verdict), len(labels) + 1) == Verification(None, verdict)
+    assert parsers[1](write(labels, verdict), len(labels)) == Verification(labels, verdict)
+    assert parsers[2]("Yes" if verdict else "No", len(labels)) == Verification(None, verdict)
+    assert (
+        prompts[0] == prompts[1] == "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
+    )
+    assert prompts[2] == "Problem: {problem}\n\nSolution: {solution}\n\nIs the answer correct (Yes/No)?"
+
+
+@pytest.mark.parametrize(
+    "parse, text, expected",
+    [
+        (parse_orm, " yes\n", (None, True)),
+        (parse_orm, "Yes, because", (None, None)),
+        (parse_orm, "Yes No", (None, None)),
+        (parse_orm, "", (None, None)),
+        (parse_prm, f"Step 1: Incorrect\nStep 2: correct.\n{NO}", ([False, True], False)),
+        (parse_prm, f"Step 1: Correct\nStep 1: Correct\n{NO}", (None, False)),
+        (parse_prm, "Step 1: Correct\nStep 2: Incorr", (None, None)),
+        (parse_prm, f"Step 1: Correct\nStep 2: Correctly\n{YES}\n{YES}", (None, None)),
+    ],
+)
+def test_reward_model_parsers(parse, text, expected):
+    """Guards: a chatty answer that counts as a reward, and verdicts found in the middle of a line."""
+    assert parse(text, 2) == Verification(*expected)
+
+
+# --------------------------------------------------------------------------- aggregation
+
+
+def vote(text: str, steps: str | None, verdict: str | None) -> dict:
+    """A record: steps like "+-", verdict "+" or "-", None where unparsed."""
+    labels = None if steps is None else [s == "+" for s in steps]
+    return {"text": text, "step_verdicts": labels, "verdict": None if verdict is None else verdict == "+"}
+
+
+def label(steps: str, outcome: str, text: str | None, votes: list[list[int]], dropped=None, ties=0) -> Label:
+    return Label([s == "+" for s in steps], outcome == "+", text, votes, dropped, ties)
+
+
+NOTHING = Label(None, None, None, [], "no_votes")
+UNPARSED = [vote("x", None, "+"), vote("y", "++", None), vote("z", None, None)]
+MIXED = [vote("a", "+-", "-"), vote("b", "++", "+"), vote("c", "+-", "-"), *UNPARSED]
+TIED = [vote("a", "++", "+"), vote("b", "+-", "-")]
+NO_MATCH = [vote("a", "+-", "-"), vote("b", "-+", "-"), vote("c", "++", "+")]
+OTHER_OUTCOME = [vote("a", "++", "+"), vote("b", "++", "-"), vote("c", "+-", "-")]
+
+
+@pytest.mark.parametrize(
+    "method, records, expected, texts",
+    [
+        (single, [*UNPARSED, *MIXED], label("+-", "-", "a", [[1, 0], [0, 1]]), "a"),
+        (single, UNPARSED, NOTHING, ""),
+        (outcome_consistency, MIXED, label("+-", "-", "a", [[3, 0], [1, 2]]), "ac"),
+        (outcome_consistency, TIED, label("+-", "-", "b", [[2, 0], [1, 1]], ties=1), "b"),
+        (outcome_consistency, OTHER_OUTCOME[:2], label("++", "-", "b", [[2, 0], [2, 0]], ties=1), "b"),
+        (outcome_consistency, UNPARSED, NOTHING, ""),
+        (step_consistency, MIXED, label("+-", "-", "a", [[3, 0], [1, 2]]), "ac"),
+        (
+            step_consistency,
+            TIED,
+            label("+-", "-", "b", [[2, 0], [1, 1]], ties=2),
+            "b",
+        ),  # a step's tie and the outcome's
+        (step_consistency, NO_MATCH, label("++", "-", None, [[2, 1], [2, 1]], "no_match"), ""),
+        (step_consistency, [], NOTHING, ""),
+        (step_consistency, OTHER_OUTCOME, label("++", "-", "b", [[3, 0], [2, 1]]), "b"),  # "a" has another outcome
+    ],
+)
+def test_aggregation_counted_by_hand(method, records, expected, texts):
+    """Guards: ties decided for Yes, votes of unparsed verifications, a text at odds with its labels, reasons mixed up."""
+    labels = [asdict(method(records, random.Random(seed))) for seed in range(20)]
+    assert {found.pop("text") for found in labels} == (set(texts) or {None})  # every candidate gets its turn
+    assert all(found == {k: v for k, v in asdict(expected).items() if k != "text"} for found in labels)
+
+
+RECORDS = st.integers(1, 4).flatmap(
+    lambda n: st.lists(
+        st.tuples(st.none() | st.lists(st.booleans(), min_size=n, max_size=n), st.none() | st.booleans()), max_size=12
+    )
+)
+
+
+@given(RECORDS, st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=80, database=None)
+def test_kept_text_says_what_the_labels_say(votes, rng):
+    """Guards: stitched or changed texts, a chosen text that disagrees with the labels, drops of what has a match."""
+    records = [{"text": f"text {i}", "step_verdicts": s, "verdict": v} for i, (s, v) in enumerate(votes)]
+    says = {r["text"]: (r["step_verdicts"], r["verdict"]) for r in records}
+    parsed = [(s, v) for s, v in votes if s is not None and v is not None]
+    for name, method in METHODS.items():
+        found = method(records, rng)
+        assert (found.text is None) == (found.dropped is not None)
+        assert (found.dropped == "no_votes") == (not parsed)
+        if found.text is not None:
+            assert says[found.text] == (found.step_labels, found.outcome)
+        if name == "step_consistency" and parsed:
+            counts = [Counter(column) for column in zip(*(s for s, _ in parsed), strict=True)]
+            majorities = [c[True] > c[False] for c in counts]
+            outcome = 2 * sum(v for _, v in parsed) > len(parsed)
+            assert (found.step_labels, found.outcome) == (majorities, outcome)
+            assert found.votes == [[c[True], c[False]] for c in counts]
+            assert (found.dropped == "no_match") == ((majorities, outcome) not in parsed)
+
+
+def test_choice_depends_on_seed_and_id_only(tmp_path):
+    """Guards: one random stream for all solutions, so that a solution more or less changes every later choice."""
+    solutions = [{"id": f"p/{i}", "problem": "P", "steps": ["a", "b"], "answer": "3"} for i in range(30)]
+    verifications = {s["id"]: [{**vote(f"{s['id']} {j}", "+-", "-"), "sample": j} for j in range(8)] for s in solutions}
+
+    def choose(solutions, verifications, seed=0):
+        args = Namespace(method="step_consistency", seed=seed, out=str(tmp_path))
+        verify.write_labels(args, solutions, verifications)
+        return {r["id"]: r["text"] for r in read_records(tmp_path / "labels_step_consistency.jsonl", ["id", "text"])}
+
+    chosen = choose(solutions, verifications)
+    backwards = {name: records[::-1] for name, records in reversed(verifications.items())}
+    fewer = choose(solutions[::-2], backwards)
+    assert fewer == {name: chosen[name] for name in fewer} and len(fewer) == 15
+    assert choose(solutions, verifications, seed=1) != chosen
+    assert len({text.split()[1] for text in chosen.values()}) > 3  # not always the same place
+    assert chosen["p/3"].startswith("p/3 ")
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> list[object]:
+    """Arguments of a run on a model with random weights: nothing parses, but everything is sampled and written."""
+    path = tmp_path_factory.mktemp("verify")
+    model = make_model(path / "model", max_position_embeddings=512)
+    solutions = [
+        {"id": f"p{i}/0", "problem": f"What is {i} + 1?", "steps": [f"{i}+1={i + 1}"] * (i > 0), "answer": str(i + 1)}
+        for i in range(13)
+    ]
+    (path / "solutions.jsonl").write_text("".join(json.dumps(s) + "\n" for s in solutions))
+    arguments = ["--model", model, "--solutions", path / "solutions.jsonl", "--num_verifications", 4, "--slots", 8]
+    return [*arguments, "--max_new_tokens", 40, "--worked_examples", 0]
+
+
+def test_kill_and_restart_gives_the_same_verifications(tmp_path, world):
+    """Guards: verifications lost, doubled or drawn otherwise after a kill; labels without a solution left out."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert run_script("verify.py", tmp_path, *world, "--out", whole)[0] == 0
+    expected = {r["id"]: r for r in read_records(whole / "verifications.jsonl", ["id"])}
+    assert set(expected) == {f"p{i}/0/{j}" for i in range(1, 13) for j in range(4)}  # p0/0 has no steps
+    output, size = pieces / "verifications.jsonl", (whole / "verifications.jsonl").stat().st_size
+    moments = sorted(random.random() * 0.7 for _ in range(2))
+    killed = [run_and_kill("verify.py", tmp_path, output, m * size, *world, "--out", pieces) for m in moments]
+    assert killed[0] == -9
+    assert run_script("verify.py", tmp_path, *world, "--out", pieces)[0] == 0
+    records = read_records(output, ["id"])
+    assert {r["id"]: r for r in records} == expected and len(records) == len(expected)
+    labels = [path / "labels_step_consistency.jsonl" for path in (whole, pieces)]
+    assert labels[0].read_bytes() == labels[1].read_bytes()
+    report = json.loads((pieces / "report.json").read_text())
+    assert report["solutions"] == 13 and report["verifications"] == report["unparsed"] == 48
+    assert report["dropped"] == {"no_votes": 13} and report["yield"] == 0
+    before = output.read_bytes()  # another method, from the same verifications
+    assert run_script("verify.py", tmp_path, *world, "--out", pieces, "--method", "single")[0] == 0
+    assert output.read_bytes() == before and (pieces / "labels_single.jsonl").exists()
+    status, stderr = run_script("verify.py", tmp_path, *world, "--out", pieces, "--seed", 5)
+    assert status == 2 and "--seed 0, this run has --seed 5" in stderr
+
+
+def test_bad_input_is_status_2(tmp_path, world):
+    """Guards: tracebacks, and labels or a report written by a run that failed."""
+    out = tmp_path / "out"
+    for change, message in (
+        (["--max_new_tokens", 500], "no prompt leaves room for --max_new_tokens 500"),
+        (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python generate.py"),
+        (["--temperature", -1], "temperature=-1.0"),
+    ):
+        status, stderr = run_script("verify.py", tmp_path, *world, "--out", out, *change)
+        assert status == 2 and stderr.startswith("error: ") and message in stderr, stderr
+        assert not [path for path in Path(out).glob("*") if path.suffix != ".lock"]
