@@ -129,7 +129,7 @@ def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p):
 
 
 def test_sample_is_a_function_of_seed_key_and_index(models):
-    """Guards: random numbers that depend on the slot, the batch, the order, the group's size or Python's hash."""
+    """Guards: random numbers that depend on the slot, the batch, the order or the group's size, or are shared."""
     model, prompts = models["Qwen2"][0], make_prompts(7)
     keys = [f"problem {i}" for i in range(7)]
     settings = {"temperature": 1.0, "max_new_tokens": 12, "stop_ids": [3, 5, 8]}

@@ -20,7 +20,7 @@ if [[ "${1:-}" == --short ]]; then
   train=(--labels $out/verify/labels_step_consistency.jsonl --out $out/prm_cot --epochs 1)
   processbench=(--model $out/prm_cot --limit 40 --out $out/processbench.jsonl)
   grpo=(--prm $out/prm_cot --out $out/grpo --steps 4 --heldout_every 2)
-  benchmark=(--model data/tiny/policy $out/grpo --limit 40 --out $out/benchmark.jsonl)
+  benchmark=(--model $out/grpo data/tiny/policy --limit 40 --out $out/benchmark.jsonl)
 elif [[ $# -gt 0 ]]; then
   echo "usage: bash data/tiny/run.sh [--short]" >&2
   exit 2
