@@ -145,12 +145,18 @@ def documented_commands(text: str) -> list[list[str]]:
     """The words of every command of a text that runs Python; a backslash continues a line, # begins a comment."""
     lines = [line.split("#")[0] for line in text.replace("\\\n", " ").splitlines()]
     commands = [command.strip().removeprefix("do ") for line in lines for command in re.split(r";|&&|\|", line)]
-    return [shlex.split(command) for command in commands if re.match(r"(\$ )?(\w+=\S+ )*(python3?|torchrun) ", command)]
+    return [
+        shlex.split(command)
+        for command in commands
+        if re.match(r"(\$ )?(\w+=\S+ )*(python3?|torchrun|stage) ", command)
+    ]
 
 
 def documents() -> dict[str, str | None]:
-    """The texts whose commands are checked: the docstring of each script, and the README's fenced blocks."""
+    """The texts whose commands are checked: the docstring of each script, the shell loops (in which `stage` is python),
+    and the README's fenced blocks."""
     texts = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items() if not name.startswith("kernels")}
+    texts |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("data/**/*.sh")}
     readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else None
     return texts | {"README": readme and "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))}
 
@@ -165,6 +171,8 @@ def test_documented_commands_exist(helps, name):
     assert commands
     for words in commands:
         place = next((i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m"), None)
+        if "$@" in words:
+            continue  # the body of `stage`
         assert place is not None, " ".join(words)
         script, rest = words[place], words[place + 1 :]
         if not script.endswith(".py"):
@@ -176,7 +184,7 @@ def test_documented_commands_exist(helps, name):
         if command == "evaluate" and rest and not rest[0].startswith("-"):
             command = f"evaluate {rest[0]}"
             assert command in helps, " ".join(words)
-        flags = {f"--{flag}" for flag in flags_of(ast.parse((ROOT / script).read_text()))}
+        flags = set(re.findall(r'"(--\w+)"', (ROOT / script).read_text()))
         if command in helps:
             flags = set(re.findall(r"--\w+", helps[command].partition("\n\n")[0]))  # of the usage
         used = {word.split("=")[0] for word in rest if word.startswith("--")}

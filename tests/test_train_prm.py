@@ -78,21 +78,10 @@ def run_main(monkeypatch, stage, *flags: object) -> None:
 
 def torchrun(script: str, *flags: object) -> None:
     """A stage on two gloo ranks; `timeout` ends them all if a collective hangs, which subprocess's own would not."""
-    command = [
-        "timeout",
-        "200",
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        ROOT / script,
-    ]
+    command = ["timeout", "500", sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", "--nproc_per_node", "2", ROOT / script, *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -27,7 +27,7 @@ def collect(seed: str) -> dict:
         model = r["settings"]["model"].removeprefix(f"{run}/")
         measured[f"{model}/{r['metric']}"] = {"value": r["value"], "interval": r["interval"]}
     training = {reward: [m for m in read(run / reward / "metrics.jsonl") if "heldout/accuracy" in m] for reward in REWARDS}
-    valid = {reward: [m["heldout/accuracy_of_valid"] for m in (t[0], t[-1])] for reward, t in training.items()}
+    valid = {reward: [m.get("heldout/accuracy_of_valid", 0.0) for m in (t[0], t[-1])] for reward, t in training.items()}
     processbench = {r["metric"]: r["value"] for r in read(run / "processbench.jsonl")}
     return {"seed": int(seed), "labels": labels, "processbench": processbench, "benchmark": measured, "accuracy_of_valid": valid}
 
