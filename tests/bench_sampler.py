@@ -1,6 +1,6 @@
 """Tokens per second of our sampler against `transformers` generate on CPU: the same tiny model, the same queue.
 
-    OMP_NUM_THREADS=1 python tests/bench_sampler.py          # about five minutes; prints one line a run and the ratio
+    OMP_NUM_THREADS=1 python -m tests.bench_sampler          # about five minutes; prints one line a run and the ratio
 
 The queue: 64 prompts with 8 samples each, in order; the number of tokens of each of the 512 is forced and long-tailed
 (mean a third of the longest). `generate` gets consecutive batches of 64 rows, left-padded, and runs each to its longest
