@@ -22,7 +22,6 @@ import inspect
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -43,7 +42,7 @@ from generate import (
     encode_chat,
     extract_answer,
     log,
-    open_model,
+    open_sampler,
     parse_args,
     rank,
     read_records,
@@ -54,7 +53,7 @@ from generate import (
     write_json,
     write_records,
 )
-from verify import AGGREGATES, REWARD_MODELS, Scored, score_solutions
+from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, label_solutions, score_solutions
 
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {
@@ -341,12 +340,11 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     return named
 
 
-def open_sampler(name: str, device: torch.device, slots: int):
-    """(sampler, tokenizer, stop ids) of a model; a missing one of the tiny world says which command makes it."""
+def open_made(name: str, device: torch.device, slots: int):
+    """`open_sampler`; a missing model of the tiny world says which command makes it."""
     if name in MADE_BY and not Path(name).is_dir():
         raise InputError(f"--model {name}: no such directory; make it with: python {MADE_BY[name]}")
-    model, tokenizer, stops = open_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return Sampler(model, slots), tokenizer, stops
+    return open_sampler(name, device, slots)
 
 
 # --------------------------------------------------------------------------- ProcessBench
@@ -405,7 +403,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
     subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
-    sampler, tokenizer, stops = open_sampler(args.model, start_processes(args.device), args.slots)
+    sampler, tokenizer, stops = open_made(args.model, start_processes(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     rows = []
@@ -477,9 +475,9 @@ def accuracy_of(grades: list[list[bool | None]], seed: int) -> dict:
 def best_of_k(
     correct: np.ndarray, answers: list[list[str | None]], scored: list[list[Scored]]
 ) -> dict[str, np.ndarray]:
-    """metric -> (P,) right or not, when a reward model chooses among a problem's first k samples; correct (P, n), k = 2,
-    4, 8, ... and n. Four rules: the score of the outcome; the mean and the least of the steps' scores; the answer with the
-    greatest sum of outcome scores. Equal scores: the earliest sample. What is unparsed scores 0."""
+    """metric -> (P,) right or not, when a reward model chooses among a problem's first k samples; correct (P, n), k =
+    2, 4, 8, ... and n. Four rules: the score of the outcome; the mean and the least of the steps' scores; the answer
+    with the greatest sum of outcome scores. Equal scores: the earliest sample. What is unparsed scores 0."""
     n = correct.shape[1]
     scores = {
         "verdict": np.array([[s.score or 0.0 for s in group] for group in scored]),  # (P, n)
@@ -548,7 +546,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
     for model in args.model:
-        sampler, tokenizer, stops = open_sampler(model, device, args.slots)
+        sampler, tokenizer, stops = open_made(model, device, args.slots)
         mine = []
         for name, problems in files.items():
             started, world = time.time(), (sampler, tokenizer, stops, problems, gold)
@@ -588,7 +586,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         n: read_records(path, fields, "python generate.py")
         for n, path in name_files("solutions", args.solutions).items()
     }
-    sampler, tokenizer, stops = open_sampler(args.model, start_processes(args.device), args.slots)
+    sampler, tokenizer, stops = open_made(args.model, start_processes(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     for name, solutions in files.items():
@@ -701,10 +699,7 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
     worth on average, and voted rows have `minus_single`, the paired gain over it. On `kept`, `single` is the label: the
     first verification that parsed.
     """
-    by_solution: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
-    for record in sorted(verifications, key=lambda r: r["sample"]):
-        if record["solution_id"] in by_solution:
-            by_solution[record["solution_id"]].append(record)
+    by_solution = group_by_solution(solutions, verifications)
     most = max((r["sample"] + 1 for records in by_solution.values() for r in records), default=0)
     rows = []
     for N in [n for n in PREFIXES if most >= n]:
@@ -717,7 +712,7 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
         used = [r for records in first.values() for r in records]
         cost = {"unparsed": len(used) - sum(map(len, parsed.values())), "tokens": sum(r["tokens"] for r in used)}
         for method, aggregate in AGGREGATES.items():
-            labels = {i: vars(aggregate(records, random.Random(f"{seed}/{i}"))) for i, records in first.items()}
+            labels = dict(zip(first, map(vars, label_solutions(solutions, used, aggregate, seed)), strict=True))
             scores = {i: score_label(labels[i]["step_labels"], labels[i]["outcome"], gold[i]) for i in one}
             votes = [vote for label in labels.values() for vote in label["votes"]]
             agreement = sum(max(vote) / sum(vote) for vote in votes) / max(len(votes), 1)

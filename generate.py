@@ -30,6 +30,7 @@ from functools import partial
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -231,13 +232,25 @@ def check_arguments(output: Path, run: dict, free: set[str]) -> None:
             )
 
 
+def take_lock(path: Path, taken: str) -> IO:
+    """Lock a file until it is closed or the process ends; InputError, beginning with `taken`, if another has it."""
+    file = open(path, "w")  # noqa: SIM115 - it stays open as long as the lock is held
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{taken}; wait for it or choose another --out") from None
+    return file
+
+
 class RecordFile:
     """An append-only JSON Lines output that a killed run can take up again. Use as a context manager.
 
     On entry it takes the file's lock (two runs never write to one file), cuts a torn last line, and refuses
-    a file made with other arguments, except for those that don't change records (`free`). `done` has the ids
-    already there. Under torchrun rank 0 does all this, and every rank appends whole lines. Nothing but the
-    lock is written before the first record, so a run that fails early leaves nothing behind.
+    a file made with other arguments, except for those that don't change records (`free`). `done` has the names
+    (the id, or several fields) of the records already there, and of each the field `keep`. Under torchrun rank 0
+    does all this, and every rank appends whole lines. Nothing but the lock is written before the first record, so
+    a run that fails early leaves nothing behind.
     """
 
     def __init__(
@@ -248,19 +261,15 @@ class RecordFile:
         name: tuple[str, ...] = ("id",),
         keep: str | None = None,
     ):
-        self.path, self.free, self.name, self.keep = Path(path), {"out", "limit", "slots", "device", *free}, name, keep
+        self.path, self.free = Path(path), {"out", "limit", "slots", "device", *free}
+        self.fields, self.name, self.keep = name, itemgetter(*name), keep
         self.run, self.file = describe_run(args), None
         self.done: dict = {}
 
     def __enter__(self) -> "RecordFile":
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(f"{self.path}.lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                advice = "wait for it or choose another --out"
-                raise InputError(f"{self.path}: another run is writing to it; {advice}") from None
+            self.lock = take_lock(Path(f"{self.path}.lock"), f"{self.path}: another run is writing to it")
             if self.path.exists() and self.path.stat().st_size:
                 check_arguments(self.path, self.run, self.free)
                 with open(self.path, "rb+") as file:
@@ -268,7 +277,7 @@ class RecordFile:
         if dist.is_initialized():
             dist.barrier()
         if self.path.exists() and self.path.stat().st_size:
-            self._note(read_records(self.path, list(self.name), unique=self.name))
+            self._note(read_records(self.path, list(self.fields), unique=self.fields))
         return self
 
     def append(self, records: list[dict]) -> None:
@@ -276,16 +285,14 @@ class RecordFile:
         if self.file is None:
             write_json(Path(f"{self.path}.args.json"), self.run)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        name = itemgetter(*self.name)
-        fresh = [r for r in records if name(r) not in self.done]
+        fresh = [r for r in records if self.name(r) not in self.done]
         self._note(fresh)
         data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh).encode()
         while data:
             data = data[os.write(self.file, data) :]
 
     def _note(self, records: list[dict]) -> None:
-        name = itemgetter(*self.name)
-        self.done.update((name(r), r.get(self.keep)) for r in records)
+        self.done.update((self.name(r), r.get(self.keep)) for r in records)
 
     def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:
@@ -548,6 +555,13 @@ class Sampler:
         return finished
 
 
+def open_sampler(name: str, device: torch.device, slots: int, flag: str = "--model"):
+    """(sampler, tokenizer, stop ids) of a Hugging Face directory or hub name, in bf16 on a GPU, in fp32 elsewhere."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer, stops = open_model(name, device, dtype, flag)
+    return Sampler(model, slots), tokenizer, stops
+
+
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
     """Pass a sampler's stream through, with a progress bar over samples, tokens/s and the time left."""
     bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=rank() != 0, mininterval=1.0)
@@ -588,10 +602,8 @@ def main() -> None:
         if not todo:
             log(f"{args.out}: complete, {len(output.done)} solutions")
             return
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, tokenizer, stops = open_model(args.model, device, dtype)
+        sampler, tokenizer, stops = open_sampler(args.model, device, args.slots)
         prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in todo]
-        sampler = Sampler(model, args.slots)
         stream = sampler.stream(
             prompts,
             keys=[p["id"] for p in todo],

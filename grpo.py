@@ -64,6 +64,7 @@ from generate import (
     find_model,
     log,
     open_model,
+    open_sampler,
     parse_args,
     rank,
     read_records,
@@ -113,8 +114,8 @@ TINY = {
     "save_every": 20,
     "slots": 128,
 }
-FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every", "heldout",
-        "activation_checkpointing"}  # fmt: skip
+FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
+        "heldout_every", "heldout", "activation_checkpointing"}  # fmt: skip
 STEP_DESIGNS = {"selective_advantage": 4, "global_step": 3}  # and the fewest steps that they put up with
 JUDGED = ["process_aware", "step_augmented", *STEP_DESIGNS]  # these need a reward model
 REWARDS = [*JUDGED, "rlvr", "majority", "self_certainty", "random"]
@@ -166,7 +167,7 @@ def process_aware_reward(valid: bool, scored: Scored | None) -> float:
 
 
 def step_augmented_reward(valid: bool, scored: Scored | None) -> float:
-    """r = V * (0.4 k/n + 0.6 y), k of n steps judged correct; k/n is 0 without step verdicts, all is 0 without a verdict."""
+    """r = V * (0.4 k/n + 0.6 y), k of n steps judged correct; k/n is 0 without step verdicts, r without a verdict."""
     if not valid or scored is None or scored.verdict is None:
         return 0.0
     share = sum(scored.step_verdicts) / len(scored.step_verdicts) if scored.step_verdicts else 0.0
@@ -236,8 +237,8 @@ def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list
 def selective_advantage(
     advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
 ) -> Tensor:
-    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and A < 0;
-    otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
+    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
+    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
     tokens = torch.full((length,), advantage)
     for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
         if correct != (advantage >= 0):
@@ -323,8 +324,8 @@ def grpo_loss(
         rho = exp(logp - old),   k3 = exp(ref - logp) - (ref - logp) - 1,   k2 = (ref - logp)^2 / 2
 
     Both have KL(policy || ref) as their expected value or near it (k3 exactly, k2 to second order), but what the loss
-    uses is the gradient, and there they part: with samples of the current policy, the expected gradient of k3 is that of
-    KL(ref || policy), and only k2's is that of KL(policy || ref).
+    uses is the gradient, and there they part: with samples of the current policy, the expected gradient of k3 is that
+    of KL(ref || policy), and only k2's is that of KL(policy || ref).
 
     stats: weighted sums over these tokens of k3, of the clipped fraction, and of the surrogate.
     """
@@ -460,7 +461,7 @@ def update_policy(
     model, optimizer, reference, rollouts: list[Rollout], advantages: list[Tensor], args
 ) -> dict[str, float]:
     """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and
-    advantages, (T_i,) or one number each, and trains on its share. The first update of a batch fixes its old log-probs."""
+    advantages, (T_i,) or one number each, and trains on its share. A batch's first update fixes its old log-probs."""
     lengths = [len(r.ids) for r in rollouts]
     weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens).to(model.device)
     weight = weights.sum().item()  # 1 except under dr_grpo: metrics are divided by it, the loss isn't
@@ -660,8 +661,9 @@ def main() -> None:
     args = parse_args(parser, TINY, key="policy")
     if args.min_steps is None:
         args.min_steps = STEP_DESIGNS.get(args.reward, 1)
-    check_counts(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size", "group_size", "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots",
-                 "heldout_every", "sample_every", "save_every")  # fmt: skip
+    check_counts(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size", "group_size",
+                 "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
+                 "save_every")  # fmt: skip
     for flag in ("problems", "out") + (("prm",) if args.reward in JUDGED else ()):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; it goes with --policy")
@@ -701,8 +703,7 @@ def run(args: argparse.Namespace) -> None:
     sampler = Sampler(inference, args.slots)
     judge = None
     if args.reward in JUDGED:
-        prm, prm_tokenizer, prm_stops = open_model(args.prm, device, dtype, "--prm")
-        prm_sampler = Sampler(prm, args.slots)
+        prm_sampler, prm_tokenizer, prm_stops = open_sampler(args.prm, device, args.slots, "--prm")
 
         def judge(solutions: list[dict], step: int) -> list[Scored]:
             return score_solutions(
@@ -762,8 +763,8 @@ def run(args: argparse.Namespace) -> None:
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)
             of_tokens = token_advantages(rollouts, advantages, args.reward, args.group_size, args.selective_discount)
             trained, kept = {}, in_loss(rollouts, advantages, args)
+            chosen, theirs = [rollouts[i] for i in kept], [of_tokens[i] for i in kept]
             for _ in range(args.updates if kept else 0):  # nothing kept, nothing learnt
-                chosen, theirs = [rollouts[i] for i in kept], [of_tokens[i] for i in kept]
                 trained = update_policy(model, optimizer, reference, chosen, theirs, args)
             refresh(inference, model)
             t3 = time.time()

@@ -26,7 +26,6 @@ The file introduces what GRPO shares: packed batches, FSDP2, and checkpoints.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import random
@@ -60,6 +59,7 @@ from generate import (
     render_steps,
     run_stage,
     start_processes,
+    take_lock,
     world_size,
     write_json,
 )
@@ -301,12 +301,8 @@ class MetricsFile:
     def __enter__(self) -> "MetricsFile":
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path.with_suffix(".lock"), "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                advice = "wait for it or choose another --out"
-                raise InputError(f"{self.path.parent}: another run is training into it; {advice}") from None
+            taken = f"{self.path.parent}: another run is training into it"
+            self.lock = take_lock(self.path.with_suffix(".lock"), taken)
             temporary = self.path.with_name(f".{self.path.name}")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
             temporary.replace(self.path)

@@ -49,7 +49,7 @@ from generate import (
     defuse,
     encode_chat,
     log,
-    open_model,
+    open_sampler,
     parse_args,
     rank,
     read_records,
@@ -478,13 +478,19 @@ AGGREGATES = {"single": single, "outcome_consistency": outcome_consistency, "ste
 METHODS = [*AGGREGATES, "meta_critique", "hybrid", "reference_guided"]
 
 
-def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
-    """A label for each solution. The seed of its choice is (seed, its id): other solutions don't matter."""
+def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
+    """solution id -> its verifications in the order of their samples, for all solutions; others' are left out."""
     records: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
     for r in sorted(verifications, key=lambda r: r["sample"]):
         if r["solution_id"] in records:
             records[r["solution_id"]].append(r)
-    return [aggregate(of_one, random.Random(f"{seed}/{name}")) for name, of_one in records.items()]
+    return records
+
+
+def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
+    """A label for each solution. The seed of its choice is (seed, its id): other solutions don't matter."""
+    groups = group_by_solution(solutions, verifications)
+    return [aggregate(records, random.Random(f"{seed}/{name}")) for name, records in groups.items()]
 
 
 def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
@@ -510,13 +516,6 @@ def balance_labels(labels: list[Label], truths: list[bool], rng: random.Random) 
 
 
 # --------------------------------------------------------------------------- sampling
-
-
-def open_verifier(args: argparse.Namespace):
-    """(sampler, tokenizer, stop ids) of --model."""
-    device = start_processes(args.device)
-    model, tokenizer, stops = open_model(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return Sampler(model, args.slots), tokenizer, stops
 
 
 def verify_solutions(
@@ -611,8 +610,8 @@ def improve_labels(
                     texts.append(base.text)
             if not todo:
                 continue
-            sampler, tokenizer, _ = verifier()
-            stream = critique_and_merge(args, verifier(), todo, texts)
+            sampler, tokenizer, _ = opened = verifier()
+            stream = critique_and_merge(args, opened, todo, texts)
             for i, pair in with_progress(stream, sampler, f"critique {number}", len(todo), 2):
                 critique, merged = (x and tokenizer.decode(x.ids, skip_special_tokens=True) for x in pair)
                 about = {"id": todo[i]["id"], "method": args.method, "round": number}
@@ -660,7 +659,7 @@ def main() -> None:
     for flag in ("num_verifications", "critique_rounds"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)}: it must be at least 1")
-    start_processes(args.device)
+    device = start_processes(args.device)
     solutions = read_records(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
     if reads_answers:
@@ -668,7 +667,7 @@ def main() -> None:
         missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
         if missing:
             raise InputError(f"{args.answers}: no answer for the problem of solution {missing[0]}; add it")
-    started, verifier = time.time(), functools.cache(lambda: open_verifier(args))
+    started, verifier = time.time(), functools.cache(lambda: open_sampler(args.model, device, args.slots))
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
     guided = args.method == "reference_guided"
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")

@@ -28,7 +28,7 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import InputError, Sampler, open_tokenizer
+from generate import InputError, Sampler, open_model, open_tokenizer
 from kernels.transformer import Config, Transformer, save_model
 from verify import Scored, score_solutions
 
@@ -292,7 +292,7 @@ def test_published_processbench_is_read():
 
 def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
     """Guards against results that change with the batch size."""
-    model, tokenizer, stops = evaluate.open_model(str(checkpoint), torch.device("cpu"), torch.float32)
+    model, tokenizer, stops = open_model(str(checkpoint), torch.device("cpu"), torch.float32)
     problems = read_lines(TINY / "heldout.jsonl")[:5]
     gold = {record["id"]: record["answer"] for record in read_lines(TINY / "gold.jsonl")}
     cases = [{"id": p["id"], "problem": p["problem"], "steps": ["1+1=2", "2+2=5"], "answer": None} for p in problems]
