@@ -40,7 +40,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from kernels.decode import Prefix, SlotCache, prefill
-from kernels.transformer import Transformer, load_model
+from kernels.transformer import Config, Transformer, load_model, read_config
 
 # Used when no --model is given; an explicit flag wins.
 TINY = {
@@ -353,6 +353,14 @@ def find_model(name: str, flag: str = "--model") -> Path:
     except (HFValidationError, OSError) as error:  # hub and network errors are OSErrors
         reason = str(error).splitlines()[0]
         raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
+
+
+def open_config(name: str, flag: str = "--model") -> Config:
+    """The configuration of a Hugging Face directory or hub name; InputError if there is none that we support."""
+    try:
+        return read_config(find_model(name, flag))
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):

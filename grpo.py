@@ -63,6 +63,7 @@ from generate import (
     find_boxes,
     find_model,
     log,
+    open_config,
     open_model,
     open_sampler,
     parse_args,
@@ -75,7 +76,7 @@ from generate import (
     write_json,
     write_text,
 )
-from kernels.transformer import Transformer, load_model
+from kernels.transformer import Config, Transformer, load_model
 from train_prm import (
     MetricsFile,
     after_prompt,
@@ -468,7 +469,7 @@ def update_policy(
     weights = weights.split(lengths)
     total = [len(r.prompt) + len(r.ids) for r in rollouts]
     mine = deal(rollouts, total)
-    if args.kl_coef and any(rollouts[i].ref is None for i in mine):
+    if reference is not None and any(rollouts[i].ref is None for i in mine):
         set_reference_logprobs(reference, [rollouts[i] for i in mine], args)
     sums = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
     worst = 0.0
@@ -573,13 +574,48 @@ def problems_at(step: int, problems: list[dict], batch_size: int, seed: int) -> 
 
 
 def refresh(inference: Transformer, model: Transformer) -> None:
-    """Copy the trained weights into the sampler's static copy, in place."""
+    """Copy the trained weights into the sampler's static copy, in place. Raises RuntimeError if a checksum of the copy
+    differs between ranks: they would sample from different policies, and nothing else would say so."""
     if inference is model:
         return
-    static = inference.state_dict()
+    static, checksum = inference.state_dict(), 0
     with torch.no_grad():
         for name, tensor in gather_weights(model):
-            static[name].copy_(tensor)
+            bits = static[name].copy_(tensor).view(torch.int16 if static[name].element_size() == 2 else torch.int32)
+            checksum = (checksum + bits.sum(dtype=torch.int64).item()) % 2**50  # exact as a float64
+    if (max_over_ranks(checksum), -max_over_ranks(-checksum)) != (checksum, checksum):
+        raise RuntimeError(f"rank {rank()}: the sampler's weights differ between ranks (checksum {checksum})")
+
+
+def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict[str, float]:
+    """What a rank will need, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments. On every
+    rank: the sampler's copy and the frozen reference, the reward model, and one KV cache, the larger of two (the
+    sampler's is freed before the reward model's is made). Left out: what the CUDA libraries take, and fragments."""
+
+    def parameters(c: Config) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in Transformer(c).parameters())
+
+    def cache(c: Config, new_tokens: int) -> int:
+        longest = min(args.max_prompt_tokens + new_tokens, c.max_positions)
+        return 2 * c.num_layers * args.slots * longest * c.num_kv_heads * c.head_dim * size
+
+    size = 2 if gpu else 4  # bytes of a number outside the optimizer
+    weights, copies = parameters(policy), int(gpu or world_size() > 1) + (args.kl_coef > 0)
+    # Kept for the backward pass, for each token: at a norm 4 numbers of hidden size; queries, keys and values for all
+    # heads, and the attention's output twice; 4 of the MLP's width. Recomputing keeps only the input of a layer.
+    norm, heads = 4 * policy.hidden_size, policy.num_heads * policy.head_dim
+    layer, layers = 2 * norm + 5 * heads + 4 * policy.intermediate_size, policy.num_layers
+    kept = norm + (layer + layers * policy.hidden_size if args.activation_checkpointing else layers * layer)
+    judgement = args.max_new_tokens + args.prm_max_new_tokens  # the response is part of the reward model's prompt
+    needed = {
+        "weights": 4 * weights / world_size() + copies * size * weights,
+        "gradients and optimizer": 12 * weights / world_size(),
+        "activations": args.micro_tokens * kept * size,
+        "KV cache": max(cache(policy, args.max_new_tokens), cache(prm, judgement) if prm else 0),
+        "reward model": size * parameters(prm) if prm else 0,
+    }
+    return {name: count / 2**30 for name, count in needed.items()}
 
 
 def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
@@ -695,8 +731,12 @@ def run(args: argparse.Namespace) -> None:
     if args.reward in JUDGED and not Path(args.prm).is_dir() and args.prm == TINY["prm"]:
         raise InputError(f"--prm {args.prm}: no such directory; make it with: python train_prm.py")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    configs = [open_config(args.policy, "--policy"), open_config(args.prm, "--prm") if args.reward in JUDGED else None]
+    memory = estimate_memory(*configs, args, device.type == "cuda")
+    log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
+    log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
     model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
-    reference = load_model(find_model(args.policy), device, dtype).requires_grad_(False)
+    reference = load_model(find_model(args.policy), device, dtype).requires_grad_(False) if args.kl_coef else None
     sharded = device.type == "cuda" or world_size() > 1
     inference = load_model(find_model(args.policy), device, dtype) if sharded else model
     model = prepare_training(model, args.activation_checkpointing)

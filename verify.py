@@ -674,6 +674,11 @@ def main() -> None:
     free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
     with RecordFile(path, args, free) as output:
         verify_solutions(args, solutions, answers if guided else {}, output, verifier)
+    report_path, speed = Path(args.out) / "report.json", None
+    if verifier.cache_info().currsize:  # this run has sampled verifications; critiques are slower and don't count
+        speed = verifier()[0].tokens * world_size() / (time.time() - started)
+    elif report_path.exists():
+        speed = json.loads(report_path.read_text()).get("tokens_per_second")
     if rank() != 0 and args.method not in ("meta_critique", "hybrid"):
         return
     verifications = read_records(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
@@ -693,11 +698,6 @@ def main() -> None:
     write_records(Path(args.out) / f"labels_{args.method}.jsonl", records, args)
     kept = [label for label in labels if label.dropped is None]
     unparsed = sum(r["step_verdicts"] is None or r["verdict"] is None for r in verifications)
-    report_path, speed = Path(args.out) / "report.json", None
-    if verifier.cache_info().currsize:  # this run has sampled
-        speed = verifier()[0].tokens * world_size() / (time.time() - started)
-    elif report_path.exists():
-        speed = json.loads(report_path.read_text()).get("tokens_per_second")
     report = {
         "method": args.method,
         "solutions": len(labels),

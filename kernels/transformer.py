@@ -334,6 +334,14 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------------- Hugging Face directories
 
 
+def read_config(path: str | Path) -> Config:
+    """The configuration of a Hugging Face directory. Raises FileNotFoundError, or ValueError if it isn't supported."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model directory")
+    return Config.from_dict(json.loads(file.read_text()))
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """Load a Hugging Face directory: `config.json` and `model.safetensors` (or shards with an index).
 
@@ -342,9 +350,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     architecture or option that isn't supported, or for weights that don't fit the config.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model directory")
-    config = Config.from_dict(json.loads((path / "config.json").read_text()))
+    config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
     shards = ["model.safetensors"]

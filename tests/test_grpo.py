@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from test_train_prm import TINY, make_model, read_metrics, run_main, torchrun, write_jsonl
 from transformers import AutoTokenizer
 
+import generate
 import grpo
 from generate import InputError, Sampler
+from kernels.decode import SlotCache
 from kernels.transformer import load_model
 from verify import Scored
 
@@ -497,6 +500,65 @@ def test_two_ranks_train_as_one(world):
     torchrun("grpo.py", *flags, "--steps", 4, "--out", root / "ranks")
     for one, two in zip(read_metrics(root / "whole"), read_metrics(root / "ranks"), strict=True):
         assert one == pytest.approx(two, abs=1e-4), one["step"]
+
+
+def test_estimated_memory(model_path):
+    """Guards: an estimate that is off for what can be counted: parameters, the cache's tensors, and (within a fifth)
+    what autograd keeps of a micro-batch, without the log-probs, which have a workspace of their own."""
+    model = load_model(model_path, dtype=torch.bfloat16).train()
+    args = argparse.Namespace(kl_coef=0.1, slots=8, micro_tokens=512, activation_checkpointing=False,
+                              max_prompt_tokens=40, max_new_tokens=20, prm_max_new_tokens=30)  # fmt: skip
+    gib, parameters = (
+        grpo.estimate_memory(model.config, model.config, args, True),
+        sum(map(torch.numel, model.parameters())),
+    )
+    assert gib["weights"] * 2**30 == 8 * parameters and gib["reward model"] * 2**30 == 2 * parameters
+    cache = SlotCache(model, args.slots, 90)  # the reward model's: prompt, response and judgement
+    assert gib["KV cache"] * 2**30 == cache.keys.nbytes + cache.values.nbytes
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that its address isn't used again
+        return x
+
+    for model.checkpointing in (False, True):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden = model.packed(torch.arange(512) % model.config.vocab_size, torch.tensor([512]))  # noqa: F841
+        found = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+        args.activation_checkpointing = model.checkpointing
+        estimate = grpo.estimate_memory(model.config, None, args, True)["activations"] * 2**30
+        again = gib["activations"] * 2**30 / model.config.num_layers if model.checkpointing else 0  # a layer, later
+        assert found + again == pytest.approx(estimate, rel=0.2), (model.checkpointing, found, again, estimate)
+
+
+def test_two_caches_are_never_there_at_once(world, monkeypatch):
+    """Guards: the sampler's cache kept while the reward model judges, so that half as large a model fits."""
+    root, flags = world
+    alive = weakref.WeakSet()
+
+    class Counted(SlotCache):
+        def __init__(self, *sizes):
+            assert not alive
+            super().__init__(*sizes)
+            alive.add(self)
+
+    monkeypatch.setattr(generate, "SlotCache", Counted)
+    more = ["--reward", "process_aware", "--prm", root / "model", "--prm_max_new_tokens", 10]
+    run_main(monkeypatch, grpo, *flags, *more, "--steps", 1, "--out", root / "counted")
+
+
+def test_ranks_with_other_copies_stop_the_run(model_path, monkeypatch):
+    """Guards: ranks that sample from different policies."""
+    model, copy = load_model(model_path), load_model(model_path, dtype=torch.bfloat16)
+    next(model.parameters()).data.add_(0.1)
+    grpo.refresh(copy, model)
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+    monkeypatch.setattr(grpo, "max_over_ranks", lambda value: value + 1)
+    with pytest.raises(RuntimeError, match="differ between ranks"):
+        grpo.refresh(copy, model)
 
 
 def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
