@@ -14,6 +14,7 @@ sampler is part of what is to be read. Answers in the problems file are never op
 """
 
 import argparse
+import errno
 import fcntl
 import json
 import math
@@ -35,6 +36,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -149,11 +151,16 @@ class InputError(ValueError):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; an InputError becomes one line on stderr and exit status 2."""
+    """Run a stage's main; an InputError or a full disk becomes one line on stderr and exit status 2."""
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (OSError, SafetensorError) as error:  # the second has the first one's text, and no errno
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            raise
+        print(f"error: {error}; make room: what was whole is intact, and the same command goes on", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if dist.is_initialized():
@@ -445,6 +452,7 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
         ranked = ranked.masked_fill(before >= (top_p * mass[:, -1:] if top_k else top_p), -torch.inf)
     cdf = ranked.exp().cumsum(-1, dtype=torch.float64)  # (B, V) or (B, window)
     place = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)  # (B, 1)
+    place = place.clamp(max=ranked.shape[1] - 1)  # it is beyond where the logits are NaN
     logprobs = ranked.gather(1, place)[:, 0]
     if not truncated:
         return place[:, 0], logprobs, logprobs
@@ -533,6 +541,9 @@ class Sampler:
             uniform = torch.tensor([row.rng.random() for row in drawing], dtype=torch.float64, device=logits.device)
             drawn = choose(logits, uniform)
             for row, token, logprob, full_logprob in zip(drawing, *(x.tolist() for x in drawn), strict=True):
+                if math.isnan(logprob):
+                    raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
+                                     "checkpoint; if it was in training, lower --lr")  # fmt: skip
                 sample = row.sample
                 sample.ids.append(token)
                 sample.logprobs.append(logprob)

@@ -254,6 +254,11 @@ def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a directory, the newest last."""
+    return sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())  # it is written last
+
+
 def save_checkpoint(
     directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, keep: int = 2
 ) -> None:
@@ -261,24 +266,30 @@ def save_checkpoint(
     path = directory / f"step_{step:07d}"
     temporary = directory / f".step_{step:07d}"
     if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for torn in directory.glob(".step_*"):  # by a kill, perhaps at a step that is never saved again
+            shutil.rmtree(torn)
         temporary.mkdir(parents=True)
     if dist.is_initialized():
         dist.barrier()
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    try:
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:  # on every rank; no Exception, and it doesn't say that a disk is full
+        reason = " ".join(str(next(iter(error.failures.values()))[0]).split())
+        raise InputError(f"{path}: can't be written ({reason}); is the disk full? What was saved before is intact, and "
+                         "the same command goes on from there") from None  # fmt: skip
     if rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
-        for old in sorted(directory.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        for other in {*directory.glob("step_*")} - {*whole_checkpoints(directory)[-keep:]}:
+            shutil.rmtree(other)
     if dist.is_initialized():
         dist.barrier()
 
 
 def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest complete checkpoint into model and optimizer; returns its step, 0 if there is none."""
-    saved = sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())  # it is written last
+    saved = whole_checkpoints(directory)
     if not saved:
         return 0
     weights, state = get_state_dict(model, optimizer)

@@ -16,7 +16,6 @@ Shapes: B rows, T tokens a row, D hidden size, H query heads, K key/value heads,
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -394,7 +393,7 @@ def save_model(
     path.mkdir(parents=True, exist_ok=True)
 
     def put(name: str, write: Callable[[Path], object]) -> None:
-        temporary = path / f".{name}.{os.getpid()}"
+        temporary = path / f".{name}.part"  # always the same, so that what a crash leaves is overwritten
         write(temporary)
         temporary.chmod(0o644)
         temporary.replace(path / name)
