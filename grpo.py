@@ -628,6 +628,13 @@ def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> No
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
+    """Say that a whole batch of judgements has no verdict: nobody is rewarded, and the policy only drifts."""
+    texts = [r.scored.text for r in rollouts if r.scored is not None]
+    tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict, so nothing is rewarded; check "
+               f"--prm, --prm_kind and --prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
+
+
 def print_sample(problem: dict, r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
     tqdm.write(f"--- step {step} · {problem['problem']}\n{r.text}")
@@ -812,6 +819,8 @@ def run(args: argparse.Namespace) -> None:
             record["loss/responses"] = len(kept)
             record |= {"time/sample": t1 - t0, "time/score": t2 - t1, "time/update": t3 - t2}
             record["time/tokens_per_second"] = sum(len(r.ids) for r in rollouts) / (t3 - t0)
+            if rank() == 0 and record["reward/unparsed"] == 1:
+                warn_of_garbage(rollouts, step + 1)
             last, stopped = step + 1 == args.steps, max_over_ranks(len(signals)) > 0
             if heldout and (last or (step + 1) % args.heldout_every == 0):
                 record |= measure()
