@@ -446,7 +446,7 @@ def test_read_records_names_what_is_wrong(tmp_path, content, message):
 
 # Processes are forked from a server that has imported torch once: a process costs milliseconds, and is still a process.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["verify", "torch._dynamo"])  # the second is what load_model ends up importing
+PROCESSES.set_forkserver_preload(["grpo", "torch._dynamo", "hypothesis", "pytest"])  # all that a run or a test imports
 
 
 def _run_script(script: str, arguments: list[str], stdout: str, stderr: str) -> None:
