@@ -1,10 +1,11 @@
-"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): five commands, each a table and a file.
+"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands, five with a table and a file.
 
     python evaluate.py processbench   # does a reward model find the first wrong step?  -> runs/tiny/processbench.jsonl
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl
     python evaluate.py best_of        # does a reward model choose well among samples?  -> runs/tiny/best_of.jsonl
     python evaluate.py labels         # are the labels of Stage I right?                -> runs/tiny/labels.json
     python evaluate.py plot           # the curves of GRPO runs                         -> runs/tiny/curves.png
+    python evaluate.py show t0003     # one problem's way through all stages            -> the terminal
 
 Each runs on the tiny world, after the stage that it measures. With one's own models, also under torchrun (sharded):
 
@@ -76,6 +77,7 @@ TINY = {
         "gold": "data/tiny/gold.jsonl", "out": "runs/tiny/labels.json",
     },
     "plot": {"runs": ["runs/tiny/grpo"], "out": "runs/tiny/curves.png"},
+    "show": {"labels": "runs/tiny/verify/labels_step_consistency.jsonl", "rollouts": "runs/tiny/grpo/rollouts"},
 }  # fmt: skip
 RESAMPLES = 2000  # of every bootstrap
 MADE_BY = {"runs/tiny/prm_cot": "train_prm.py", "runs/tiny/grpo": "grpo.py", "data/tiny/policy": "-m data.make_tiny"}
@@ -327,7 +329,7 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Nam
     for name in ("limit", "num_samples", "votes", "slots"):
         if vars(args).get(name) is not None and vars(args)[name] < 1:
             raise InputError(f"--{name} {vars(args)[name]}: it must be at least 1")
-    if args.out is None:
+    if vars(args).get("out", "") is None:
         raise InputError("--out is missing; say where to write the result")
     return args
 
@@ -858,11 +860,68 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     print(f"{args.out}: {len(keys)} panels, {len(runs)} runs")
 
 
+# --------------------------------------------------------------------------- one problem
+
+
+def paint(text: str, right: bool | None) -> str:
+    """Green for right and red for wrong, on a terminal."""
+    return text if right is None or not sys.stdout.isatty() else f"\033[{32 if right else 31}m{text}\033[0m"
+
+
+def show_label(label: dict) -> str:
+    """A solution with the votes on its steps, the label, and the verification that was chosen for it."""
+    votes, labels = label["votes"] or [None] * len(label["steps"]), label["step_labels"] or [None] * len(label["steps"])
+    lines = [f"--- {label['id']}, {label['method']}: " + (label["dropped"] or "kept")]
+    for k, (step, vote, right) in enumerate(zip(label["steps"], votes, labels, strict=True), 1):
+        lines.append(
+            paint(f"Step {k}: {step}" + (f"   [{vote[0]} correct, {vote[1]} incorrect]" if vote else ""), right)
+        )
+    lines.append(paint(f"Answer: {label['answer']}   [judged {label['outcome']}]", label["outcome"]))
+    return "\n".join(lines) + (f"\n\n{label['text']}" if label["text"] else "")
+
+
+def show_rollout(rollout: dict) -> str:
+    """A response of GRPO with its judgement, reward and advantage, from a line that grpo.py --dump_rollouts wrote."""
+    judgement, form = rollout["judgement"] or {}, "valid" if rollout["valid"] else "invalid"
+    verdict, numbers = (
+        judgement.get("verdict"),
+        f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}",
+    )
+    head = f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {form}, {numbers}, judged {verdict}"
+    return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement.get("text", "(not judged)")])
+
+
+def run_show(parser: argparse.ArgumentParser) -> None:
+    """One problem's way through the stages: each solution with the votes on its steps, the label and the verification
+    chosen for it; then the responses of GRPO's steps (grpo.py --dump_rollouts), each with the reward model's judgement,
+    its reward and its advantage."""
+    parser.add_argument("id", nargs="?", help="of a problem or of a solution; none: the first problem")
+    parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py; none: the tiny world")
+    parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
+    args = parse_command(parser, "labels")
+    fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
+    labels = read_records(args.labels, fields, "python verify.py")
+    wanted = args.id or labels[0]["id"].rpartition("/")[0]
+    found = [label for label in labels if wanted in (label["id"], label["id"].rpartition("/")[0])]
+    rollouts = []
+    for path in sorted(Path(args.rollouts or "").glob("step_*.jsonl")):
+        records = read_records(path, ["problem_id", "text", "judgement"])
+        rollouts += [(int(path.stem[5:]), r) for r in records if r["problem_id"] == wanted]
+    if not found and not rollouts:
+        raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
+    if found:
+        log(found[0]["problem"])
+    for label in found:
+        log("\n" + show_label(label))
+    for step, rollout in rollouts:
+        log(f"\nGRPO step {step}\n" + show_rollout(rollout))
+
+
 # --------------------------------------------------------------------------- main
 
 COMMANDS = {
     "processbench": run_processbench, "benchmark": run_benchmark, "best_of": run_best_of, "labels": run_labels,
-    "plot": run_plot,
+    "plot": run_plot, "show": run_show,
 }  # fmt: skip
 
 

@@ -36,7 +36,6 @@ from typing import IO
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -157,7 +156,7 @@ def run_stage(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (OSError, SafetensorError) as error:  # the second has the first one's text, and no errno
+    except OSError as error:  # libraries keep its text, not always its errno
         if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             raise
         print(f"error: {error}; make room: what was whole is intact, and the same command goes on", file=sys.stderr)

@@ -399,8 +399,8 @@ def score_rollouts(
     if args.reward in JUDGED:
         valid = [r for r in rollouts if r.valid]
         shown = [shown_solution(r.text) for r in valid]
-        solutions = [
-            {"problem": text_of[r.problem_id], "steps": steps, "answer": answer}
+        solutions = [  # the id is for the seeds of --prm_votes: equal responses get equal judgements, on any rank
+            {"id": f"{r.problem_id}/{r.text}", "problem": text_of[r.problem_id], "steps": steps, "answer": answer}
             for r, (steps, answer) in zip(valid, shown, strict=True)
         ]
         for r, (steps, _), scored in zip(valid, shown, judge(solutions, step), strict=True):
@@ -755,7 +755,7 @@ def run(args: argparse.Namespace) -> None:
         def judge(solutions: list[dict], step: int) -> list[Scored]:
             return score_solutions(
                 prm_sampler, prm_tokenizer, prm_stops, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
-                votes=args.prm_votes, seed=f"{args.seed}/{step}/{rank()}",
+                votes=args.prm_votes, seed=f"{args.seed}/{step}",
             )  # fmt: skip
 
     for p in problems:

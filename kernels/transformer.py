@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -405,4 +405,7 @@ def save_model(
         for file in Path(tokenizer_from).glob(pattern):
             put(file.name, lambda to, file=file: shutil.copy(file, to))
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or model.state_dict()).items()}
-    put("model.safetensors", lambda to: save_file(whole, to, metadata={"format": "pt"}))
+    try:
+        put("model.safetensors", lambda to: save_file(whole, to, metadata={"format": "pt"}))
+    except SafetensorError as error:  # a full disk is an OSError everywhere else
+        raise OSError(str(error)) from None

@@ -317,3 +317,15 @@ def test_rollouts_are_dumped(judged, tmp_path, monkeypatch, capsys):
         assert sum(r["reward"] for r in records) / len(records) == pytest.approx(metrics["reward/mean"])
         advantages = grpo.group_advantages(torch.tensor([r["reward"] for r in records]), 2)
         assert [r["advantage"] for r in records] == pytest.approx(advantages.tolist())
+    label = {"id": f"{records[0]['problem_id']}/0", "problem": "How many?", "steps": ["1+1=2", "2+2=5"], "answer": "5"}
+    label |= {"method": "step_consistency", "step_labels": [True, False], "outcome": False, "text": "The text."}
+    write_jsonl(tmp_path / "labels.jsonl", [label | {"votes": [[3, 0], [1, 2]], "dropped": None}])
+    flags = ["--labels", tmp_path / "labels.jsonl", "--rollouts", tmp_path / "out" / "rollouts"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "show", records[0]["problem_id"], *map(str, flags)])
+    capsys.readouterr()
+    evaluate.main()
+    shown = capsys.readouterr().out
+    assert shown.startswith("How many?\n\n--- ") and "Step 2: 2+2=5   [1 correct, 2 incorrect]" in shown
+    assert "The text." in shown and "GRPO step 2\n" in shown
+    for r in records[:2]:
+        assert r["text"] in shown and f"reward {r['reward']:.2f}, advantage {r['advantage']:+.2f}" in shown
