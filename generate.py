@@ -150,11 +150,17 @@ class InputError(ValueError):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; an InputError or a full disk becomes one line on stderr and exit status 2."""
+    """Run a stage's main; an InputError, a full disk or a full GPU becomes one line on stderr and exit status 2."""
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:
+        advice = (
+            "lower --slots (rows of the KV cache) or, in training, --micro_tokens; or add --activation_checkpointing"
+        )
+        print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # libraries keep its text, not always its errno
         if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):

@@ -446,16 +446,15 @@ def in_loss(rollouts: list[Rollout], advantages: Tensor, args) -> list[int]:
 
 
 def set_reference_logprobs(model: Transformer, rollouts: list[Rollout], args) -> None:
-    """Set ref of each rollout: its log-probs under the frozen initial policy."""
+    """Set ref of each rollout of this rank: its log-probs under the frozen initial policy."""
     with torch.no_grad():
         for group in split_micro_batches([len(r.prompt) + len(r.ids) for r in rollouts], args.micro_tokens):
             chunk = [rollouts[i] for i in group]
-            if not chunk:
-                continue
-            ids, lengths, targets = pack([after_prompt(r.prompt, r.ids) for r in chunk], model.device)
+            sequences = [after_prompt(r.prompt, r.ids) for r in chunk] or [([0], [-1])]  # as in update_policy
+            ids, lengths, targets = pack(sequences, model.device)
             logprobs, _ = model.packed(ids, lengths, targets, args.temperature)
-            for i, values in zip(group, logprobs[targets >= 0].split([len(r.ids) for r in chunk]), strict=True):
-                rollouts[i].ref = values
+            for r, values in zip(chunk, logprobs[targets >= 0].split([len(r.ids) for r in chunk]), strict=True):
+                r.ref = values
 
 
 def update_policy(
@@ -469,7 +468,8 @@ def update_policy(
     weights = weights.split(lengths)
     total = [len(r.prompt) + len(r.ids) for r in rollouts]
     mine = deal(rollouts, total)
-    if reference is not None and any(rollouts[i].ref is None for i in mine):
+    # All ranks or none: a rank with no rollouts of its own has to take part.
+    if reference is not None and max_over_ranks(any(rollouts[i].ref is None for i in mine)):
         set_reference_logprobs(reference, [rollouts[i] for i in mine], args)
     sums = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
     worst = 0.0
@@ -588,8 +588,8 @@ def refresh(inference: Transformer, model: Transformer) -> None:
 
 
 def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict[str, float]:
-    """What a rank will need, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments. On every
-    rank: the sampler's copy and the frozen reference, the reward model, and one KV cache, the larger of two (the
+    """What a rank will need at most, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments, the
+    frozen reference. On every rank: the sampler's copy, the reward model, and one KV cache, the larger of two (the
     sampler's is freed before the reward model's is made). Left out: what the CUDA libraries take, and fragments."""
 
     def parameters(c: Config) -> int:
@@ -601,7 +601,7 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
         return 2 * c.num_layers * args.slots * longest * c.num_kv_heads * c.head_dim * size
 
     size = 2 if gpu else 4  # bytes of a number outside the optimizer
-    weights, copies = parameters(policy), int(gpu or world_size() > 1) + (args.kl_coef > 0)
+    weights, shared = parameters(policy), 4 + size * (args.kl_coef > 0)
     # Kept for the backward pass, for each token: at a norm 4 numbers of hidden size; queries, keys and values for all
     # heads, and the attention's output twice; 4 of the MLP's width. Recomputing keeps only the input of a layer.
     norm, heads = 4 * policy.hidden_size, policy.num_heads * policy.head_dim
@@ -609,7 +609,7 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
     kept = norm + (layer + layers * policy.hidden_size if args.activation_checkpointing else layers * layer)
     judgement = args.max_new_tokens + args.prm_max_new_tokens  # the response is part of the reward model's prompt
     needed = {
-        "weights": 4 * weights / world_size() + copies * size * weights,
+        "weights": shared * weights / world_size() + (size * weights if gpu or world_size() > 1 else 0),
         "gradients and optimizer": 12 * weights / world_size(),
         "activations": args.micro_tokens * kept * size,
         "KV cache": max(cache(policy, args.max_new_tokens), cache(prm, judgement) if prm else 0),
@@ -743,7 +743,9 @@ def run(args: argparse.Namespace) -> None:
     log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
     log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
     model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
-    reference = load_model(find_model(args.policy), device, dtype).requires_grad_(False) if args.kl_coef else None
+    reference = None
+    if args.kl_coef:
+        reference = prepare_training(load_model(find_model(args.policy), device, dtype).requires_grad_(False), False)
     sharded = device.type == "cuda" or world_size() > 1
     inference = load_model(find_model(args.policy), device, dtype) if sharded else model
     model = prepare_training(model, args.activation_checkpointing)
