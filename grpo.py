@@ -113,6 +113,7 @@ TINY = {
     "max_steps": 8,
     "heldout_every": 10,
     "save_every": 20,
+    "micro_tokens": 2048,  # on a CPU attention is padded to the longest of a micro-batch: few, of similar length
     "slots": 128,
 }
 FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
