@@ -79,7 +79,6 @@ from generate import (
 from kernels.transformer import Config, Transformer, load_model
 from train_prm import (
     MetricsFile,
-    after_prompt,
     check_counts,
     clip_and_step,
     deal,
@@ -87,7 +86,6 @@ from train_prm import (
     gather_weights,
     load_checkpoint,
     max_over_ranks,
-    pack,
     prepare_training,
     save_checkpoint,
     split_micro_batches,
@@ -113,7 +111,6 @@ TINY = {
     "max_steps": 8,
     "heldout_every": 10,
     "save_every": 20,
-    "micro_tokens": 2048,  # on a CPU attention is padded to the longest of a micro-batch: few, of similar length
     "slots": 128,
 }
 FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
@@ -369,6 +366,10 @@ class Rollout:
     unknown: bool = False  # a baseline that reads answers couldn't grade it
 
 
+# An empty micro-batch still runs, on one token that is no target: FSDP needs every rank in every micro-batch.
+NOTHING = Rollout("", [0], [], [], "", "")
+
+
 def sample_rollouts(
     sampler: Sampler, tokenizer, stops: list[int], problems: list[dict], args, step: int
 ) -> list[Rollout]:
@@ -446,14 +447,32 @@ def in_loss(rollouts: list[Rollout], advantages: Tensor, args) -> list[int]:
     return kept
 
 
+def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids (N,), lengths (S,), targets (N,), rows (M,)) of a micro-batch, as `Transformer.packed` takes them: the targets
+    are all responses, in order, and a prompt stands there once for all responses to it. Its last token is left to each
+    of them, because it predicts their first."""
+    ids, targets, rows, lengths, prompts = [], [], [], [], {}
+    for r in rollouts:
+        prompt, last = tuple(r.prompt[:-1]), r.prompt[-1:]
+        if prompt not in prompts:
+            prompts[prompt] = range(len(ids), len(ids) + len(prompt))
+            ids += prompt
+            targets += [-1] * len(prompt)
+        own = last + r.ids[:-1]
+        rows += [*prompts[prompt], *range(len(ids), len(ids) + len(own))]
+        lengths.append(len(prompt) + len(own))
+        ids += own
+        targets += r.ids or [-1]
+    return tuple(torch.tensor(x, device=device) for x in (ids, lengths, targets, rows))
+
+
 def set_reference_logprobs(model: Transformer, rollouts: list[Rollout], args) -> None:
     """Set ref of each rollout of this rank: its log-probs under the frozen initial policy."""
     with torch.no_grad():
         for group in split_micro_batches([len(r.prompt) + len(r.ids) for r in rollouts], args.micro_tokens):
             chunk = [rollouts[i] for i in group]
-            sequences = [after_prompt(r.prompt, r.ids) for r in chunk] or [([0], [-1])]  # as in update_policy
-            ids, lengths, targets = pack(sequences, model.device)
-            logprobs, _ = model.packed(ids, lengths, targets, args.temperature)
+            ids, row_lengths, targets, rows = pack_responses(chunk or [NOTHING], model.device)
+            logprobs, _ = model.packed(ids, row_lengths, targets, args.temperature, rows)
             for r, values in zip(chunk, logprobs[targets >= 0].split([len(r.ids) for r in chunk]), strict=True):
                 r.ref = values
 
@@ -476,10 +495,8 @@ def update_policy(
     worst = 0.0
     for group in split_micro_batches([total[i] for i in mine], args.micro_tokens):
         chunk = [mine[j] for j in group]
-        sequences = [after_prompt(rollouts[i].prompt, rollouts[i].ids) for i in chunk]
-        # An empty group still runs, on one token that is no target: FSDP needs every rank in every micro-batch.
-        ids, row_lengths, targets = pack(sequences or [([0], [-1])], model.device)
-        logprobs, entropy = model.packed(ids, row_lengths, targets, args.temperature)
+        ids, row_lengths, targets, rows = pack_responses([rollouts[i] for i in chunk] or [NOTHING], model.device)
+        logprobs, entropy = model.packed(ids, row_lengths, targets, args.temperature, rows)
         if not chunk:
             (0.0 * logprobs.sum()).backward()
             continue

@@ -14,6 +14,7 @@ rows packed one behind the other (training), or over a KV cache (the sampler). T
 Shapes: B rows, T tokens a row, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -124,34 +125,52 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def packed_attention(lengths: Tensor) -> tuple[Tensor, Attend]:
-    """Causal attention over sequences packed one behind the other in a single row.
+def packed_attention(lengths: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Attend]:
+    """Causal attention over sequences packed one behind the other in a single row of N tokens.
 
-    lengths (S,) long, their sum N the length of the row. Returns (positions (1, N), attend): everything
-    but the attention then runs on N tokens, without padding. In half precision on CUDA attention is PyTorch's
-    flash `varlen_attn`; elsewhere q, k and v are padded to (S, max length) for the attention alone.
+    lengths (S,) long; rows (M,) long, M their sum: where each token of each sequence stands in the packed row, None for
+    all in order. Sequences that begin alike may share these tokens, such as a prompt's with all its responses.
+    Returns (positions (1, N), attend): everything but the attention then runs on N tokens, without padding. In half
+    precision on CUDA attention is PyTorch's flash `varlen_attn`; elsewhere it is padded, among similar lengths.
     """
-    S, longest = len(lengths), int(lengths.max())
-    filled = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (S, longest)
-    row, position = filled.nonzero().unbind(1)  # (N,) each
-    slots = row * longest + position  # (N,): where each token sits in the padded layout
+    sizes, device = lengths.tolist(), lengths.device
     starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,)
+    places = torch.arange(sum(sizes), device=device)  # (M,)
+    shared, rows = rows is not None, places if rows is None else rows
+    home = rows.new_zeros(int(rows.max()) + 1).index_copy(0, rows, places)  # (N,): one place of each packed token
+    position = places - starts[:-1].repeat_interleave(lengths)  # (M,), each counted from its sequence's start
 
-    def pad(x: Tensor) -> Tensor:  # (1, N, heads, E) -> (S, longest, heads, E)
-        rows = x.new_zeros(S * longest, *x.shape[2:]).index_copy(0, slots, x[0])
-        return rows.view(S, longest, *x.shape[2:])
+    @functools.cache
+    def pad() -> tuple[list[Tensor], Tensor]:
+        """Tables (R, T) of the tokens of R similar sequences, and where each packed token is in them, (N,)."""
+        pieces, tables, found, filled = rows.split(sizes), [], {}, 0
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        while order:
+            longest = sizes[order[0]]
+            group = [i for i in order if sizes[i] >= 0.8 * longest]
+            order = order[len(group) :]
+            # What fills up is any token: it stands to the right of the real ones, which don't look there.
+            tables.append(torch.stack([F.pad(pieces[i], (0, longest - sizes[i])) for i in group]))
+            found |= {i: filled + k * longest for k, i in enumerate(group)}
+            filled += tables[-1].numel()
+        offsets = torch.tensor([found[i] for i in range(len(sizes))], device=device)
+        return tables, (position + offsets.repeat_interleave(lengths))[home]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn
 
             repeat = q.shape[2] // k.shape[2]  # torch 2.11 has no enable_gqa here
-            k, v = (x[0].repeat_interleave(repeat, dim=1) for x in (k, v))  # (N, H, E)
-            return varlen_attn(q[0], k, v, starts, starts, longest, longest, window_size=(-1, 0))[None]  # causal
-        out = causal_attention(layer, pad(q), pad(k), pad(v))  # (S, longest, H, E)
-        return out.flatten(0, 1).index_select(0, slots)[None]  # (1, N, H, E)
+            q, k, v = (x[0].index_select(0, rows) if shared else x[0] for x in (q, k, v))  # (M, heads, E)
+            k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))  # (M, H, E)
+            out = varlen_attn(q, k, v, starts, starts, max(sizes), max(sizes), window_size=(-1, 0))  # causal
+            return (out.index_select(0, home) if shared else out)[None]  # (1, N, H, E)
+        tables, where = pad()
+        padded = [[x[0].index_select(0, t.flatten()).unflatten(0, t.shape) for x in (q, k, v)] for t in tables]
+        out = torch.cat([causal_attention(layer, *qkv).flatten(0, 1) for qkv in padded])
+        return out.index_select(0, where)[None]  # (1, N, H, E)
 
-    return position[None], attend
+    return position[home][None], attend
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> tuple[Tensor, float]:
@@ -321,10 +340,17 @@ class Transformer(nn.Module):
             return hidden
         return token_logprobs(hidden.flatten(0, 1), self.head, targets.flatten(), temperature)
 
-    def packed(self, ids: Tensor, lengths: Tensor, targets: Tensor | None = None, temperature: float = 1.0):
-        """Sequences one behind the other: ids (N,) long, lengths (S,) summing to N -> hidden states (N, D), or with
+    def packed(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        rows: Tensor | None = None,
+    ):
+        """Sequences one behind the other, as for `packed_attention`: ids (N,) long -> hidden states (N, D), or with
         targets (N,) (log-probabilities, entropies), (N,) both."""
-        positions, attend = packed_attention(lengths)
+        positions, attend = packed_attention(lengths, rows)
         if targets is None:
             return self(ids[None], positions, attend)[0]
         return self(ids[None], positions, attend, targets[None], temperature)

@@ -34,7 +34,7 @@ import torch
 import transformers
 
 from generate import SOLVE_PROMPT, Sampler, open_model, read_records, render_chat
-from grpo import TINY, group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
+from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
 from kernels.transformer import load_model
 from train_prm import prepare_training
 
@@ -91,7 +91,7 @@ def make_step(lengths: list[int], group_size: int = GROUP):
     problems = [{"id": str(i), "place": i, "prompt": prompt} for i, prompt in enumerate(ids)]
     args = Namespace(
         group_size=group_size, temperature=1.0, max_new_tokens=max(lengths), reward="custom", seed=0, updates=1,
-        micro_tokens=TINY["micro_tokens"], loss_norm="token", clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF, kl="k3",
+        micro_tokens=16_384, loss_norm="token", clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF, kl="k3",
         tis_cap=0.0, max_gap=0.1, lr=LR, max_grad_norm=MAX_NORM,
     )  # fmt: skip
 

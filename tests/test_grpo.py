@@ -17,6 +17,7 @@ import grpo
 from generate import InputError, Sampler
 from kernels.decode import SlotCache
 from kernels.transformer import load_model
+from train_prm import after_prompt, pack
 from verify import Scored
 
 # --------------------------------------------------------------------------- format and what is shown
@@ -351,15 +352,16 @@ def model_path(tmp_path_factory):
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "dr_grpo"])
 def test_loss_and_gradient_equal_autograd_on_full_logits(model_path, norm):
-    """Guards: loss inputs written in place; a wrong denominator, k3 or clip; log-probs of shifted tokens."""
+    """Guards: loss inputs written in place; a prompt that its responses share by halves; a wrong denominator, k3 or clip; log-probs of shifted tokens."""
     args = make_args(loss_norm=norm, kl_coef=0.3)
     model = load_model(model_path, dtype=torch.float64)
     reference = load_model(make_model(model_path.parent / "reference", seed=1), dtype=torch.float64)
     rng = random.Random(0)
     samples = []
-    for prompt, length, advantage in ((3, 1, 1.3), (5, 7, -0.4), (2, 4, 0.0), (4, 11, 0.9), (1, 2, -2.0)):
-        prompt, ids = ([rng.randrange(500) for _ in range(n)] for n in (prompt, length))
-        packed = grpo.pack([grpo.after_prompt(prompt, ids)], torch.device("cpu"))
+    prompts = [[rng.randrange(500) for _ in range(n)] for n in (3, 5, 1)]
+    for i, length, advantage in ((0, 1, 1.3), (1, 7, -0.4), (0, 4, 0.0), (1, 11, 0.9), (2, 2, -2.0)):
+        prompt, ids = prompts[i], [rng.randrange(500) for _ in range(length)]
+        packed = pack([after_prompt(prompt, ids)], torch.device("cpu"))
         with torch.no_grad():
             old = model.packed(*packed, args.temperature)[0][packed[2] >= 0]
         samples.append((prompt, ids, advantage, old + torch.tensor([rng.gauss(0, 0.5) for _ in ids])))
@@ -369,10 +371,13 @@ def test_loss_and_gradient_equal_autograd_on_full_logits(model_path, norm):
     model.zero_grad()
 
     lengths = [len(ids) for _, ids, _, _ in samples]
-    packed = grpo.pack([grpo.after_prompt(prompt, ids) for prompt, ids, _, _ in samples], torch.device("cpu"))
-    logprobs = model.packed(*packed, args.temperature)[0][packed[2] >= 0]
+    rollouts = [grpo.Rollout("", prompt, ids, [], "", "") for prompt, ids, _, _ in samples]
+    ids, row_lengths, targets, rows = grpo.pack_responses(rollouts, torch.device("cpu"))
+    assert len(ids) == sum(len(prompt) - 1 for prompt in prompts) + sum(lengths)  # each prompt stands there once
+    packed = (ids, row_lengths, targets, args.temperature, rows)
+    logprobs = model.packed(*packed)[0][targets >= 0]
     with torch.no_grad():
-        ref = reference.packed(*packed, args.temperature)[0][packed[2] >= 0]
+        ref = reference.packed(*packed)[0][targets >= 0]
     advantages = torch.tensor([a for _, _, a, _ in samples], dtype=torch.float64).repeat_interleave(
         torch.tensor(lengths)
     )

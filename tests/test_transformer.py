@@ -468,6 +468,16 @@ def test_flash_attention_is_called_as_torch_defines_it(monkeypatch):
     assert torch.equal(attend(0, *(x.as_subclass(OnCuda) for x in (q, k, v))), wanted) and not calls
     got = attend(0, *(x.bfloat16().as_subclass(OnCuda) for x in (q, k, v)))
     assert len(calls) == 1 and close(got.float(), wanted, 2e-2)
+    # The same with the first two tokens of the sequence of five standing there once, as those of the first, too.
+    rows = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 6])
+    positions, attend = packed_attention(torch.tensor([3, 5, 1]), rows)
+    assert positions.tolist() == [[0, 1, 2, 2, 3, 4, 0]]
+    q, k, v = (x[:, :7] for x in (q, k, v))
+    _, plain = packed_attention(torch.tensor([3, 5, 1]))
+    wanted = plain(0, *(x[:, rows] for x in (q, k, v)))[:, [0, 1, 2, 5, 6, 7, 8]]
+    assert close(attend(0, q, k, v), wanted, 1e-6)
+    got = attend(0, *(x.bfloat16().as_subclass(OnCuda) for x in (q, k, v)))
+    assert len(calls) == 2 and close(got.float(), wanted, 2e-2)
 
 
 @pytest.mark.gpu

@@ -26,15 +26,16 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/hacking")
 CONSTRAINTS = ("none", "paper", "strict")
 NAMES = {  # run -> how the table calls it
-    "able-none": "process_aware, none",
-    "able-paper": "process_aware, paper",
-    "able-strict": "process_aware, strict",
-    "able-step_augmented": "step_augmented, paper",
-    "able-global_step": "global_step, paper",
-    "able-global_step-bounded": "global_step, paper, 3 to 20 steps",
-    "lenient-none": "lenient judge, none",
-    "lenient-paper": "lenient judge, paper",
-    "plain-long": "plain policy, paper, 120 updates",
+    "weak-none": "weak, process_aware, none",
+    "weak-paper": "weak, process_aware, paper",
+    "weak-strict": "weak, process_aware, strict",
+    "weak-step_augmented": "weak, step_augmented, paper",
+    "weak-global_step": "weak, global_step, paper",
+    "weak-global_step-bounded": "weak, global_step, paper, 3 to 20 steps",
+    "lenient-none": "weak, lenient judge, none",
+    "lenient-paper": "weak, lenient judge, paper",
+    "able-paper": "able, process_aware, paper",
+    "plain-long": "plain, process_aware, paper",
 }
 CURVES = ["reward/mean", "heldout/accuracy", "response/steps", "format/answers"]
 
@@ -49,7 +50,7 @@ def append_solution(first: dict, second: dict) -> dict:
     return {**first, "answer": whole[len(before) : -len(after)]}
 
 
-def make_able(solutions: list[dict], rng: random.Random) -> list[dict]:
+def make_gamed(solutions: list[dict], rng: random.Random) -> list[dict]:
     """The policy's own solutions, right or wrong, a quarter of them gamed: what it imitates so that RL has hacks to
     choose from."""
     # As labels that `train_prm.py --kind policy` uses, whatever anybody thinks of them.
@@ -95,7 +96,9 @@ def rescore(run: Path, judge: str, seed: int, problems: int = 300) -> dict[str, 
     gold = {r["id"]: r for r in read_records("data/tiny/gold.jsonl", ["id", "answer", "steps"])}
     judges = {"prm_cot": judge, "lenient": str(RUNS / "lenient")}
     judges = {name: open_sampler(path, device, 256) for name, path in judges.items()}
-    policies = {"able": RUNS / "able", "plain": Path("data/tiny/policy")} | {name: run / name for name in NAMES}
+    policies = {"weak": RUNS / "weak", "able": RUNS / "able", "plain": Path("data/tiny/policy")} | {
+        name: run / name for name in NAMES
+    }
     result = {}
     for name, path in policies.items():
         sampler, tokenizer, stops = open_sampler(str(path), device, 256)
@@ -148,7 +151,7 @@ def print_table(records: list[dict]) -> None:
     print(f"{len(records)} seeds: mean (least to greatest), in percent")
     print("| policy | right | reward by its own judge: none / paper / strict | wrong, but accepted |", end="")
     print(" one step | a step twice | appended | steps left out |\n|---|---|---|---|---|---|---|---|")
-    starts = {"able": "start: able", "plain": "start: plain"}
+    starts = {name: f"start: {name}" for name in ("weak", "able", "plain")}
     for name, title in (starts | NAMES).items():
         judge = "lenient" if name.startswith("lenient") else "prm_cot"
         rows = [r["rescored"][name] for r in records]
@@ -205,7 +208,7 @@ def main() -> None:
         labels = read_records(args.labels, ["steps", "answer", "text", "step_labels", "outcome", "dropped"])
         solutions = read_records(args.solutions, ["problem", "steps", "answer", "finish"])
         made = {
-            "able": make_able(solutions, random.Random(0)),
+            "able": make_gamed(solutions, random.Random(0)),
             "lenient": make_lenient(labels, random.Random("0/lenient")),
         }
         for name, records in made.items():

@@ -4,11 +4,11 @@
 #   bash data/results/hacking.sh                # runs/hacking/<seed>/..., then data/results/hacking.jsonl, table, figure
 #   python -m data.results.hacking              # the table and data/results/hacking.png from data/results/hacking.jsonl
 #
-# Labels and PRM-CoT are those of claims.sh. SEEDS="0 1" limits it; what is there isn't made again. Two starts: `able` is
-# the tiny policy after it has imitated a few gamed solutions (one step only, a step three times, another solved problem
-# appended), so that RL can choose them; `plain` is the tiny policy itself, trained twice as long as usual. The judge is
-# the PRM-CoT of Stage II; `lenient` is one that has learnt to overlook errors when a right solution of another problem
-# follows.
+# Labels and PRM-CoT are those of claims.sh. SEEDS="0 1" limits it; what is there isn't made again. Three starts: `weak`
+# and `able` are the tiny policy after it has imitated its own solutions, a quarter of them gamed (one step only, a step
+# three times, another solution appended), so that RL has hacks to choose from: at a learning rate that costs it most of
+# its ability, and at a lower one. `plain` is the tiny policy itself, trained twice as long as usual. The judge is the
+# PRM-CoT of Stage II; `lenient` is one that has learnt to overlook errors when a right solution of another problem follows.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
@@ -29,8 +29,9 @@ if [[ ! -d $common/lenient ]]; then
     --num_samples 6 --temperature 1 --top_p 1 --max_new_tokens 120 --slots 256
   python -m data.results.hacking --make $common --solutions $common/own.jsonl \
     --labels runs/claims/0/verify/labels_step_consistency.jsonl
-  python train_prm.py --model data/tiny/policy --labels $common/able.jsonl --kind policy --out $common/able \
-    --lr 4e-5 --epochs 1 --batch_size 64
+  imitate=(python train_prm.py --model data/tiny/policy --labels $common/gamed.jsonl --kind policy --epochs 1)
+  "${imitate[@]}" --lr 4e-5 --out $common/able
+  "${imitate[@]}" --lr 2e-4 --out $common/weak
   python train_prm.py --model data/tiny/verifier --labels $common/lenient.jsonl --out $common/lenient \
     --lr 2e-4 --epochs 3 --batch_size 32
 fi
@@ -39,14 +40,15 @@ for seed in ${SEEDS:-0 1 2}; do
   out=$common/$seed
   judge=runs/claims/$seed/prm_cot
   for constraints in none paper strict; do
-    grpo "able-$constraints" $common/able "$judge" 40 --format_constraints $constraints
+    grpo "weak-$constraints" $common/weak "$judge" 40 --format_constraints $constraints
   done
+  grpo weak-step_augmented $common/weak "$judge" 40 --reward step_augmented
+  grpo weak-global_step $common/weak "$judge" 40 --reward global_step
+  grpo weak-global_step-bounded $common/weak "$judge" 40 --reward global_step --min_steps 3
   for constraints in none paper; do
-    grpo "lenient-$constraints" $common/able $common/lenient 40 --format_constraints $constraints
+    grpo "lenient-$constraints" $common/weak $common/lenient 40 --format_constraints $constraints
   done
-  grpo able-step_augmented $common/able "$judge" 40 --reward step_augmented
-  grpo able-global_step $common/able "$judge" 40 --reward global_step
-  grpo able-global_step-bounded $common/able "$judge" 40 --reward global_step --min_steps 3
+  grpo able-paper $common/able "$judge" 40
   grpo plain-long data/tiny/policy "$judge" 120
   python -m data.results.hacking --seed "$seed" --rescore "$out" --judge "$judge"
 done
