@@ -412,17 +412,18 @@ def save_model(
     """Write a Hugging Face directory that `AutoModelForCausalLM` loads. Whatever else lies in `path` stays.
 
     The tokenizer files of `tokenizer_from` are copied beside the weights; `weights` replaces the model's own (where
-    they are sharded). Every file is written under a temporary name and renamed, the weights last: a crash leaves the
-    old checkpoint or the new one.
+    they are sharded). Every file is written elsewhere and moved here, the weights last: a crash leaves the old
+    checkpoint or the new one, and in `path`/.part what the next save removes.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    part = path / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
 
     def put(name: str, write: Callable[[Path], object]) -> None:
-        temporary = path / f".{name}.part"  # always the same, so that what a crash leaves is overwritten
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path / name)
+        write(part / name)
+        (part / name).chmod(0o644)
+        (part / name).replace(path / name)
 
     dtype = str(model.head.dtype).removeprefix("torch.")
     raw = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"}  # the old spelling
@@ -435,3 +436,4 @@ def save_model(
         put("model.safetensors", lambda to: save_file(whole, to, metadata={"format": "pt"}))
     except SafetensorError as error:  # a full disk is an OSError everywhere else
         raise OSError(str(error)) from None
+    part.rmdir()
