@@ -556,6 +556,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "reward/mean": mean([r.reward for r in rollouts]),
         "reward/std": rewards.std().item() if len(rollouts) > 1 else 0.0,
         "reward/verdict": mean([r.scored.verdict is True for r in judged]),
+        "reward/steps_correct": mean([sum(v) / len(v) for r in judged if (v := r.scored.step_verdicts)]),
         "reward/unknown": mean([r.unknown for r in rollouts]),
         "reward/unparsed": mean([r.scored.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
@@ -837,8 +838,11 @@ def run(args: argparse.Namespace) -> None:
             t3 = time.time()
             record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size), **trained}
             record["loss/responses"] = len(kept)
-            record |= {"time/sample": t1 - t0, "time/score": t2 - t1, "time/update": t3 - t2}
-            record["time/tokens_per_second"] = sum(len(r.ids) for r in rollouts) / (t3 - t0)
+            sampled, judged = sum(len(r.ids) for r in rollouts), sum(r.scored.tokens for r in rollouts if r.scored)
+            for phase, tokens, seconds in (("sample", sampled, t1 - t0), ("score", judged, t2 - t1),
+                                           ("update", sampled, t3 - t2)):  # fmt: skip
+                record |= {f"time/{phase}": seconds, f"time/{phase}_tokens_per_second": tokens / seconds}
+            record["time/tokens_per_second"] = sampled / (t3 - t0)
             if rank() == 0 and record["reward/unparsed"] == 1:
                 warn_of_garbage(rollouts, step + 1)
             last, stopped = step + 1 == args.steps, max_over_ranks(len(signals)) > 0
