@@ -138,19 +138,23 @@ while True:
     print("null", file=replies, flush=True)
 """
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)e([+-]?[0-9]{1,3})(?!\w)", re.IGNORECASE)  # 4.5e33
 _idle: list[subprocess.Popen] = []  # workers between two questions; they end when this process does
 
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
-    crashed. Both are LaTeX, with or without `\boxed{…}`; no answer (None, "") is False. timeout: seconds of CPU time.
+    crashed. Both are LaTeX, with or without `\boxed{…}`, and 4.5e33 is read as `4.5 \times 10^{33}` (a fifth of Minerva's
+    references are written so); no answer (None, "") is False. timeout: seconds of CPU time.
 
     A worker process does the algebra; it starts when first needed and stays. Equal texts and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
-    prediction, reference = (prediction or "").strip().removesuffix("."), reference.strip().removesuffix(".")
+    prediction, reference = (
+        E_NOTATION.sub(r"\1 \\times 10^{\2}", text.strip().removesuffix(".")) for text in (prediction or "", reference)
+    )
     if not prediction or prediction == reference:
         return bool(prediction)
     if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):

@@ -36,10 +36,11 @@ def problem_of(row: dict) -> str:
 
 
 def clean_answer(value: object) -> str:
-    r"""LaTeX on its own: several answers are joined, dollar signs go (not the currency, `\$`); "" for None."""
+    r"""LaTeX on its own: several answers are joined, dollar signs go (not the currency, `\$`), np.arcsin becomes
+    `\arcsin` (Minerva has one); "" for None."""
     if isinstance(value, list):
         return ", ".join(map(clean_answer, value))
-    return "" if value is None else re.sub(r"(?<!\\)\$", "", str(value)).strip()
+    return "" if value is None else re.sub(r"(?<!\\)\$", "", str(value)).replace("np.", "\\").strip()
 
 
 def integer_answer(row: dict) -> str:

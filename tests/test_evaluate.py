@@ -103,6 +103,16 @@ def fresh_workers(monkeypatch):
         ("x^2+2x+1", "(x+1)^2", True),
         ("2^{2^{3}}", "256", True),
         ("2^{2^{3}}", "64", False),
+        (r"4.5 \times 10^{33}", "4.5e33", True),
+        ("1e-6", r"10^{-6}", True),
+        ("4.5e32", "4.5e33", False),
+        ("1.6e", "1.6", False),
+        (r"1.6 \mathrm{~cm}", "1.6", True),
+        (r"41.8^{\circ}", "41.8", True),
+        ("84, 69", "$69$,$84$", True),  # OlympiadBench: several answers in any order, but all of them
+        ("1,3", "1,3,5", False),
+        ("(4,5,7), (2,7,13), (1,8,19)", "$(1,8,19), (2,7,13), (4,5,7)$", True),
+        ("x=1, x=3", "1,3", True),
         ("1" * 5000, "1" * 4999, False),
         ("1" * 5000, "1" * 5000, True),
         ("", "5", False),
@@ -155,16 +165,28 @@ def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monk
         grade("1/2", "0.5", timeout=0)
 
 
-@pytest.mark.parametrize("name", ["math", "gsm8k"])
-def test_grades_agree_with_stored_verdicts(name):
-    """Guards against a grader stricter or laxer than the field's: 0.99 of real answers must come out the same."""
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("math", 0.99),
+        ("gsm8k", 0.99),
+        ("olympiadbench", 0.92),
+        *(
+            pytest.param(name, least, marks=pytest.mark.slow)
+            for name, least in (("college_math", 0.86), ("minerva_math", 0.93))
+        ),
+    ],
+)
+def test_grades_agree_with_stored_verdicts(name, least):
+    """Guards against a grader stricter or laxer than the field's: so many of real answers must come out the same. The
+    last three were stored by another grader; plain math-verify agrees with it on 0.885, 0.944 and 0.954."""
     path = SHARED / f"outputs-realcritic/{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is absent")
     rows = read_lines(path)
     verdicts = grade_all([(row["pred"], row["gt"]) for row in rows], workers=2)
     agreement = np.mean([(v is True) == row["previous_score"][0] for v, row in zip(verdicts, rows, strict=True)])
-    assert agreement >= 0.99
+    assert agreement >= least
 
 
 def test_importing_starts_nothing():
