@@ -157,9 +157,7 @@ def run_stage(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except torch.OutOfMemoryError as error:
-        advice = (
-            "lower --slots (rows of the KV cache) or, in training, --micro_tokens; or add --activation_checkpointing"
-        )
+        advice = "lower --slots (rows of the KV cache); in training --micro_tokens, or add --activation_checkpointing"
         print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # libraries keep its text, not always its errno
@@ -167,7 +165,7 @@ def run_stage(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error}; make room: what was whole is intact, and the same command goes on", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
+    else:  # a rank that fails alone must not wait for the others, as it would: with NCCL this is collective
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -464,6 +462,9 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     return order.gather(1, place)[:, 0], logprobs - cdf[:, -1].log().float(), logprobs
 
 
+PREFILL_TOKENS = 16_384  # of new prompts that are run at once
+
+
 class Sampler:
     """Batched sampling with a slot KV cache: per-row lengths, no left padding, refill and compaction.
 
@@ -474,7 +475,7 @@ class Sampler:
     This is the schedule; the tensors are in kernels/decode.py.
     """
 
-    def __init__(self, model: Transformer, slots: int = 64, prefill_tokens: int = 16_384):
+    def __init__(self, model: Transformer, slots: int = 64, prefill_tokens: int = PREFILL_TOKENS):
         self.model, self.slots, self.prefill_tokens = model, max(slots, 1), prefill_tokens
         self.tokens = 0  # sampled so far, by all calls
 
@@ -529,11 +530,16 @@ class Sampler:
         while queue or rows:
             free = cache.slots - len(rows)
             if queue and free >= max(1, cache.slots // 8):
-                new = [queue.popleft() for _ in range(min(free, len(queue)))]
+                new, missing, room = [], {}, self.prefill_tokens
+                while queue and len(new) < free and room > 0:  # what a prefill leaves is held beside the cache
+                    new.append(queue.popleft())
+                    ids = tuple(prompts[new[-1][0]])
+                    if ids not in held and ids not in missing:
+                        missing[ids] = None
+                        room -= len(ids)
                 wanted = [tuple(prompts[p]) for p, _ in new]
-                missing = [ids for ids in dict.fromkeys(wanted) if ids not in held]
                 if missing:
-                    held |= zip(missing, prefill(self.model, missing, self.prefill_tokens), strict=True)
+                    held |= zip(missing, prefill(self.model, list(missing), self.prefill_tokens), strict=True)
                 logits = cache.add(len(rows), [held[ids] for ids in wanted])  # (len(new), V)
                 waiting.subtract(wanted)
                 held = {ids: prefix for ids, prefix in held.items() if waiting[ids]}

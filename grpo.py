@@ -53,6 +53,7 @@ from tqdm import tqdm
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import grade_all, heldout_accuracy, majority_answer
 from generate import (
+    PREFILL_TOKENS,
     SOLVE_PROMPT,
     InputError,
     Sampler,
@@ -447,10 +448,10 @@ def in_loss(rollouts: list[Rollout], advantages: Tensor, args) -> list[int]:
     return kept
 
 
-def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(ids (N,), lengths (S,), targets (N,), rows (M,)) of a micro-batch, as `Transformer.packed` takes them: the targets
     are all responses, in order, and a prompt stands there once for all responses to it. Its last token is left to each
-    of them, because it predicts their first."""
+    of them, because it predicts their first. rows: None if nothing is shared."""
     ids, targets, rows, lengths, prompts = [], [], [], [], {}
     for r in rollouts:
         prompt, last = tuple(r.prompt[:-1]), r.prompt[-1:]
@@ -463,7 +464,8 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
         lengths.append(len(prompt) + len(own))
         ids += own
         targets += r.ids or [-1]
-    return tuple(torch.tensor(x, device=device) for x in (ids, lengths, targets, rows))
+    ids, lengths, targets, rows = (torch.tensor(x, device=device) for x in (ids, lengths, targets, rows))
+    return ids, lengths, targets, rows if len(rows) > len(ids) else None
 
 
 def set_reference_logprobs(model: Transformer, rollouts: list[Rollout], args) -> None:
@@ -601,15 +603,17 @@ def refresh(inference: Transformer, model: Transformer) -> None:
     with torch.no_grad():
         for name, tensor in gather_weights(model):
             bits = static[name].copy_(tensor).view(torch.int16 if static[name].element_size() == 2 else torch.int32)
-            checksum = (checksum + bits.sum(dtype=torch.int64).item()) % 2**50  # exact as a float64
+            for piece in bits.flatten().split(1 << 26):  # a sum in int64 may take a copy in int64
+                checksum = (checksum + piece.sum(dtype=torch.int64).item()) % 2**50  # exact as a float64
     if (max_over_ranks(checksum), -max_over_ranks(-checksum)) != (checksum, checksum):
         raise RuntimeError(f"rank {rank()}: the sampler's weights differ between ranks (checksum {checksum})")
 
 
 def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict[str, float]:
-    """What a rank will need at most, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments, the
+    """What a rank will need, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments, the
     frozen reference. On every rank: the sampler's copy, the reward model, and one KV cache, the larger of two (the
-    sampler's is freed before the reward model's is made). Left out: what the CUDA libraries take, and fragments."""
+    sampler's is freed before the reward model's is made). Left out: a few gathered layers, what the CUDA libraries
+    take, and fragments."""
 
     def parameters(c: Config) -> int:
         with torch.device("meta"):
@@ -617,7 +621,8 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
 
     def cache(c: Config, new_tokens: int) -> int:
         longest = min(args.max_prompt_tokens + new_tokens, c.max_positions)
-        return 2 * c.num_layers * args.slots * longest * c.num_kv_heads * c.head_dim * size
+        held = 2 * PREFILL_TOKENS  # of the prompts that have just been run, twice while they are put together
+        return 2 * c.num_layers * (args.slots * longest + held) * c.num_kv_heads * c.head_dim * size
 
     size = 2 if gpu else 4  # bytes of a number outside the optimizer
     weights, shared = parameters(policy), 4 + size * (args.kl_coef > 0)
@@ -765,9 +770,9 @@ def run(args: argparse.Namespace) -> None:
     reference = None
     if args.kl_coef:
         reference = prepare_training(load_model(find_model(args.policy), device, dtype).requires_grad_(False), False)
+    model = prepare_training(model, args.activation_checkpointing)  # here, so that it is whole only for a moment
     sharded = device.type == "cuda" or world_size() > 1
     inference = load_model(find_model(args.policy), device, dtype) if sharded else model
-    model = prepare_training(model, args.activation_checkpointing)
     sampler = Sampler(inference, args.slots)
     judge = None
     if args.reward in JUDGED:
@@ -820,13 +825,13 @@ def run(args: argparse.Namespace) -> None:
         todo = range(start, args.steps)
         bar = tqdm(todo, initial=start, total=args.steps, desc="grpo", unit="step", disable=rank() != 0)
         for step in bar:
-            t0 = time.time()
+            t0 = time.perf_counter()
             batch = problems_at(step, fitting, args.batch_size, args.seed)
             mine = sample_rollouts(sampler, tokenizer, stops, batch[rank() :: world_size()], args, step)
-            t1 = time.time()
+            t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
             rollouts = gather_rollouts(mine)
-            t2 = time.time()
+            t2 = time.perf_counter()
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)
             of_tokens = token_advantages(rollouts, advantages, args.reward, args.group_size, args.selective_discount)
@@ -835,7 +840,7 @@ def run(args: argparse.Namespace) -> None:
             for _ in range(args.updates if kept else 0):  # nothing kept, nothing learnt
                 trained = update_policy(model, optimizer, reference, chosen, theirs, args)
             refresh(inference, model)
-            t3 = time.time()
+            t3 = time.perf_counter()
             record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size), **trained}
             record["loss/responses"] = len(kept)
             sampled, judged = sum(len(r.ids) for r in rollouts), sum(r.scored.tokens for r in rollouts if r.scored)

@@ -245,7 +245,9 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.model["layers"]:
         fully_shard(block, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
+    # What is frozen has no backward pass, which is where the root's weights would be shared out again.
+    frozen = not any(p.requires_grad for p in model.parameters())
+    return fully_shard(model, mp_policy=policy, reshard_after_forward=True if frozen else None)
 
 
 def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:

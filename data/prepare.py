@@ -40,7 +40,7 @@ def clean_answer(value: object) -> str:
     `\arcsin` (Minerva has one); "" for None."""
     if isinstance(value, list):
         return ", ".join(map(clean_answer, value))
-    return "" if value is None else re.sub(r"(?<!\\)\$", "", str(value)).replace("np.", "\\").strip()
+    return "" if value is None else re.sub(r"\bnp\.(?=[a-z])", r"\\", re.sub(r"(?<!\\)\$", "", str(value))).strip()
 
 
 def integer_answer(row: dict) -> str:

@@ -519,7 +519,8 @@ def test_estimated_memory(model_path):
     )
     assert gib["weights"] * 2**30 == 8 * parameters and gib["reward model"] * 2**30 == 2 * parameters
     cache = SlotCache(model, args.slots, 90)  # the reward model's: prompt, response and judgement
-    assert gib["KV cache"] * 2**30 == cache.keys.nbytes + cache.values.nbytes
+    held = (cache.keys.nbytes + cache.values.nbytes) / (args.slots * 90) * 2 * generate.PREFILL_TOKENS
+    assert gib["KV cache"] * 2**30 == cache.keys.nbytes + cache.values.nbytes + held
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -561,6 +562,12 @@ def test_ranks_with_other_copies_stop_the_run(model_path, monkeypatch):
     next(model.parameters()).data.add_(0.1)
     grpo.refresh(copy, model)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+    seen: list[float] = []
+    monkeypatch.setattr(grpo, "max_over_ranks", lambda value: seen.append(value) or value)
+    for _ in range(2):
+        grpo.refresh(copy, model)
+        next(model.parameters()).data.view(-1)[0] += 1
+    assert seen[0] == -seen[1] != seen[2] == -seen[3]  # a checksum of the weights
     monkeypatch.setattr(grpo, "max_over_ranks", lambda value: value + 1)
     with pytest.raises(RuntimeError, match="differ between ranks"):
         grpo.refresh(copy, model)

@@ -194,7 +194,7 @@ def collect(run: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make", type=Path, help="directory for able.jsonl and lenient.jsonl")
+    parser.add_argument("--make", type=Path, help="directory for gamed.jsonl and lenient.jsonl")
     parser.add_argument("--solutions", help="of the tiny policy, for --make")
     parser.add_argument("--labels", help="labels of Stage I, for --make")
     parser.add_argument("--rescore", type=Path, help="directory of one seed's runs")
@@ -208,7 +208,7 @@ def main() -> None:
         labels = read_records(args.labels, ["steps", "answer", "text", "step_labels", "outcome", "dropped"])
         solutions = read_records(args.solutions, ["problem", "steps", "answer", "finish"])
         made = {
-            "able": make_gamed(solutions, random.Random(0)),
+            "gamed": make_gamed(solutions, random.Random(0)),
             "lenient": make_lenient(labels, random.Random("0/lenient")),
         }
         for name, records in made.items():

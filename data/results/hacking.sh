@@ -7,7 +7,7 @@
 # Labels and PRM-CoT are those of claims.sh. SEEDS="0 1" limits it; what is there isn't made again. Three starts: `weak`
 # and `able` are the tiny policy after it has imitated its own solutions, a quarter of them gamed (one step only, a step
 # three times, another solution appended), so that RL has hacks to choose from: at a learning rate that costs it most of
-# its ability, and at a lower one. `plain` is the tiny policy itself, trained twice as long as usual. The judge is the
+# its ability, and at a lower one. `plain` is the tiny policy itself, trained a third longer than usual. The judge is the
 # PRM-CoT of Stage II; `lenient` is one that has learnt to overlook errors when a right solution of another problem follows.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -24,7 +24,7 @@ grpo() {  # name, policy, reward model, steps, further flags
 }
 
 common=runs/hacking
-if [[ ! -d $common/lenient ]]; then
+if [[ ! -f $common/lenient/model.safetensors ]]; then
   python generate.py --seed 7 --model data/tiny/policy --problems data/tiny/problems.jsonl --out $common/own.jsonl \
     --num_samples 6 --temperature 1 --top_p 1 --max_new_tokens 120 --slots 256
   python -m data.results.hacking --make $common --solutions $common/own.jsonl \
@@ -46,10 +46,10 @@ for seed in ${SEEDS:-0 1 2}; do
   grpo weak-global_step $common/weak "$judge" 40 --reward global_step
   grpo weak-global_step-bounded $common/weak "$judge" 40 --reward global_step --min_steps 3
   for constraints in none paper; do
-    grpo "lenient-$constraints" $common/weak $common/lenient 40 --format_constraints $constraints
+    grpo "lenient-$constraints" $common/weak $common/lenient 20 --format_constraints $constraints
   done
   grpo able-paper $common/able "$judge" 40
-  grpo plain-long data/tiny/policy "$judge" 120
+  grpo plain-long data/tiny/policy "$judge" 80
   python -m data.results.hacking --seed "$seed" --rescore "$out" --judge "$judge"
 done
 python -m data.results.hacking --collect
