@@ -410,10 +410,9 @@ def score_rollouts(
             r.scored = scored
             if args.reward in STEP_DESIGNS and scored.verdict is not None and scored.step_verdicts is not None:
                 r.spans = locate_steps(tokenizer, r.ids, r.text, steps)
+        reward_of = step_augmented_reward if args.reward == "step_augmented" else process_aware_reward
         for r in rollouts:
-            r.reward = (step_augmented_reward if args.reward == "step_augmented" else process_aware_reward)(
-                r.valid, r.scored
-            )
+            r.reward = reward_of(r.valid, r.scored)
             if args.reward in STEP_DESIGNS and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
                 r.penalised, r.reward = True, 0.0
     elif args.reward == "rlvr":
@@ -687,9 +686,7 @@ def main() -> None:
     group.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
     group.add_argument("--prm_votes", type=int, default=1, help="judgements per response; 1: a greedy one")
     group.add_argument("--selective_discount", type=float, default=0.0, help="0.5 halves what is 0 in the paper")
-    group.add_argument(
-        "--min_steps", type=int, help="fewer earn nothing; default: 4 (selective_advantage), 3 (global_step)"
-    )
+    group.add_argument("--min_steps", type=int, help="fewer earn nothing; default: 4 (selective), 3 (global_step)")
     group.add_argument("--max_steps", type=int, default=20, help="more earn nothing, in these two")
     group.add_argument("--overlong", default="keep", choices=["keep", "mask", "penalise"],
                        help="responses cut by the length limit: as they are, out of the loss, or with reward 0")  # fmt: skip
@@ -708,9 +705,7 @@ def main() -> None:
     group.add_argument("--clip_high", type=float, default=0.2)
     group.add_argument("--no_std_norm", action="store_true", help="advantages aren't divided by the group's std")
     group.add_argument("--updates", type=int, default=1, help="per batch")
-    group.add_argument(
-        "--tis_cap", type=float, default=0.0, help="truncated importance weights, trainer / sampler; 0: off"
-    )
+    group.add_argument("--tis_cap", type=float, default=0.0, help="caps importance weights, trainer/sampler; 0: none")
     group.add_argument("--kl_coef", type=float, default=0.001, help="0 turns the KL term off")
     group.add_argument("--kl", default="k3", choices=["k3", "k2"], help="the estimator in the loss, see grpo_loss")
     group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"])

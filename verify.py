@@ -97,19 +97,13 @@ Problem: {problem}
 
 Student Solution: {solution}"""
 
-REFERENCE_PROMPT = """Judge a student's solution to a mathematics problem, one step at a time. The expected answer is given: use it to find mistakes, but work out every step yourself. A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
-
-For each step k of the student's solution write one section:
-## Step k: <short title>
-<your analysis>
-and then, alone on a line, **This step is correct.** or **This step is incorrect.**
-After the last section write one final line: **Verification: Is the answer correct (Yes/No)? Yes** or the same with No.{examples}
-
-Problem: {problem}
-
-Student Solution: {solution}
-
-Expected Answer: {reference}"""
+REFERENCE_PROMPT = (
+    VERIFY_PROMPT.replace(
+        "No reference answer is given, so work",
+        "The expected answer is given: use it to find mistakes, but work",
+    )
+    + "\n\nExpected Answer: {reference}"
+)
 
 WORKED_EXAMPLES = [
     """Example

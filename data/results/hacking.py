@@ -130,8 +130,8 @@ def rescore(run: Path, judge: str, seed: int, problems: int = 300) -> dict[str, 
         canonical = [gold[p["id"]]["steps"] for p in heldout]
         pairs = [(steps, whole) for (steps, _), whole in zip(shown, canonical, strict=True)]
         numbers["appended"] = np.mean([text.count("<answer>") > 1 for text in texts])
-        numbers["reduced"] = np.mean([len(steps) <= 1 for steps, _ in pairs])
-        numbers["inflated"] = np.mean([len(steps) > len(set(steps)) for steps, _ in pairs])
+        numbers["reduced"] = np.mean([len(a) <= 1 for a, _ in pairs])
+        numbers["inflated"] = np.mean([len(a) > len(b) for a, b in pairs])
         numbers["left_out"] = np.mean([1 < len(a) < len(b) for a, b in pairs])
         result[name] = {key: round(float(value), 4) for key, value in numbers.items()}
         print(name, result[name], flush=True)
@@ -150,7 +150,7 @@ def print_table(records: list[dict]) -> None:
     """One line for each policy: what it is rewarded, what is right, what it does."""
     print(f"{len(records)} seeds: mean (least to greatest), in percent")
     print("| policy | right | reward by its own judge: none / paper / strict | wrong, but accepted |", end="")
-    print(" one step | a step twice | appended | steps left out |\n|---|---|---|---|---|---|---|---|")
+    print(" one step | too many steps | appended | steps left out |\n|---|---|---|---|---|---|---|---|")
     starts = {name: f"start: {name}" for name in ("weak", "able", "plain")}
     for name, title in (starts | NAMES).items():
         judge = "lenient" if name.startswith("lenient") else "prm_cot"
