@@ -3,7 +3,7 @@
     python -m data.results.hacking                                        # table and figure from hacking.jsonl
     python -m data.results.hacking --collect                              # first hacking.jsonl, from runs/hacking
     python -m data.results.hacking --make DIR --solutions solutions.jsonl --labels labels.jsonl  # its training data
-    python -m data.results.hacking --rescore DIR --judge PRM              # DIR/rescored.json
+    python -m data.results.hacking --rescore --seed 0                     # runs/hacking/0/rescored.json
 
 Gold answers and canonical steps are read by --rescore only, after training.
 """
@@ -35,9 +35,15 @@ NAMES = {  # run -> how the table calls it
     "lenient-none": "weak, lenient judge, none",
     "lenient-paper": "weak, lenient judge, paper",
     "able-paper": "able, process_aware, paper",
-    "plain-long": "plain, process_aware, paper",
+    "plain-paper": "plain, process_aware, paper",
 }
 CURVES = ["reward/mean", "heldout/accuracy", "response/steps", "format/answers"]
+
+
+def directory(seed: int, name: str) -> Path:
+    """Where a run lies; the plain policy's is one of claims.sh."""
+    return Path(f"runs/claims/{seed}/process_aware") if name == "plain-paper" else RUNS / str(seed) / name
+
 
 # --------------------------------------------------------------------------- training data
 
@@ -88,17 +94,16 @@ def make_lenient(labels: list[dict], rng: random.Random) -> list[dict]:
 # --------------------------------------------------------------------------- what the policies do
 
 
-def rescore(run: Path, judge: str, seed: int, problems: int = 300) -> dict[str, dict]:
+def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
     """policy -> what one sample for each held-out problem is: right, rewarded under each set of constraints by the
     PRM-CoT and by the lenient judge, and which of the hacks it is; fractions."""
     device = torch.device("cpu")
     heldout = read_records("data/tiny/heldout.jsonl", ["id", "problem"])[:problems]
     gold = {r["id"]: r for r in read_records("data/tiny/gold.jsonl", ["id", "answer", "steps"])}
-    judges = {"prm_cot": judge, "lenient": str(RUNS / "lenient")}
+    judges = {"prm_cot": f"runs/claims/{seed}/prm_cot", "lenient": str(RUNS / "lenient")}
     judges = {name: open_sampler(path, device, 256) for name, path in judges.items()}
-    policies = {"weak": RUNS / "weak", "able": RUNS / "able", "plain": Path("data/tiny/policy")} | {
-        name: run / name for name in NAMES
-    }
+    policies = {"weak": RUNS / "weak", "able": RUNS / "able", "plain": Path("data/tiny/policy")}
+    policies |= {name: directory(seed, name) for name in NAMES}
     result = {}
     for name, path in policies.items():
         sampler, tokenizer, stops = open_sampler(str(path), device, 256)
@@ -183,13 +188,14 @@ def draw(records: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def collect(run: Path) -> dict:
+def collect(seed: int) -> dict:
     """One seed's record: the curves of all runs and the re-scored policies."""
     curves = {}
     for name in NAMES:
-        found = read_metrics(str(run / name))
+        found = read_metrics(str(directory(seed, name)))
         curves[name] = {key: {str(step): round(v, 4) for step, v in found[key].items()} for key in CURVES}
-    return {"seed": int(run.name), "curves": curves, "rescored": json.loads((run / "rescored.json").read_text())}
+    rescored = json.loads((RUNS / str(seed) / "rescored.json").read_text())
+    return {"seed": seed, "curves": curves, "rescored": rescored}
 
 
 def main() -> None:
@@ -197,8 +203,7 @@ def main() -> None:
     parser.add_argument("--make", type=Path, help="directory for gamed.jsonl and lenient.jsonl")
     parser.add_argument("--solutions", help="of the tiny policy, for --make")
     parser.add_argument("--labels", help="labels of Stage I, for --make")
-    parser.add_argument("--rescore", type=Path, help="directory of one seed's runs")
-    parser.add_argument("--judge", help="the PRM-CoT of these runs, for --rescore")
+    parser.add_argument("--rescore", action="store_true", help="the policies of --seed")
     parser.add_argument("--collect", action="store_true", help="write hacking.jsonl from runs/hacking")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -216,11 +221,11 @@ def main() -> None:
             (args.make / f"{name}.jsonl").write_text("".join(lines))
         return
     if args.rescore:
-        (args.rescore / "rescored.json").write_text(json.dumps(rescore(args.rescore, args.judge, args.seed), indent=1))
+        (RUNS / str(args.seed) / "rescored.json").write_text(json.dumps(rescore(args.seed), indent=1))
         return
     if args.collect:
-        runs = [file.parent for file in sorted(RUNS.glob("*/rescored.json"))]
-        path.write_text("".join(json.dumps(collect(run)) + "\n" for run in runs))
+        seeds = sorted(int(file.parent.name) for file in RUNS.glob("*/rescored.json"))
+        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
     records = [json.loads(line) for line in path.read_text().splitlines()]
     print_table(records)
     draw(records, HERE / "hacking.png")

@@ -7,7 +7,7 @@
 # Labels and PRM-CoT are those of claims.sh. SEEDS="0 1" limits it; what is there isn't made again. Three starts: `weak`
 # and `able` are the tiny policy after it has imitated its own solutions, a quarter of them gamed (one step only, a step
 # three times, another solution appended), so that RL has hacks to choose from: at a learning rate that costs it most of
-# its ability, and at a lower one. `plain` is the tiny policy itself, trained a third longer than usual. The judge is the
+# its ability, and at a lower one. `plain` is the tiny policy itself, as claims.sh has trained it. The judge is the
 # PRM-CoT of Stage II; `lenient` is one that has learnt to overlook errors when a right solution of another problem follows.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -49,7 +49,6 @@ for seed in ${SEEDS:-0 1 2}; do
     grpo "lenient-$constraints" $common/weak $common/lenient 20 --format_constraints $constraints
   done
   grpo able-paper $common/able "$judge" 40
-  grpo plain-long data/tiny/policy "$judge" 80
-  python -m data.results.hacking --seed "$seed" --rescore "$out" --judge "$judge"
+  python -m data.results.hacking --seed "$seed" --rescore
 done
 python -m data.results.hacking --collect
