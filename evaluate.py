@@ -144,8 +144,8 @@ _idle: list[subprocess.Popen] = []  # workers between two questions; they end wh
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
-    crashed. Both are LaTeX, with or without `\boxed{…}`, and 4.5e33 is read as `4.5 \times 10^{33}` (a fifth of Minerva's
-    references are written so); no answer (None, "") is False. timeout: seconds of CPU time.
+    crashed. Both are LaTeX, with or without `\boxed{…}`; a prediction may have 4.5e33 for `4.5 \times 10^{33}`; no answer
+    (None, "") is False. timeout: seconds of CPU time.
 
     A worker process does the algebra; it starts when first needed and stays. Equal texts and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
@@ -168,9 +168,9 @@ def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool 
     except (BrokenPipeError, json.JSONDecodeError):
         raise InputError(f"the grading worker ended with status {worker.wait()}; is math-verify installed?") from None
     _idle.append(worker)
-    # Only if they aren't equal as written, because 2e-1 may also be about Euler's number.
-    decimal = [E_NOTATION.sub(r"\1 \\times 10^{\2}", text) for text in (prediction, reference)]
-    return verdict if verdict or decimal == [prediction, reference] else grade(*decimal, timeout)
+    # Only if it isn't right as written, because 2e-1 may also be about Euler's number.
+    decimal = E_NOTATION.sub(r"\1 \\times 10^{\2}", prediction)
+    return verdict if verdict or decimal == prediction else grade(decimal, reference, timeout)
 
 
 def grade_all(

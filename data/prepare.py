@@ -36,11 +36,13 @@ def problem_of(row: dict) -> str:
 
 
 def clean_answer(value: object) -> str:
-    r"""LaTeX on its own: several answers are joined, dollar signs go (not the currency, `\$`), np.arcsin becomes
-    `\arcsin` (Minerva has one); "" for None."""
+    r"""LaTeX on its own: several answers are joined, dollar signs go (not the currency, `\$`), and Minerva's 4.5e33 and
+    np.arcsin become `4.5 \times 10^{33}` and `\arcsin`; "" for None."""
     if isinstance(value, list):
         return ", ".join(map(clean_answer, value))
-    return "" if value is None else re.sub(r"\bnp\.(?=[a-z])", r"\\", re.sub(r"(?<!\\)\$", "", str(value))).strip()
+    answer = "" if value is None else re.sub(r"(?<!\\)\$", "", str(value)).strip()
+    answer = re.sub(r"^([0-9.]+)e([+-]?[0-9]+)$", r"\1 \\times 10^{\2}", answer)
+    return re.sub(r"\bnp\.(?=[a-z])", r"\\", answer)
 
 
 def integer_answer(row: dict) -> str:

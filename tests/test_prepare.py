@@ -21,7 +21,7 @@ FILES = {  # set: the file at hand, its rows with an answer, and answers of some
     "aime25": ("eval-aime25/aime25_derived_30.jsonl", 30, {0: "70", 19: r"336^\circ"}),
     "amc23": ("eval-amc/amc23_40.jsonl", 40, {0: "27", 15: "-1"}),
     "olympiadbench": ("eval-olympiadbench/olympiadbench_oe_to_maths_en.jsonl", 675, {0: "2"}),
-    "minerva": ("eval-minerva/minerva_math.jsonl", 272, {0: "1.6", 1: "4.5e33", 5: r"\arcsin(10/13)"}),
+    "minerva": ("eval-minerva/minerva_math.jsonl", 272, {0: "1.6", 1: r"4.5 \times 10^{33}", 5: r"\arcsin(10/13)"}),
 }
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 
