@@ -144,8 +144,8 @@ _idle: list[subprocess.Popen] = []  # workers between two questions; they end wh
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
-    crashed. Both are LaTeX, with or without `\boxed{…}`; a prediction may have 4.5e33 for `4.5 \times 10^{33}`; no answer
-    (None, "") is False. timeout: seconds of CPU time.
+    crashed. Both are LaTeX, with or without `\boxed{…}`; a prediction may have 4.5e33 for `4.5 \times 10^{33}`; no
+    answer (None, "") is False. timeout: seconds of CPU time, twice that at most if the prediction is read again.
 
     A worker process does the algebra; it starts when first needed and stays. Equal texts and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
@@ -873,9 +873,8 @@ def show_label(label: dict) -> str:
     votes, labels = label["votes"] or [None] * len(label["steps"]), label["step_labels"] or [None] * len(label["steps"])
     lines = [f"--- {label['id']}, {label['method']}: " + (label["dropped"] or "kept")]
     for k, (step, vote, right) in enumerate(zip(label["steps"], votes, labels, strict=True), 1):
-        lines.append(
-            paint(f"Step {k}: {step}" + (f"   [{vote[0]} correct, {vote[1]} incorrect]" if vote else ""), right)
-        )
+        count = f"   [{vote[0]} correct, {vote[1]} incorrect]" if vote else ""
+        lines.append(paint(f"Step {k}: {step}{count}", right))
     lines.append(paint(f"Answer: {label['answer']}   [judged {label['outcome']}]", label["outcome"]))
     return "\n".join(lines) + (f"\n\n{label['text']}" if label["text"] else "")
 
@@ -883,11 +882,10 @@ def show_label(label: dict) -> str:
 def show_rollout(rollout: dict) -> str:
     """A response of GRPO with its judgement, reward and advantage, from a line that grpo.py --dump_rollouts wrote."""
     judgement, form = rollout["judgement"] or {}, "valid" if rollout["valid"] else "invalid"
-    verdict, numbers = (
-        judgement.get("verdict"),
-        f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}",
+    numbers = (
+        f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement.get('verdict')}"
     )
-    head = f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {form}, {numbers}, judged {verdict}"
+    head = f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {form}, {numbers}"
     return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement.get("text", "(not judged)")])
 
 

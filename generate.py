@@ -102,7 +102,7 @@ def render_response(steps: list[str], answer: str) -> str:
 
 
 def find_boxes(text: str) -> list[tuple[int, int]]:
-    r"""(start, end) of what every closed `\boxed{…}` holds, in order; braces nest, `\{` and `\}` don't count. O(len)."""
+    r"""(start, end) of what each closed `\boxed{…}` holds, in order; braces nest, `\{` and `\}` don't count. O(len)."""
     boxes, open_braces = [], []
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, flags=re.DOTALL):
         token = match.group()
@@ -124,8 +124,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def defuse(tokenizer, text: str) -> str:
-    """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must not
-    end its judge's prompt and begin the verdict."""
+    """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must
+    not end its judge's prompt and begin the verdict."""
     for token in tokenizer.all_special_tokens:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

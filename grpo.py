@@ -4,7 +4,8 @@
 
     python grpo.py                                         # the tiny world, on a CPU, in about four minutes
     python grpo.py --reward random --out runs/tiny/random  # the control (an explicit flag wins over the tiny numbers)
-    torchrun --nproc_per_node 8 grpo.py --policy runs/policy --prm runs/prm_cot --problems problems.jsonl --out runs/grpo
+    torchrun --nproc_per_node 8 grpo.py --policy runs/policy --prm runs/prm_cot --problems problems.jsonl \\
+        --out runs/grpo
 
 One step: (1) sample a group of G responses to each problem; (2) check their format and let the reward model judge the
 valid ones; (3) normalise rewards within each group to advantages; (4) one clipped policy-gradient update with a KL
@@ -448,9 +449,9 @@ def in_loss(rollouts: list[Rollout], advantages: Tensor, args) -> list[int]:
 
 
 def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(ids (N,), lengths (S,), targets (N,), rows (M,)) of a micro-batch, as `Transformer.packed` takes them: the targets
-    are all responses, in order, and a prompt stands there once for all responses to it. Its last token is left to each
-    of them, because it predicts their first. rows: None if nothing is shared."""
+    """(ids (N,), lengths (S,), targets (N,), rows (M,)) of a micro-batch, as `Transformer.packed` takes them: the
+    targets are all responses, in order, and a prompt stands there once for all responses to it. Its last token is left
+    to each of them, because it predicts their first. rows: None if nothing is shared."""
     ids, targets, rows, lengths, prompts = [], [], [], [], {}
     for r in rollouts:
         prompt, last = tuple(r.prompt[:-1]), r.prompt[-1:]
@@ -511,7 +512,7 @@ def update_policy(
         loss, stats = grpo_loss(
             logprobs,
             old,
-            torch.cat([rollouts[i].ref for i in chunk]) if args.kl_coef else old,
+            torch.cat([rollouts[i].ref for i in chunk]) if reference is not None else old,
             torch.cat([advantages[i].expand(lengths[i]) for i in chunk]).to(model.device) * importance,
             torch.cat([weights[i] for i in chunk]),
             clip_low=args.clip_low,
@@ -689,7 +690,7 @@ def main() -> None:
     group.add_argument("--min_steps", type=int, help="fewer earn nothing; default: 4 (selective), 3 (global_step)")
     group.add_argument("--max_steps", type=int, default=20, help="more earn nothing, in these two")
     group.add_argument("--overlong", default="keep", choices=["keep", "mask", "penalise"],
-                       help="responses cut by the length limit: as they are, out of the loss, or with reward 0")  # fmt: skip
+                       help="responses cut by the length limit: left, out of the loss, or with reward 0")  # fmt: skip
     group.add_argument("--drop_equal_groups", action="store_true", help="groups of equal reward leave the loss")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=int, default=300, help="updates")

@@ -97,13 +97,19 @@ Problem: {problem}
 
 Student Solution: {solution}"""
 
-REFERENCE_PROMPT = (
-    VERIFY_PROMPT.replace(
-        "No reference answer is given, so work",
-        "The expected answer is given: use it to find mistakes, but work",
-    )
-    + "\n\nExpected Answer: {reference}"
-)
+REFERENCE_PROMPT = """Judge a student's solution to a mathematics problem, one step at a time. The expected answer is given: use it to find mistakes, but work out every step yourself. A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
+
+For each step k of the student's solution write one section:
+## Step k: <short title>
+<your analysis>
+and then, alone on a line, **This step is correct.** or **This step is incorrect.**
+After the last section write one final line: **Verification: Is the answer correct (Yes/No)? Yes** or the same with No.{examples}
+
+Problem: {problem}
+
+Student Solution: {solution}
+
+Expected Answer: {reference}"""
 
 WORKED_EXAMPLES = [
     """Example
@@ -274,7 +280,7 @@ REWARD_MODELS: dict[str, tuple[str, Callable[[str, int], Verification] | None]] 
 
 
 def mark_steps(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """(token ids of a PRM's prompt, n + 1 positions in them): the last token of each of the n steps, and the prompt's."""
+    """(token ids of a PRM's prompt, n + 1 positions in them): the last token of each of n steps, and the prompt's."""
     rendered = defuse(tokenizer, render_steps(solution["steps"], solution["answer"]))
     text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -636,7 +642,7 @@ def main() -> None:
     group.add_argument("--hybrid_from", default="step_consistency", choices=["step_consistency", "outcome_consistency"])
     group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
     group.add_argument("--balance", default="none", choices=["none", "consensus", "ground_truth"],
-                       help="drop solutions until Yes and No are as many, by the label's outcome or by the answers")  # fmt: skip
+                       help="drop solutions until Yes and No are as many, by the labels or by the answers")  # fmt: skip
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_verifications", type=int, default=16, help="N, verifications per solution")
     group.add_argument("--temperature", type=float, default=0.8)

@@ -352,7 +352,8 @@ def model_path(tmp_path_factory):
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "dr_grpo"])
 def test_loss_and_gradient_equal_autograd_on_full_logits(model_path, norm):
-    """Guards: loss inputs written in place; a prompt that its responses share by halves; a wrong denominator, k3 or clip; log-probs of shifted tokens."""
+    """Guards: loss inputs written in place; a prompt that its responses share by halves; a wrong denominator, k3 or
+    clip; log-probs of shifted tokens."""
     args = make_args(loss_norm=norm, kl_coef=0.3)
     model = load_model(model_path, dtype=torch.float64)
     reference = load_model(make_model(model_path.parent / "reference", seed=1), dtype=torch.float64)

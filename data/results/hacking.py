@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from evaluate import grade_all, read_metrics, save_figure
-from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response
+from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_text
 from grpo import format_valid, shown_solution
 from verify import score_solutions
 
@@ -37,7 +37,12 @@ NAMES = {  # run -> how the table calls it
     "able-paper": "able, process_aware, paper",
     "plain-paper": "plain, process_aware, paper",
 }
-CURVES = ["reward/mean", "heldout/accuracy", "response/steps", "format/answers"]
+CURVES = {  # key in metrics.jsonl -> label; the last two are drawn on an axis of their own
+    "reward/mean": "reward",
+    "heldout/accuracy": "held-out accuracy",
+    "response/steps": "steps per response (right)",
+    "format/answers": "answers per response (right)",
+}
 
 
 def directory(seed: int, name: str) -> Path:
@@ -120,6 +125,8 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
         grades = grade_all([(answer, gold[p["id"]]["answer"]) for (_, answer), p in zip(shown, heldout, strict=True)])
         right = np.array([grade is True for grade in grades])
         numbers = {"right": right.mean()}
+        ends = list(zip(texts, finished, strict=True))
+        valid = {c: np.array([format_valid(text, c, end) for text, end in ends]) for c in CONSTRAINTS}
         solutions = [
             {"problem": p["problem"], "steps": steps, "answer": answer}
             for p, (steps, answer) in zip(heldout, shown, strict=True)
@@ -128,10 +135,7 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
             scored = score_solutions(prm, prm_tokenizer, prm_stops, "prm_cot", solutions, max_new_tokens=260)
             verdicts = np.array([s.verdict is True for s in scored])
             numbers[f"{kind}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
-            for constraints in CONSTRAINTS:
-                pairs = zip(texts, finished, strict=True)
-                valid = np.array([format_valid(text, constraints, end) for text, end in pairs])
-                numbers[f"{kind}/{constraints}"] = (valid & verdicts).mean()
+            numbers |= {f"{kind}/{constraints}": (valid[constraints] & verdicts).mean() for constraints in CONSTRAINTS}
         canonical = [gold[p["id"]]["steps"] for p in heldout]
         pairs = [(steps, whole) for (steps, _), whole in zip(shown, canonical, strict=True)]
         numbers["appended"] = np.mean([text.count("<answer>") > 1 for text in texts])
@@ -167,24 +171,26 @@ def print_table(records: list[dict]) -> None:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """A panel for each run: the reward while training and the true accuracy on held-out problems, mean over seeds and
-    range."""
+    """A panel for each run, mean over seeds and range: on the left the reward while training and the true accuracy on
+    held-out problems, on the right two indicators, steps and answers per response."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
-    colours = {"reward/mean": ("C1", "reward"), "heldout/accuracy": ("C0", "held-out accuracy")}
     for place, (name, title) in enumerate(NAMES.items(), 1):
-        axes = figure.add_subplot(2, 5, place, ylim=(0, 1))
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.3)
-        for key, (colour, label) in colours.items():
+        left = figure.add_subplot(2, 5, place, ylim=(0, 1))
+        left.set_title(title, fontsize=9)
+        left.grid(alpha=0.3)
+        right = left.twinx()
+        right.set_ylim(0, 12)
+        for colour, (key, label) in enumerate(CURVES.items()):
+            axes, style = (left, "-") if colour < 2 else (right, ":")
             curves = [r["curves"][name][key] for r in records]
             steps = sorted(set.intersection(*(set(curve) for curve in curves)), key=int)
             values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
             x = [int(step) for step in steps]
-            axes.plot(x, values.mean(0), color=colour, label=label)
-            axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            axes.plot(x, values.mean(0), style, color=f"C{colour}", label=label)
+            axes.fill_between(x, values.min(0), values.max(0), color=f"C{colour}", alpha=0.2, linewidth=0)
+    figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
@@ -209,7 +215,6 @@ def main() -> None:
     args = parser.parse_args()
     path = HERE / "hacking.jsonl"
     if args.make:
-        args.make.mkdir(parents=True, exist_ok=True)
         labels = read_records(args.labels, ["steps", "answer", "text", "step_labels", "outcome", "dropped"])
         solutions = read_records(args.solutions, ["problem", "steps", "answer", "finish"])
         made = {
@@ -218,10 +223,10 @@ def main() -> None:
         }
         for name, records in made.items():
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (args.make / f"{name}.jsonl").write_text("".join(lines))
+            write_text(args.make / f"{name}.jsonl", "".join(lines))
         return
     if args.rescore:
-        (RUNS / str(args.seed) / "rescored.json").write_text(json.dumps(rescore(args.seed), indent=1))
+        write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
         return
     if args.collect:
         seeds = sorted(int(file.parent.name) for file in RUNS.glob("*/rescored.json"))
