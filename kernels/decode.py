@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.logprob import slice_logits
+from kernels.logprob import product
 from kernels.transformer import Transformer, packed_attention
 
 # What running a prompt leaves: keys (L, length, K, E), values (L, length, K, E), last hidden state (D,).
@@ -55,7 +55,7 @@ class SlotCache:
         for slot, (keys, values, _) in enumerate(prefixes, first):
             self.keys[:, slot, :, : keys.shape[1]] = keys.transpose(1, 2)  # (L, K, length, E)
             self.values[:, slot, :, : keys.shape[1]] = values.transpose(1, 2)
-        return slice_logits(torch.stack([hidden for *_, hidden in prefixes]), self.model.head, 1.0)
+        return self.logits(torch.stack([hidden for *_, hidden in prefixes]))
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Tensor:
         """Feed one token to each of the first n rows, which hold `lengths` tokens: the logits (n, V) of the next."""
@@ -74,7 +74,12 @@ class SlotCache:
             return out.reshape(n, 1, -1, q.shape[-1])  # (n, 1, H, E)
 
         hidden = self.model(torch.tensor(tokens, device=device)[:, None], ends[:, None], attend)  # (n, 1, D)
-        return slice_logits(hidden[:, 0], self.model.head, 1.0)
+        return self.logits(hidden[:, 0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, D) -> logits (n, V) in fp32, by the product that the trainer's log-probs come from."""
+        head = self.model.head
+        return product(hidden, head.T, out=hidden.new_empty((len(hidden), len(head)), dtype=torch.float32))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row of `length` tokens to another slot."""
