@@ -288,6 +288,8 @@ class RecordFile:
             dist.barrier()
         if self.path.exists() and self.path.stat().st_size:
             self._note(read_records(self.path, list(self.fields), unique=self.fields))
+        if dist.is_initialized():
+            dist.barrier()  # nobody appends before all have read the same
         return self
 
     def append(self, records: list[dict]) -> None:
@@ -332,6 +334,16 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes torchrun started; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def deal(count: int, name: str) -> Iterator[list[int]]:
+    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is done early
+    takes from what is left rather than wait. name: another one for each deal of a run."""
+    store, dealt = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None, 0
+    while dealt < count:
+        few = max(1, (count - dealt) // (2 * world_size())) if store else count
+        dealt = store.add(f"deal/{name}", few) if store else few
+        yield list(range(dealt - few, min(dealt, count)))
 
 
 def log(*values: object) -> None:
@@ -420,46 +432,57 @@ class Row:
 
     prompt: int
     number: int
-    prefix: int  # tokens of the prompt
+    prefix: int  # tokens of the prompt that are in its slot
     limit: int  # tokens that it may have
     rng: random.Random
     sample: Sample = field(default_factory=Sample)
 
     @property
     def length(self) -> int:
-        """Tokens in the cache: the prompt and all but the newest of its own."""
+        """Tokens in its slot: the prompt's, unless shared, and all but the newest of its own."""
         return self.prefix + len(self.sample.ids) - 1
 
 
-def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int):
+def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, window: int = 0):
     """Draw one token a row by inverting the distribution function at one uniform number a row.
 
-    logits (B, V) fp32, uniform (B,) in [0, 1) -> (tokens (B,), logprobs (B,), full_logprobs (B,)). The nucleus
-    is the smallest set of most likely tokens with mass >= top_p; top_k = 0 means no limit. temperature 0 is
+    logits (B, V) fp32, uniform (B,) in [0, 1) -> (tokens (B,), logprobs (B,), full_logprobs (B,), exact (B,)). The
+    nucleus is the smallest set of most likely tokens with mass >= top_p; top_k = 0 means no limit. temperature 0 is
     greedy, with log-probabilities at temperature 1. fp64 sums: at V = 152k, fp32 would misplace the tail.
+
+    The nucleus is looked for among the `window` most likely tokens; 0: among as many as it takes, which needs a look at
+    values that a CUDA graph can't take. exact: whether it was found there.
     """
     full = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
+    exact = torch.ones_like(full[:, 0], dtype=torch.bool)
     if temperature == 0:
         logprobs, tokens = full.max(-1)
-        return tokens, logprobs, logprobs
+        return tokens, logprobs, logprobs, exact
     ranked, order, truncated = full, None, top_p < 1 or top_k > 0
     if truncated:
-        window = min(top_k or 64, full.shape[1])
-        ranked, order = full.topk(window, dim=-1)  # (B, window), most likely first
+        size = min(top_k or window or 64, full.shape[1])
+        ranked, order = full.topk(size, dim=-1)  # (B, size), most likely first
         # The nucleus nearly always lies within a small window; widen it when it doesn't.
-        while not top_k and window < full.shape[1] and bool((ranked.exp().sum(-1) < top_p).any()):
-            window = min(4 * window, full.shape[1])
-            ranked, order = full.topk(window, dim=-1)
+        while not (top_k or window) and size < full.shape[1] and bool((ranked.exp().sum(-1) < top_p).any()):
+            size = min(4 * size, full.shape[1])
+            ranked, order = full.topk(size, dim=-1)
         mass = ranked.exp().cumsum(-1, dtype=torch.float64)
+        if not top_k and size < full.shape[1]:
+            exact = mass[:, -1] >= top_p
         before = mass - ranked.exp()  # what lies before a kept token is less than top_p
         ranked = ranked.masked_fill(before >= (top_p * mass[:, -1:] if top_k else top_p), -torch.inf)
-    cdf = ranked.exp().cumsum(-1, dtype=torch.float64)  # (B, V) or (B, window)
+    cdf = ranked.exp().cumsum(-1, dtype=torch.float64)  # (B, V) or (B, size)
     place = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)  # (B, 1)
     place = place.clamp(max=ranked.shape[1] - 1)  # it is beyond where the logits are NaN
     logprobs = ranked.gather(1, place)[:, 0]
     if not truncated:
-        return place[:, 0], logprobs, logprobs
-    return order.gather(1, place)[:, 0], logprobs - cdf[:, -1].log().float(), logprobs
+        return place[:, 0], logprobs, logprobs, exact
+    return order.gather(1, place)[:, 0], logprobs - cdf[:, -1].log().float(), logprobs, exact
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL(uniform || softmax(logits)) in nats, of each row: (B, V) -> (B,). 0 where nothing is known."""
+    return -F.log_softmax(logits, dim=-1).mean(-1) - math.log(logits.shape[1])
 
 
 PREFILL_TOKENS = 16_384  # of new prompts that are run at once
@@ -470,13 +493,25 @@ class Sampler:
 
     Running rows always fill the first n slots. Each decoding step feeds one token a row; rows that finish are
     overwritten by the last ones, and new rows are appended when an eighth of the slots is free. A prompt is
-    run once, packed with others, and its keys and values are copied to the slots of all its samples.
+    run once, packed with others; its keys and values are copied to the slots of all its samples, or kept once for all of
+    them if share_prompts, which by default is decided by the lengths.
+
+    `steps` are made between two looks at what was drawn, 8 on a GPU, where a look makes the device wait; what a row draws
+    after its end is thrown away.
 
     This is the schedule; the tensors are in kernels/decode.py.
     """
 
-    def __init__(self, model: Transformer, slots: int = 64, prefill_tokens: int = PREFILL_TOKENS):
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int = 64,
+        prefill_tokens: int = PREFILL_TOKENS,
+        steps: int | None = None,
+        share_prompts: bool | None = None,
+    ):
         self.model, self.slots, self.prefill_tokens = model, max(slots, 1), prefill_tokens
+        self.steps, self.share_prompts = steps or (8 if model.device.type == "cuda" else 1), share_prompts
         self.tokens = 0  # sampled so far, by all calls
 
     def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
@@ -496,8 +531,10 @@ class Sampler:
         stop_ids: list[int],
         seed: int = 0,
         certainty: bool = False,
+        turns: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt.
+        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt. turns: which
+        prompts are this rank's, asked for when slots are free (`deal`); none: all of them.
 
         A sample is a function of (seed, key of its prompt, sample index): these seed its random numbers, so neither
         the slots nor the order matter (but for ties within rounding, which other batch shapes may break otherwise).
@@ -513,64 +550,113 @@ class Sampler:
             if not prompt or len(prompt) + limit > context:
                 sizes = f"a prompt of {len(prompt)} tokens and --max_new_tokens {limit}"
                 raise InputError(f"{key}: {sizes} don't fit the model's context of {context}; lower the flag")
-        choose = partial(choose_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-        return self._run(prompts, keys, limits, num_samples, choose, stop_ids, seed, certainty)
+        draw = partial(choose_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        turns = turns or iter([range(len(prompts))])
+        return self._run(prompts, keys, limits, num_samples, draw, stop_ids, seed, certainty, turns)
 
     @torch.no_grad()
     def _run(
-        self, prompts, keys, limits, num_samples, choose, stop_ids, seed, certainty
+        self, prompts, keys, limits, num_samples, draw, stop_ids, seed, certainty, turns
     ) -> Iterator[tuple[int, list[Sample]]]:
-        queue = deque((p, k) for p in range(len(prompts)) for k in range(num_samples))
-        waiting = Counter(tuple(prompts[p]) for p, _ in queue)  # how often each distinct prompt is in the queue
+        def choose(logits: Tensor, uniform: Tensor, window: int = 0) -> tuple[Tensor, ...]:
+            drawn = draw(logits, uniform, window=window)
+            return *drawn, kl_to_uniform(logits) if certainty else drawn[1]
+
+        queue: deque[tuple[int, int]] = deque()  # (prompt, number of the sample)
+        waiting: Counter[tuple[int, ...]] = Counter()  # how often each distinct prompt is in the queue
         held: dict[tuple[int, ...], Prefix] = {}  # what running a prompt left, while it is in the queue
-        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
-        cache = SlotCache(self.model, min(self.slots, len(queue)), longest)
+        share = self._shares(prompts, limits, num_samples)
+        places: dict[int, int] = {}  # where each prompt whose samples are running is shared
+        cache = self._cache(prompts, limits, num_samples, share, choose)
+        free_places = list(range(cache.prompts))[
+            ::-1
+        ]  # the lowest are taken first: the CPU looks at all up to the highest
         rows: list[Row] = []  # row i sits in slot i
-        groups: dict[int, dict[int, Sample]] = {p: {} for p in range(len(prompts))}
-        while queue or rows:
-            free = cache.slots - len(rows)
-            if queue and free >= max(1, cache.slots // 8):
-                new, missing, room = [], {}, self.prefill_tokens
+        groups: dict[int, dict[int, Sample]] = {}
+        while True:
+            free, new, missing, room = cache.slots - len(rows), [], {}, self.prefill_tokens
+            if free >= max(1, cache.slots // 8):
+                if not queue:
+                    for p in next(turns, []):
+                        waiting[tuple(prompts[p])] += num_samples
+                        queue.extend((p, k) for k in range(num_samples))
                 while queue and len(new) < free and room > 0:  # what a prefill leaves is held beside the cache
+                    p = queue[0][0]
+                    if share and p not in places:
+                        if not free_places:
+                            break
+                        places[p] = free_places.pop()
                     new.append(queue.popleft())
-                    ids = tuple(prompts[new[-1][0]])
+                    ids = tuple(prompts[p])
                     if ids not in held and ids not in missing:
                         missing[ids] = None
                         room -= len(ids)
+            if not new and not rows:
+                return
+            if new:
                 wanted = [tuple(prompts[p]) for p, _ in new]
                 if missing:
                     held |= zip(missing, prefill(self.model, list(missing), self.prefill_tokens), strict=True)
+                for p in dict.fromkeys(p for p, k in new if share and k == 0):
+                    cache.share(places[p], held[tuple(prompts[p])])
                 logits = cache.add(len(rows), [held[ids] for ids in wanted])  # (len(new), V)
                 waiting.subtract(wanted)
                 held = {ids: prefix for ids, prefix in held.items() if waiting[ids]}
                 rngs = [random.Random(f"{seed}/{keys[p]}/{k}") for p, k in new]
-                drawing = [Row(p, k, len(prompts[p]), limits[p], rng) for (p, k), rng in zip(new, rngs, strict=True)]
+                lengths = [0 if share else len(prompts[p]) for p, _ in new]
+                drawing = [Row(p, k, n, limits[p], rng) for (p, k), n, rng in zip(new, lengths, rngs, strict=True)]
                 rows += drawing
+                uniform = torch.tensor([row.rng.random() for row in drawing], dtype=torch.float64, device=logits.device)
+                drawn = [x[None].tolist() for x in choose(logits, uniform)]
             else:
                 drawing = rows
-                logits = cache.decode([row.sample.ids[-1] for row in rows], [row.length for row in rows])  # (n, V)
-            uniform = torch.tensor([row.rng.random() for row in drawing], dtype=torch.float64, device=logits.device)
-            drawn = choose(logits, uniform)
-            for row, token, logprob, full_logprob in zip(drawing, *(x.tolist() for x in drawn), strict=True):
-                if math.isnan(logprob):
-                    raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
-                                     "checkpoint; if it was in training, lower --lr")  # fmt: skip
-                sample = row.sample
-                sample.ids.append(token)
-                sample.logprobs.append(logprob)
-                sample.full_logprobs.append(full_logprob)
-                sample.finish = "stop" if token in stop_ids else "length" if len(sample.ids) == row.limit else ""
-            if certainty:
-                spread = -F.log_softmax(logits, dim=-1).mean(-1) - math.log(logits.shape[1])  # (n,)
-                for row, value in zip(drawing, spread.tolist(), strict=True):
-                    row.sample.certainty.append(value)
-            self.tokens += len(drawing)
-            for row in self._take_finished(rows, cache):
-                group = groups[row.prompt]
+                uniform = [[row.rng.random() for row in rows] for _ in range(self.steps)]
+                drawn = cache.decode([row.sample.ids[-1] for row in rows], [row.length for row in rows], uniform)
+            for step in zip(*drawn, strict=True):
+                for row, token, logprob, full_logprob, _, spread in zip(drawing, *step, strict=True):
+                    sample = row.sample
+                    if sample.finish:  # in an earlier one of these steps
+                        continue
+                    if math.isnan(logprob):
+                        raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
+                                         "checkpoint; if it was in training, lower --lr")  # fmt: skip
+                    sample.ids.append(token)
+                    sample.logprobs.append(logprob)
+                    sample.full_logprobs.append(full_logprob)
+                    if certainty:
+                        sample.certainty.append(spread)
+                    sample.finish = "stop" if token in stop_ids else "length" if len(sample.ids) == row.limit else ""
+                    self.tokens += 1
+            finished = self._take_finished(rows, cache)
+            for row in finished:
+                group = groups.setdefault(row.prompt, {})
                 group[row.number] = row.sample
                 if len(group) == num_samples:
+                    if share:
+                        free_places.append(places.pop(row.prompt))
                     yield row.prompt, [group[k] for k in range(num_samples)]
                     del groups[row.prompt]
+            if share and rows and (new or finished):
+                cache.arrange([places[row.prompt] for row in rows])
+
+    def _shares(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
+        """Whether prompts are kept once for all their samples: where the keys that needn't be read for each of them are more
+        than a quarter of those of a row in its middle. They have to make up for a second call of attention."""
+        if self.share_prompts is not None or not prompts or num_samples < 2:
+            return bool(self.share_prompts and prompts)
+        prompt, own = sum(map(len, prompts)) / len(prompts), sum(limits) / len(limits) / 2
+        return prompt * (1 - 1 / num_samples) > (prompt + own) / 4
+
+    def _cache(self, prompts, limits, num_samples, share: bool, choose: Callable) -> SlotCache:
+        """Slots for the longest row; with shared prompts four times as many places for these as full groups would take,
+        since of some only a last sample is left."""
+        slots = min(self.slots, len(prompts) * num_samples)
+        if share:
+            longest, places = max(map(len, prompts)), min(len(prompts), slots, 4 * slots // num_samples + 1)
+            shared = {"prompts": places, "prompt_length": longest, "group": min(num_samples, slots)}
+            return SlotCache(self.model, slots, max(limits), choose, steps=self.steps, **shared)
+        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+        return SlotCache(self.model, slots, longest, choose, steps=self.steps)
 
     def _take_finished(self, rows: list[Row], cache: SlotCache) -> list[Row]:
         """Take the finished rows out; the last running ones move into the holes, so that the first slots stay dense."""
@@ -593,7 +679,7 @@ def open_sampler(name: str, device: torch.device, slots: int, flag: str = "--mod
 
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
-    """Pass a sampler's stream through, with a progress bar over samples, tokens/s and the time left."""
+    """Pass a sampler's stream through, with a progress bar over rank 0's samples, tokens/s and the time left."""
     bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=rank() != 0, mininterval=1.0)
     started, before = time.time(), sampler.tokens
     with bar:
@@ -627,8 +713,7 @@ def main() -> None:
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     with RecordFile(args.out, args) as output:
         ids = [[f"{p['id']}/{k}" for k in range(args.num_samples)] for p in problems]
-        mine = range(rank(), len(problems), world_size())
-        todo = [problems[i] for i in mine if not output.done.keys() >= set(ids[i])]
+        todo = [p for p, names in zip(problems, ids, strict=True) if not output.done.keys() >= set(names)]
         if not todo:
             log(f"{args.out}: complete, {len(output.done)} solutions")
             return
@@ -643,9 +728,10 @@ def main() -> None:
             max_new_tokens=args.max_new_tokens,
             stop_ids=stops,
             seed=args.seed,
+            turns=deal(len(prompts), "generate"),
         )
-        started = time.time()
-        for i, samples in with_progress(stream, sampler, "generate", len(prompts), args.num_samples):
+        started, per_rank = time.time(), -(-len(prompts) // world_size())
+        for i, samples in with_progress(stream, sampler, "generate", per_rank, args.num_samples):
             problem, records = todo[i], []
             for k, sample in enumerate(samples):
                 text = tokenizer.decode(sample.ids, skip_special_tokens=True)

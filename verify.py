@@ -46,6 +46,7 @@ from generate import (
     RecordFile,
     Sample,
     Sampler,
+    deal,
     defuse,
     encode_chat,
     log,
@@ -523,7 +524,7 @@ def verify_solutions(
 ) -> None:
     """Sample the verifications that the output doesn't have yet. answers: by problem id; empty where none are used."""
     N = args.num_verifications
-    todo = [s for s in solutions[rank() :: world_size()] if s["steps"]]
+    todo = [s for s in solutions if s["steps"]]
     todo = [s for s in todo if any(f"{s['id']}/{j}" not in output.done for j in range(N))]
     if not todo:
         return
@@ -547,8 +548,9 @@ def verify_solutions(
         max_new_tokens=args.max_new_tokens,
         stop_ids=stops,
         seed=args.seed,
+        turns=deal(len(prompts), "verify"),
     )
-    for i, samples in with_progress(stream, sampler, "verify", len(prompts), N):
+    for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // world_size()), N):
         s, records = judged[i], []
         for j, sample in enumerate(samples):
             text = tokenizer.decode(sample.ids, skip_special_tokens=True)

@@ -1,12 +1,23 @@
-"""Tokens per second of our sampler against `transformers` generate on CPU: the same tiny model, the same queue.
+"""Tokens per second of our sampler against `transformers` generate: the same weights, the same queue, in turns.
 
-    OMP_NUM_THREADS=1 python -m tests.bench_sampler          # about five minutes; prints one line a run and the ratio
+    OMP_NUM_THREADS=1 python -m tests.bench_sampler                 # a tiny model at 64 rows, five minutes on one core
+    python -m tests.bench_sampler --workload small                  # Qwen2.5-0.5B's shape at 16 rows, CPU
+    python -m tests.bench_sampler --workload A B C                  # Qwen2.5-7B's shape at 128 rows, a GPU
+    python -m tests.bench_sampler --workload queue                  # what 100,000 prompts cost on the host
 
-The queue: 64 prompts with 8 samples each, in order; the number of tokens of each of the 512 is forced and long-tailed
-(mean a third of the longest). `generate` gets consecutive batches of 64 rows, left-padded, and runs each to its longest
-row; we get 64 slots. Same weights, dtype, threads, temperature 1 without truncation. Only the forced tokens count, for
-both. The two take turns, and the median of three runs each is compared: by the clock, and by CPU seconds,
-which a busy machine disturbs less.
+| workload | prompts x samples | prompt | answer |
+|---|---|---|---|
+| tiny  | 64 x 8  | 40 to 120     | long-tailed, mean 82, at most 256 |
+| small | 12 x 4  | 40 to 120     | long-tailed, mean about 21, at most 64 |
+| A     | 256 x 1 | 100 to 1,024  | 100 to 1,024 |
+| B     | 64 x 8  | 150           | long-tailed, mean about 600, at most 2,048 |
+| C     | 32 x 16 | 1,200         | 400 to 750: verification |
+
+The number of tokens of each sample is forced. `generate` gets consecutive batches of as many rows as we have slots,
+left-padded, and runs each to its longest row. Temperature 1 without truncation, random weights. Only the forced tokens
+count, for both; the median of the runs. The floor is the time that the machine's own rates, measured first, allow: for each
+step the weights are read once or multiplied with all rows, whichever takes longer, every key and value of every row is read
+once, and every distinct prompt is run once.
 """
 
 import argparse
@@ -20,73 +31,192 @@ from transformers import AutoModelForCausalLM
 
 from data.make_tiny import new_model
 from generate import Sampler
-from kernels.transformer import Transformer, save_model
+from kernels.transformer import Config, Transformer, save_model
 
-ROWS, PROMPTS, SAMPLES, LONGEST = 64, 64, 8, 256
+Queue = list[tuple[list[int], int]]  # (prompt, tokens to sample), the samples of a prompt one behind the other
+
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "max_position_embeddings": 32768, "num_hidden_layers": 24, "vocab_size": 151936,
+        "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "tie_word_embeddings": True}  # fmt: skip
+QWEN_7B = QWEN | {"num_hidden_layers": 28, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+                  "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}  # fmt: skip
 
 
-def make_queue() -> list[tuple[list[int], int]]:
-    """512 x (prompt of 40 to 120 tokens, how many tokens to sample)."""
+def make_queue(workload: str) -> tuple[Queue, int]:
+    """(the queue, samples of each prompt)."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(512) for _ in range(rng.randint(40, 120))] for _ in range(PROMPTS)]
-    lengths = [min(LONGEST, max(4, int(rng.lognormvariate(4.15, 0.8)))) for _ in range(PROMPTS * SAMPLES)]
-    return [(prompts[i // SAMPLES], length) for i, length in enumerate(lengths)]
+
+    def long_tailed(mean_log: float, longest: int) -> int:
+        return min(longest, max(4, int(rng.lognormvariate(mean_log, 0.8))))
+
+    prompts, samples, prompt_length, length = {
+        "tiny": (64, 8, lambda: rng.randint(40, 120), lambda: long_tailed(4.15, 256)),
+        "small": (12, 4, lambda: rng.randint(40, 120), lambda: long_tailed(2.8, 64)),
+        "A": (256, 1, lambda: rng.randint(100, 1024), lambda: rng.randint(100, 1024)),
+        "B": (64, 8, lambda: 150, lambda: long_tailed(6.15, 2048)),
+        "C": (32, 16, lambda: 1200, lambda: rng.randint(400, 750)),
+    }[workload]
+    texts = [[rng.randrange(500) for _ in range(prompt_length())] for _ in range(prompts)]
+    return [(text, length()) for text in texts for _ in range(samples)], samples
 
 
-def run_ours(model: Transformer, queue: list[tuple[list[int], int]]) -> None:
+def make_model(workload: str) -> Transformer:
+    """Random weights of the workload's shape."""
+    if workload == "tiny":
+        return new_model(vocab_size=512).eval()
+    torch.manual_seed(0)
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = Transformer(Config.from_dict(QWEN if workload == "small" else QWEN_7B))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.to(torch.bfloat16 if on_gpu else torch.float32).eval()
+
+
+def run_ours(model: Transformer, queue: Queue, rows: int, samples: int, **flags) -> None:
+    """Our sampler with as many slots as rows. Forced lengths are per prompt, so every sample is a prompt of its own, except
+    where prompts are to be shared: then a prompt's samples all have the length of its longest, and the others are cut."""
+    if flags.get("share_prompts"):
+        groups = [queue[i : i + samples] for i in range(0, len(queue), samples)]
+        limits = [max(length for _, length in group) for group in groups]
+        queue = [(group[0][0], limit) for group, limit in zip(groups, limits, strict=True)]
     prompts, limits = (list(column) for column in zip(*queue, strict=True))
-    keys = [str(i) for i in range(len(queue))]
-    samples = Sampler(model, ROWS).sample(prompts, keys=keys, max_new_tokens=limits, stop_ids=[])
-    assert [len(group[0].ids) for group in samples] == limits
+    count = samples if flags.get("share_prompts") else 1
+    settings = {
+        "keys": [str(i) for i in range(len(queue))],
+        "num_samples": count,
+        "max_new_tokens": limits,
+        "stop_ids": [],
+    }
+    drawn = Sampler(model, rows, **flags).sample(prompts, **settings)
+    assert [len(s.ids) for group in drawn for s in group] == [limit for limit in limits for _ in range(count)]
 
 
-def run_theirs(model, queue: list[tuple[list[int], int]]) -> None:
-    for start in range(0, len(queue), ROWS):
-        prompts, limits = zip(*queue[start : start + ROWS], strict=True)
+def run_theirs(model, queue: Queue, rows: int, **flags) -> None:
+    """`generate` in batches."""
+    for start in range(0, len(queue), rows):
+        prompts, limits = zip(*queue[start : start + rows], strict=True)
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # (64, width)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        out = model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=max(limits),
-            eos_token_id=None,
-            pad_token_id=0,
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)  # (rows, width)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        settings = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": max(limits)}
+        out = model.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=0, **settings, **flags)
+        assert out.shape == (len(prompts), width + max(limits))
+
+
+def clocked(work) -> tuple[float, float]:
+    """Seconds by the clock and of the processor."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock, time.process_time() - cpu
+
+
+def machine_rates(model: Transformer, rows: int) -> tuple[float, float]:
+    """(operations a second of a product like the MLP's with this many rows, or more; bytes a second that a sum reads)."""
+    c = model.config
+    wide = torch.randn(max(rows, 256), c.hidden_size, device=model.device, dtype=model.head.dtype)
+    weight = torch.randn(c.hidden_size, c.intermediate_size, device=model.device, dtype=model.head.dtype)
+    large = torch.zeros(1 << 28, dtype=torch.uint8, device=model.device).view(torch.float32)
+
+    def fastest(work) -> float:
+        return min(clocked(work)[0] for _ in range(10))
+
+    return 2 * wide.shape[0] * weight.numel() / fastest(lambda: wide @ weight), large.nbytes / fastest(large.sum)
+
+
+def floor(model: Transformer, queue: Queue, rows: int, rates: tuple[float, float]) -> float:
+    """Seconds below which this machine can't be: see the top."""
+    c, (operations, bandwidth) = model.config, rates
+    size = model.head.element_size()
+    embedding = 0 if c.tied else model.head.numel()
+    used = sum(p.numel() for p in model.parameters()) - embedding  # of an embedding only rows are read
+    tokens = sum(length for _, length in queue)
+    steps = max(-(-tokens // rows), max(length for _, length in queue))
+    prefill = 2 * used * sum(map(len, {tuple(prompt): 0 for prompt, _ in queue})) / operations
+    read = sum(length * len(prompt) + length * (length + 1) // 2 for prompt, length in queue)  # tokens' keys and values
+    read *= 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
+    return prefill + max(steps * used * size / bandwidth, 2 * used * tokens / operations) + read / bandwidth
+
+
+def compare(workload: str, rows: int, runs: int) -> None:
+    """A table of the workload: tokens a second, the part of the floor, and the ratio to `generate`."""
+    ours, (queue, samples) = make_model(workload), make_queue(workload)
+    with tempfile.TemporaryDirectory() as directory:
+        save_model(ours, f"{directory}/model")
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(f"{directory}/model", dtype=ours.head.dtype).eval().to(ours.device)
         )
-        assert out.shape == (ROWS, width + max(limits))
+    tokens, rates = sum(length for _, length in queue), machine_rates(ours, rows)
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"\n{workload}: {sum(p.numel() for p in ours.parameters()):,} parameters, {str(ours.head.dtype)[6:]}, {rows} rows"
+    )
+    print(f"{len(queue)} samples of {tokens / len(queue):.0f} tokens on average, at most {max(n for _, n in queue)}")
+    print(f"{machine}, torch {torch.__version__}: {rates[0] / 1e9:,.0f} GFLOP/s, {rates[1] / 1e9:,.1f} GB/s")
+    providers = {"generate": lambda: run_theirs(theirs, queue, rows)}
+    if torch.cuda.is_available():
+        providers["generate, static cache, compiled"] = lambda: run_theirs(
+            theirs, queue, rows, cache_implementation="static"
+        )
+        providers["ours, a look at every step"] = lambda: run_ours(ours, queue, rows, samples, steps=1)
+    providers["ours"] = lambda: run_ours(ours, queue, rows, samples)
+    if workload == "C":  # all samples of a prompt at the length of its longest, for both
+        longest = {tuple(prompt): max(n for p, n in queue if p == prompt) for prompt, _ in queue}
+        same = [(prompt, longest[tuple(prompt)]) for prompt, _ in queue]
+        for name, share in (
+            ("ours, prompts copied, equal lengths", False),
+            ("ours, prompts shared, equal lengths", True),
+        ):
+            providers[name] = lambda share=share: run_ours(ours, same, rows, samples, share_prompts=share)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in providers}
+    for _ in range(runs):
+        for name, work in providers.items():
+            seconds[name].append(clocked(work))
+    print("| | tokens/s | per CPU second | of the floor | generate's time |\n|---|---|---|---|---|")
+    middle = {name: [statistics.median(x) for x in zip(*values, strict=True)] for name, values in seconds.items()}
+    for name, (clock, cpu) in middle.items():
+        drawn, least = (
+            (same, floor(ours, same, rows, rates)) if "equal" in name else (queue, floor(ours, queue, rows, rates))
+        )
+        count = sum(length for _, length in drawn)
+        ratio = f"{middle['generate'][0] / clock:.2f}" if drawn is queue else "-"
+        print(
+            f"| {name} | {count / clock:,.0f} | {count / cpu:,.0f} | {100 * least / clock:.0f} % | {ratio} |",
+            flush=True,
+        )
+
+
+def queue_cost(count: int = 100_000) -> None:
+    """Host time of a long queue: answers of one token, with a model whose work is as good as nothing."""
+
+    def seconds(prompts: int) -> float:
+        model = new_model(vocab_size=8).eval()
+        texts = [[i % 8, i // 8 % 8] for i in range(64)] * (prompts // 64 + 1)
+        keys = [str(i) for i in range(prompts)]
+        return clocked(lambda: Sampler(model, 256).sample(texts[:prompts], keys=keys, max_new_tokens=1, stop_ids=[]))[1]
+
+    seconds(1000)
+    few, many = seconds(count // 10), seconds(count)
+    print(
+        f"queue of {count // 10:,}: {1e6 * few / (count / 10):.1f} us a prompt; of {count:,}: {1e6 * many / count:.1f} us"
+    )
 
 
 def main() -> None:
+    """Parse flags, print a table for each workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workload", nargs="+", default=["tiny"], choices=["tiny", "small", "A", "B", "C", "queue"])
+    parser.add_argument("--rows", type=int, help="default: 64, 16 and 128")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    ours = new_model(vocab_size=512).eval()
-    with tempfile.TemporaryDirectory() as directory:
-        save_model(ours, f"{directory}/model")
-        theirs = AutoModelForCausalLM.from_pretrained(f"{directory}/model", dtype=torch.float32).eval()
-    queue = make_queue()
-    tokens = sum(length for _, length in queue)
-    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, fp32, {args.threads} thread(s), {ROWS} rows")
-    print(f"{len(queue)} samples of {tokens / len(queue):.0f} tokens on average, at most {max(n for _, n in queue)}")
-    speed: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
-    for _ in range(args.runs):
-        for name, run, model in (("ours", run_ours, ours), ("theirs", run_theirs, theirs)):
-            clock, cpu = time.perf_counter(), time.process_time()
-            run(model, queue)
-            clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
-            speed[name].append((tokens / clock, tokens / cpu))
-            print(f"{name:>6}: {tokens / clock:6,.0f} tokens/s, {tokens / cpu:6,.0f} tokens per CPU second", flush=True)
-    ratios = [
-        statistics.median(s[i] for s in speed["ours"]) / statistics.median(s[i] for s in speed["theirs"])
-        for i in (0, 1)
-    ]
-    print(f"ratio of the medians: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by CPU seconds")
+    for workload in args.workload:
+        if workload == "queue":
+            queue_cost()
+        else:
+            compare(workload, args.rows or {"tiny": 64, "small": 16}.get(workload, 128), args.runs)
 
 
 if __name__ == "__main__":

@@ -519,7 +519,7 @@ def test_estimated_memory(model_path):
         sum(map(torch.numel, model.parameters())),
     )
     assert gib["weights"] * 2**30 == 8 * parameters and gib["reward model"] * 2**30 == 2 * parameters
-    cache = SlotCache(model, args.slots, 90)  # the reward model's: prompt, response and judgement
+    cache = SlotCache(model, args.slots, 90, None)  # the reward model's: prompt, response and judgement
     held = (cache.keys.nbytes + cache.values.nbytes) / (args.slots * 90) * 2 * generate.PREFILL_TOKENS
     assert gib["KV cache"] * 2**30 == cache.keys.nbytes + cache.values.nbytes + held
 
@@ -547,9 +547,9 @@ def test_two_caches_are_never_there_at_once(world, monkeypatch):
     alive = weakref.WeakSet()
 
     class Counted(SlotCache):
-        def __init__(self, *sizes):
+        def __init__(self, *sizes, **flags):
             assert not alive
-            super().__init__(*sizes)
+            super().__init__(*sizes, **flags)
             alive.add(self)
 
     monkeypatch.setattr(generate, "SlotCache", Counted)
