@@ -568,9 +568,7 @@ class Sampler:
         share = self._shares(prompts, limits, num_samples)
         places: dict[int, int] = {}  # where each prompt whose samples are running is shared
         cache = self._cache(prompts, limits, num_samples, share, choose)
-        free_places = list(range(cache.prompts))[
-            ::-1
-        ]  # the lowest are taken first: the CPU looks at all up to the highest
+        free_places = list(range(cache.prompts))[::-1]  # the lowest first: the CPU looks at all up to the highest
         rows: list[Row] = []  # row i sits in slot i
         groups: dict[int, dict[int, Sample]] = {}
         while True:
@@ -612,21 +610,7 @@ class Sampler:
                 drawing = rows
                 uniform = [[row.rng.random() for row in rows] for _ in range(self.steps)]
                 drawn = cache.decode([row.sample.ids[-1] for row in rows], [row.length for row in rows], uniform)
-            for step in zip(*drawn, strict=True):
-                for row, token, logprob, full_logprob, _, spread in zip(drawing, *step, strict=True):
-                    sample = row.sample
-                    if sample.finish:  # in an earlier one of these steps
-                        continue
-                    if math.isnan(logprob):
-                        raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
-                                         "checkpoint; if it was in training, lower --lr")  # fmt: skip
-                    sample.ids.append(token)
-                    sample.logprobs.append(logprob)
-                    sample.full_logprobs.append(full_logprob)
-                    if certainty:
-                        sample.certainty.append(spread)
-                    sample.finish = "stop" if token in stop_ids else "length" if len(sample.ids) == row.limit else ""
-                    self.tokens += 1
+            self._note(drawing, drawn, stop_ids, certainty)
             finished = self._take_finished(rows, cache)
             for row in finished:
                 group = groups.setdefault(row.prompt, {})
@@ -638,6 +622,24 @@ class Sampler:
                     del groups[row.prompt]
             if share and rows and (new or finished):
                 cache.arrange([places[row.prompt] for row in rows])
+
+    def _note(self, rows: list[Row], drawn: list[list[list]], stop_ids: list[int], certainty: bool) -> None:
+        """Give each row what it has drawn in one step or several, up to its end."""
+        for step in zip(*drawn, strict=True):
+            for row, token, logprob, full_logprob, _, spread in zip(rows, *step, strict=True):
+                sample = row.sample
+                if sample.finish:  # in an earlier one of these steps
+                    continue
+                if math.isnan(logprob):
+                    raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
+                                     "checkpoint; if it was in training, lower --lr")  # fmt: skip
+                sample.ids.append(token)
+                sample.logprobs.append(logprob)
+                sample.full_logprobs.append(full_logprob)
+                if certainty:
+                    sample.certainty.append(spread)
+                sample.finish = "stop" if token in stop_ids else "length" if len(sample.ids) == row.limit else ""
+                self.tokens += 1
 
     def _shares(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
         """Whether prompts are kept once for all their samples: where the keys that needn't be read for each of them are more

@@ -1,0 +1,122 @@
+"""The README's tables and figure of what labels cost, from data/results/compute.jsonl; with --collect, first that file from
+runs/claims/<seed>/ and runs/compute/<seed>/.
+
+    python -m data.results.compute
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data.results.methods import read, show
+from evaluate import read_gold, save_figure, score_label, vote_report
+
+HERE = Path(__file__).parent
+RUNS, CLAIMS = Path("runs/compute"), Path("runs/claims")
+METHODS = ("single", "outcome_consistency", "step_consistency")
+STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
+
+
+def collect(seed: str) -> dict:
+    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; and voting by number of steps."""
+    claims = CLAIMS / seed
+    solutions, verifications = read(claims / "solutions.jsonl"), read(claims / "verify" / "verifications.jsonl")
+    solutions = [s for s in solutions if s["steps"]]
+    gold = read_gold("data/tiny/gold.jsonl", solutions)
+    votes: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
+    for row in vote_report(solutions, verifications, gold, int(seed)):
+        if row["on"] == "all":
+            votes[row["method"]][str(row["N"])] = [row["tokens"], row["exact"]]
+    by_steps = {}
+    for low, high in STEPS:
+        some = [s for s in solutions if low <= len(s["steps"]) <= high]
+        rows = vote_report(some, verifications, gold, int(seed))
+        found = {row["method"]: row["exact"] for row in rows if (row["on"], row["N"]) == ("all", 16)}
+        by_steps[f"{low}-{high}"] = {"solutions": len(some), **found}
+    first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
+    rounds = {}
+    for directory in sorted((RUNS / seed).glob("rounds-*")):
+        labels = [r for r in read(directory / "labels_meta_critique.jsonl") if r["dropped"] is None]
+        right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])[0, 1] for r in labels]
+        one = [first[r["id"]] for r in labels]
+        base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])[0, 1] for r in one]
+        tokens = sum(r["tokens"] for r in read(directory / "critiques.jsonl"))
+        tokens += sum(r["tokens"] for r in verifications if r["sample"] == 0)
+        of = {
+            "right": float(np.mean(right)),
+            "first verification": float(np.mean(base)),
+            "kept": len(labels) / len(solutions),
+        }
+        rounds[directory.name[-1]] = {"tokens": tokens, **of}
+    return {"seed": int(seed), "votes": votes, "by_steps": by_steps, "rounds": rounds}
+
+
+def print_tables(records: list[dict]) -> None:
+    """By N, by rounds, by number of steps."""
+    print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
+    print("| verifications | tokens | " + " | ".join(METHODS) + " |\n|---|---|---|---|---|")
+    for N in records[0]["votes"]["single"]:
+        tokens = np.mean([r["votes"]["single"][N][0] for r in records])
+        cells = [show([r["votes"][method][N][1] for r in records]) for method in METHODS]
+        print(f"| {N} | {tokens / 1000:,.0f}k | {' | '.join(cells)} |")
+    with_rounds = [r for r in records if len(r["rounds"]) == 3]
+    if with_rounds:
+        print(
+            f"\n{len(with_rounds)} seeds\n| rounds | tokens | kept | right, of the kept | their first verification | gain |"
+        )
+        print("|---|---|---|---|---|---|")
+        for n in "123":
+            found = [r["rounds"][n] for r in with_rounds]
+            gain = [x["right"] - x["first verification"] for x in found]
+            cells = [f"{np.mean([x['tokens'] for x in found]) / 1000:,.0f}k"]
+            cells += [show([x[key] for x in found]) for key in ("kept", "right", "first verification")] + [show(gain)]
+            print(f"| {n} | {' | '.join(cells)} |")
+    print("\n| steps | solutions | " + " | ".join(METHODS) + " | step minus outcome |\n|---|---|---|---|---|---|")
+    for low, high in STEPS:
+        found = [r["by_steps"][f"{low}-{high}"] for r in records]
+        gain = [x["step_consistency"] - x["outcome_consistency"] for x in found]
+        cells = [
+            f"{np.mean([x['solutions'] for x in found]):.0f}",
+            *(show([x[m] for x in found]) for m in METHODS),
+            show(gain),
+        ]
+        print(f"| {low} to {high} | {' | '.join(cells)} |")
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Right label vectors against tokens: mean over seeds, and from the least to the greatest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    plot = figure.subplots()
+    for method in METHODS:
+        tokens, right = np.array([list(r["votes"][method].values()) for r in records]).transpose(2, 0, 1)  # (seeds, N)
+        (line,) = plot.plot(tokens.mean(0), 100 * right.mean(0), "o-", label=method.replace("_", " "))
+        plot.fill_between(
+            tokens.mean(0), *(100 * f(right, 0) for f in (np.min, np.max)), color=line.get_color(), alpha=0.2
+        )
+    found = [r["rounds"] for r in records if len(r["rounds"]) == 3]
+    if found:
+        tokens, right = (np.mean([[x[n][key] for n in "123"] for x in found], 0) for key in ("tokens", "right"))
+        plot.plot(tokens, 100 * right, "s--", label="critique, 1 to 3 rounds (of the kept)")
+    plot.set(xscale="log", xlabel="tokens for 800 solutions", ylabel="whole label vectors right, %")
+    plot.grid(alpha=0.3)
+    plot.legend()
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Collect if asked to; print the tables, draw the figure."""
+    path = HERE / "compute.jsonl"
+    if "--collect" in sys.argv[1:]:
+        seeds = sorted(d.name for d in CLAIMS.iterdir() if (d / "verify" / "verifications.jsonl").exists())
+        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+    records = read(path)
+    print_tables(records)
+    draw(records, HERE / "compute.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The README's table and figure of rewards, from data/results/rewards.jsonl; with --collect, first that file from
+runs/rewards/<seed>/ and runs/claims/<seed>/.
+
+    python -m data.results.rewards
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data.results.methods import read
+from evaluate import read_metrics, save_figure
+
+HERE = Path(__file__).parent
+RUNS, CLAIMS = Path("runs/rewards"), Path("runs/claims")
+NAMES = {
+    "process_aware": "process_aware, PRM-CoT",
+    "process_aware-votes4": "process_aware, PRM-CoT, 4 votes",
+    "step_augmented": "step_augmented",
+    "selective_advantage": "selective_advantage",
+    "global_step": "global_step",
+    "process_aware-orm": "process_aware, ORM",
+    "process_aware-prm": "process_aware, PRM",
+    "majority": "majority",
+    "self_certainty": "self_certainty",
+    "random": "random",
+    "rlvr": "rlvr (reads answers)",
+}
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval over so many seeds
+
+
+def collect(seed: str) -> dict:
+    """One seed: of each reward the held-out curve, accuracy at the last step, tokens and seconds of a step."""
+    runs = {}
+    for name in NAMES:
+        claimed = name in ("process_aware", "rlvr", "random")
+        directory = (CLAIMS if claimed else RUNS) / seed / name
+        results = read(CLAIMS / seed / "benchmark.jsonl" if claimed else RUNS / seed / f"{name}.jsonl")
+        own = {r["metric"]: r["value"] for r in results if r["settings"]["model"].endswith(f"/{name}")}
+        metrics = read_metrics(str(directory))
+        record = {"avg@4": own["avg@4"], "greedy": own["greedy"]}
+        record["heldout"] = {str(step): round(value, 4) for step, value in metrics["heldout/accuracy"].items()}
+        if not claimed:  # the others ran before rates were logged
+            for phase in ("sample", "score"):
+                rate, seconds = (metrics.get(f"time/{phase}{end}", {}) for end in ("_tokens_per_second", ""))
+                record[f"{phase} tokens"] = round(float(np.mean([rate.get(s, 0) * seconds[s] for s in seconds])))
+        runs[name] = record
+    start = {r["metric"]: r["value"] for r in read(CLAIMS / seed / "benchmark.jsonl")
+             if r["settings"]["model"] == "data/tiny/policy"}  # fmt: skip
+    return {"seed": int(seed), "start": {key: start[key] for key in ("avg@4", "greedy")}, "runs": runs}
+
+
+def show(values: list[float], sign: str = "") -> str:
+    """Mean over seeds and half the width of its 95 % interval (Student's t), in percent."""
+    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
+
+
+def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
+    """(sampled, judged) in a step. Where a run didn't log them, those of one with as many responses and the same judge."""
+    measured = {"process_aware": "step_augmented", "rlvr": "majority", "random": "majority"}.get(name, name)
+    runs = [r["runs"][measured] for r in records]
+    return tuple(float(np.mean([run[f"{phase} tokens"] for run in runs])) for phase in ("sample", "score"))
+
+
+def accuracy_at(run: dict, step: float) -> float:
+    """The held-out curve at a step, between its points on a straight line."""
+    steps = sorted(map(int, run["heldout"]))
+    return float(np.interp(step, steps, [run["heldout"][str(s)] for s in steps]))
+
+
+def print_table(records: list[dict]) -> None:
+    """A row for each reward; differences are paired by seed."""
+    budget = 60 * sum(tokens_per_step(records, "majority"))
+    print(
+        f"{len(records)} seeds; mean ± half the 95 % interval, in percent; start {show([r['start']['avg@4'] for r in records])}"
+    )
+    print("| reward | avg@4 at the last step | minus process_aware | greedy | held-out, mean of the curve ", end="")
+    print(
+        f"| tokens a step: sampled + judged | held-out after {budget / 1000:,.0f}k tokens |\n|---|---|---|---|---|---|---|"
+    )
+    base = [r["runs"]["process_aware"]["avg@4"] for r in records]
+    for name, title in NAMES.items():
+        runs = [r["runs"][name] for r in records]
+        last = [run["avg@4"] for run in runs]
+        less = "-" if name == "process_aware" else show([a - b for a, b in zip(last, base, strict=True)], "+")
+        curve = show([float(np.mean(list(run["heldout"].values()))) for run in runs])
+        sampled, judged = tokens_per_step(records, name)
+        equal = show([accuracy_at(run, budget / (sampled + judged)) for run in runs])
+        cells = [
+            show(last),
+            less,
+            show([run["greedy"] for run in runs]),
+            curve,
+            f"{sampled:,.0f} + {judged:,.0f}",
+            equal,
+        ]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Held-out accuracy by step: mean over seeds, and from the least to the greatest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panels = [["process_aware", "process_aware-votes4", "rlvr"], ["step_augmented", "selective_advantage", "global_step"],
+              ["process_aware-orm", "process_aware-prm"], ["majority", "self_certainty", "random"]]  # fmt: skip
+    for plot, names in zip(axes.flatten(), panels, strict=True):
+        for name in names:
+            curves = [r["runs"][name]["heldout"] for r in records]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)), key=int)
+            values = 100 * np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+            x = [int(step) for step in steps]
+            (line,) = plot.plot(x, values.mean(0), label=NAMES[name])
+            plot.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        plot.set(ylim=(0, 100), xlabel="step", ylabel="held-out accuracy, %")
+        plot.grid(alpha=0.3)
+        plot.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Collect if asked to; print the table, draw the figure."""
+    path = HERE / "rewards.jsonl"
+    if "--collect" in sys.argv[1:]:
+        judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
+        seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
+        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+    records = read(path)
+    print_table(records)
+    draw(records, HERE / "rewards.png")
+
+
+if __name__ == "__main__":
+    main()
