@@ -337,8 +337,8 @@ def world_size() -> int:
 
 
 def deal(count: int, name: str) -> Iterator[list[int]]:
-    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is done early
-    takes from what is left rather than wait. name: another one for each deal of a run."""
+    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is done
+    early takes from what is left rather than wait. name: another one for each deal of a run."""
     store, dealt = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None, 0
     while dealt < count:
         few = max(1, (count - dealt) // (2 * world_size())) if store else count
@@ -493,11 +493,11 @@ class Sampler:
 
     Running rows always fill the first n slots. Each decoding step feeds one token a row; rows that finish are
     overwritten by the last ones, and new rows are appended when an eighth of the slots is free. A prompt is
-    run once, packed with others; its keys and values are copied to the slots of all its samples, or kept once for all of
-    them if share_prompts, which by default is decided by the lengths.
+    run once, packed with others; its keys and values are copied to the slots of all its samples, or kept once for
+    all of them if share_prompts, which by default is decided by the lengths.
 
-    `steps` are made between two looks at what was drawn, 8 on a GPU, where a look makes the device wait; what a row draws
-    after its end is thrown away.
+    `steps` are made between two looks at what was drawn, 8 on a GPU, where a look makes the device wait; what a row
+    draws after its end is thrown away.
 
     This is the schedule; the tensors are in kernels/decode.py.
     """
@@ -533,8 +533,8 @@ class Sampler:
         certainty: bool = False,
         turns: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt. turns: which
-        prompts are this rank's, asked for when slots are free (`deal`); none: all of them.
+        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt.
+        turns: which prompts are this rank's, asked for when slots are free (`deal`); none: all of them.
 
         A sample is a function of (seed, key of its prompt, sample index): these seed its random numbers, so neither
         the slots nor the order matter (but for ties within rounding, which other batch shapes may break otherwise).
@@ -642,8 +642,8 @@ class Sampler:
                 self.tokens += 1
 
     def _shares(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
-        """Whether prompts are kept once for all their samples: where the keys that needn't be read for each of them are more
-        than a quarter of those of a row in its middle. They have to make up for a second call of attention."""
+        """Whether prompts are kept once for all their samples: where the keys that needn't be read for each of them are
+        more than a quarter of those of a row in its middle. They have to make up for a second call of attention."""
         if self.share_prompts is not None or not prompts or num_samples < 2:
             return bool(self.share_prompts and prompts)
         prompt, own = sum(map(len, prompts)) / len(prompts), sum(limits) / len(limits) / 2

@@ -4,20 +4,23 @@ Which sample sits in which slot, what was drawn and what comes next is decided b
 are tensors only. The running rows always are the first n slots, and every slot has a length of its own: no padding on
 the left, and nothing but what lies behind each row's end is hidden.
 
-A prompt is run once. Its keys and values are then copied to the slots of all its samples (each slot starts at position 0);
-or, with shared prompts, kept once and read once for all of its samples in each step: attention over the prompt and over
-the row's own tokens are two calls, and their outputs o_p and o_s are merged by the logarithms of their softmax sums,
+A prompt is run once. Its keys and values are then copied to the slots of all its samples (each slot starts at position
+0); or, with shared prompts, kept once and read once for all of its samples in each step: attention over the prompt and
+over the row's own tokens are two calls, and their outputs o_p and o_s are merged by the logarithms of their softmax
+sums,
 
     o = w o_p + (1 - w) o_s,    w = exp(lse_p) / (exp(lse_p) + exp(lse_s)).
 
-Attention itself is one function with two bodies: plain products on the CPU, PyTorch's flash attention for sequences of
-various lengths on a GPU. There a step, with its drawing, is a CUDA graph, and several steps pass before the host looks.
+Attention itself is one function with two bodies: plain products, and in half precision on a GPU PyTorch's flash
+attention for sequences of various lengths. There a step, with its drawing, is a CUDA graph, and several steps pass
+before the host looks.
 
 Shapes: n rows, L layers, K key/value heads, E head size, H query heads, G of them per key/value head, D hidden size,
 V vocabulary, S slots, T tokens that a slot can hold; P shared prompts of up to Tp tokens, R rows of one prompt.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,26 +62,32 @@ def prefill(model: Transformer, prompts: list[tuple[int, ...]], max_tokens: int)
     return list(map(Prefix, torch.stack(keys).split(lengths, 1), torch.stack(values).split(lengths, 1), last))
 
 
+def has_flash(x: Tensor) -> bool:
+    """Whether attention over x is PyTorch's flash attention: in half precision on a GPU."""
+    return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def limits(lengths: Tensor, keys: Tensor) -> Tensor:
-    """What `ragged_attention` has to know of the lengths (B,) of keys (B, K, T, E), made once for all layers: on the CPU what is
-    added to the scores, (B K, 1, T); on a GPU the lengths, in the dtype of its kernel."""
-    if lengths.device.type != "cpu":
+    """What `ragged_attention` has to know of the lengths (B,) of keys (B, K, T, E), made once for all layers: what is
+    added to the scores, (B K, 1, T); for flash attention the lengths, in the dtype of its kernel."""
+    if has_flash(keys):
         return lengths.int()
-    beyond = torch.arange(keys.shape[2]) >= lengths[:, None]  # (B, T)
-    bias = torch.zeros(beyond.shape, dtype=keys.dtype).masked_fill_(beyond, -torch.inf)
+    beyond = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]  # (B, T)
+    bias = torch.zeros(beyond.shape, dtype=keys.dtype, device=keys.device).masked_fill_(beyond, -torch.inf)
     return bias.repeat_interleave(keys.shape[1], 0)[:, None]
 
 
 def ragged_attention(
     q: Tensor, keys: Tensor, values: Tensor, limit: Tensor, merged: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Queries q (B, R, H, E) over the first keys and values (B, K, T, E) of each row, as `limits` says: over all of these.
+    """Queries q (B, R, H, E) over the first keys and values (B, K, T, E) of each row, as `limits` says: over all of
+    these.
 
-    Returns the output (B, R, H, E) and, if it is to be merged with another, the logarithm of the softmax's sum (B, R, H), in
-    fp32. The G query heads of a key/value head are rows of one product: each key is read once, not G times.
+    Returns the output (B, R, H, E) and, if it is to be merged with another, the logarithm of the softmax's sum (B, R,
+    H), in fp32. The G query heads of a key/value head are rows of one product: each key is read once, not G times.
     """
     B, R, H, E = q.shape
-    if q.device.type != "cpu":
+    if has_flash(q):
         return flash_attention(q, keys, values, limit)
     K = keys.shape[1]
     q = q.view(B, R, K, H // K, E).transpose(1, 2).reshape(B * K, R * H // K, E)
@@ -94,10 +103,12 @@ def ragged_attention(
 
 
 def flash_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """`ragged_attention` by PyTorch's flash attention on a GPU, with keys and values that lie in memory as (B, T, K, E).
+    """`ragged_attention` by PyTorch's flash attention on a GPU, with keys and values that lie in memory as (B, T, K,
+    E).
 
-    The slots, one behind the other, are its packed keys: slot b begins at b T and has lengths[b] tokens. With several queries
-    a slot it isn't causal; with one, it makes rows of the heads of a group and splits long keys over multiprocessors.
+    The slots, one behind the other, are its packed keys: slot b begins at b T and has lengths[b] tokens. With several
+    queries a slot it isn't causal; with one, it makes rows of the heads of a group and splits long keys over
+    multiprocessors.
     """
     B, R, H, E = q.shape
     K, T = keys.shape[1:3]
@@ -116,9 +127,10 @@ def flash_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) ->
 class SlotCache:
     """Keys and values of the running rows, (L, S, K, T, E) each, and of shared prompts, (L, P, K, Tp, E) each.
 
-    model; slots S, length T. prompts P and prompt_length Tp: shared prompts; without them each slot has its prompt before its
-    own tokens. group R: samples of a prompt. choose(logits (n, V), uniform (n,), window) draws: tensors (n,), first the
-    tokens, fourth whether the window, if there is one, was large enough. steps: how many of them between two looks.
+    model; slots S, length T. prompts P and prompt_length Tp: shared prompts; without them each slot has its prompt
+    before its own tokens. group R: samples of a prompt. choose(logits (n, V), uniform (n,), window) draws: tensors
+    (n,), first the tokens, fourth whether the window, if there is one, was large enough. steps: how many of them
+    between two looks.
     """
 
     def __init__(
@@ -147,14 +159,14 @@ class SlotCache:
         self.step_number = self.numbers(1)
         self.uniform = torch.zeros((steps, slots), dtype=torch.float64, device=model.device)
         self.drawn: list[Tensor] = []  # (steps, S) each, in the order of `choose`
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if self.tokens.is_cuda else None
         self.used = self.longest_prompt = 0  # shared prompts in use, and their longest
 
     def memory(self, slots: int, length: int) -> Tensor:
         """(L, slots, K, length, E); zeros, since what is hidden is still multiplied by 0, and 0 * nan is nan.
 
-        In memory the heads of a token lie together on a GPU, where flash attention takes them so; on the CPU the tokens of
-        a head do, as a product wants them.
+        In memory the heads of a token lie together on a GPU, where flash attention takes them so; on the CPU the tokens
+        of a head do, as a product wants them.
         """
         c, head = self.model.config, self.model.head
         shape = (c.num_layers, slots, c.num_kv_heads, length, c.head_dim)
@@ -191,7 +203,7 @@ class SlotCache:
             where.append(place * R + len(members[place]))
             members[place].append(row)
         self.members.copy_(torch.tensor([rows + [0] * (R - len(rows)) for rows in members]))
-        self.places[: len(where)] = torch.tensor(where)
+        self.places.copy_(torch.tensor(where + [0] * (self.slots - len(where))))  # an idle slot looks at any prompt
         self.starts[: len(places)] = self.prompt_lengths[torch.tensor(places, device=self.starts.device)]
         self.used = max(places) + 1
         self.longest_prompt = int(self.prompt_lengths[: self.used].max())
@@ -203,7 +215,7 @@ class SlotCache:
         to be thrown away; it stays within the row's slot.
         """
         n = len(tokens)
-        drawn = self.replay(tokens, ends, uniform) if self.tokens.is_cuda else None
+        drawn = self.replay(tokens, ends, uniform) if self.graphs is not None else None
         if drawn is None or not all(map(all, drawn[3])):  # a nucleus larger than the window: again, without graphs
             self.load(tokens, ends, uniform)
             for i in range(len(uniform)):
@@ -211,10 +223,15 @@ class SlotCache:
             drawn = self.look(n)
         return drawn
 
-    def replay(self, tokens: list[int], ends: list[int], uniform: list[list[float]]) -> list[list[list[float]]]:
-        """The steps of `decode` by a CUDA graph."""
+    def replay(self, tokens: list[int], ends: list[int], uniform: list[list[float]]) -> list[list[list[float]]] | None:
+        """The steps of `decode` by a CUDA graph. If none can be captured: None, a warning, and no further attempt."""
         self.load(tokens, ends, uniform)
-        graph = self.graph(len(tokens))
+        try:
+            graph = self.graph(len(tokens))
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graphs, so that every operation waits to be launched: {error}", stacklevel=2)
+            self.graphs = None
+            return None
         self.load(tokens, ends, uniform)
         for _ in uniform:
             graph.replay()
@@ -232,16 +249,14 @@ class SlotCache:
         return [x[:, :n].tolist() for x in self.drawn]
 
     def graph(self, n: int) -> torch.cuda.CUDAGraph:
-        """The graph of a step of at least n rows; captured when first asked for, after a step that is made for nothing (the real
-        one writes to the same places). Idle slots draw, too, for nobody."""
+        """The graph of a step of at least n rows; captured when first asked for, after a step that is made for nothing
+        (the real one writes to the same places). Idle slots draw, too, for nobody."""
         rows = next((size for size in GRAPH_ROWS if size >= n and size <= self.slots), self.slots)
         if rows not in self.graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.step(
-                    [(0, rows, self.length)], WINDOW
-                )  # libraries allocate in their first call, which a graph can't
+                self.step(rows, self.length, WINDOW)  # libraries allocate in their first call, which a graph can't
             torch.cuda.current_stream().wait_stream(stream)
             self.graphs[rows] = torch.cuda.CUDAGraph()
             pool = next(iter(self.graphs.values())).pool() if len(self.graphs) > 1 else None
@@ -250,7 +265,8 @@ class SlotCache:
         return self.graphs[rows]
 
     def step(self, n: int, longest: int, window: int = 0) -> None:
-        """Feed its newest token to each of the first n rows, none of which then has more than `longest` in its slot; draw."""
+        """Feed its newest token to each of the first n rows, none of which then has more than `longest` in its slot;
+        draw."""
         rows, ends = torch.arange(n, device=self.ends.device), self.ends[:n].clone()
         limit = limits(ends + 1, self.keys[0, :n, :, :longest])
         if self.prompts:  # a graph has each of them at its full length; the CPU takes no more than there is

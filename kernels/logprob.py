@@ -114,7 +114,8 @@ def forward_slices(
 @torch.library.custom_op("spark::logprob_backward", mutates_args=())
 def backward_slices(
     hidden: Tensor, weight: Tensor, targets: Tensor, entropies: Tensor, logsumexp: Tensor, kept: Tensor,
-    grad_logprobs: Tensor, grad_entropy: Tensor, temperature: float, workspace: int, eager: bool, need_h: bool, need_w: bool,
+    grad_logprobs: Tensor, grad_entropy: Tensor, temperature: float, workspace: int, eager: bool,
+    need_h: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> dH (N, D) and dW (V, D), without elements where it isn't needed."""
     (N, _), V = hidden.shape, len(weight)
@@ -182,8 +183,8 @@ def select(x: Tensor, rows: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a @ b, accumulated in fp32 and rounded once, to out's dtype.
 
-    Products of two bf16 numbers are exact in fp32. A GPU's tensor cores add them up in fp32, and out_dtype keeps them from
-    rounding the sum; on the CPU, which has no such product, a slice is cheap to convert.
+    Products of two bf16 numbers are exact in fp32. A GPU's tensor cores add them up in fp32, and out_dtype keeps them
+    from rounding the sum; on the CPU, which has no such product, a slice is cheap to convert.
     """
     if a.is_cuda and a.dtype.itemsize == 2 and out.dtype == torch.float32:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -208,8 +209,8 @@ def merge_slice(z: Tensor, targets: Tensor, state: Tensor, start: int, temperatu
 
 
 def slice_gradient(z: Tensor, targets: Tensor, values: Tensor, g: Tensor, start: int, temperature: float) -> None:
-    """g (R, C), which may be z itself: the gradient of z (R, C). values (R, 5): logsumexp in two parts, entropy, and the
-    gradients of log-probability and entropy."""
+    """g (R, C), which may be z itself: the gradient of z (R, C). values (R, 5): logsumexp in two parts, entropy, and
+    the gradients of log-probability and entropy."""
     for rows, column, here in blocks(z, targets - start):
         top, log_total, entropies, gl, ge = values[rows].unsqueeze(1).unbind(2)  # (R, 1) each
         gl, ge = gl / temperature, ge / temperature
@@ -222,7 +223,8 @@ def slice_gradient(z: Tensor, targets: Tensor, values: Tensor, g: Tensor, start:
 
 
 def blocks(z: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of the rows of z (R, C): the rows, the columns (r,) that lie within C, and which rows of the block have them."""
+    """Blocks of the rows of z (R, C): the rows, the columns (r,) that lie within C, and which rows of the block have
+    them."""
     size = len(z) if z.is_cuda else max(1, CACHED // z.shape[1])
     for first in range(0, len(z), max(size, 1)):
         rows = slice(first, first + size)
@@ -239,7 +241,8 @@ def passes(hidden: Tensor, eager: bool) -> tuple[Callable, Callable]:
 
 @functools.cache  # a module belongs to its device
 def cuda_passes(device: torch.device) -> tuple[Callable, Callable]:
-    """The kernels of logprob.cu with the signatures of their PyTorch twins; those, and one warning, if they can't be made."""
+    """The kernels of logprob.cu with the signatures of their PyTorch twins; those, and one warning, if they can't be
+    made."""
     try:
         from torch.utils import cpp_extension
 

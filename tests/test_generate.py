@@ -1,5 +1,6 @@
 """The sampler against `transformers` and exact distributions; solutions as text; record files and the command line."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -15,6 +16,7 @@ from argparse import Namespace
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ from generate import (
     render_steps,
     split_steps,
 )
+from kernels import decode
 from kernels.decode import SlotCache, limits, ragged_attention
 from kernels.transformer import Config, Transformer, load_model, save_model
 
@@ -263,6 +266,59 @@ def test_a_step_never_looks_at_values(models, monkeypatch):
                     cache.step(8, 16, window=64)
             assert [x.dtype for x in cache.drawn[:4]] == [torch.long, torch.float32, torch.float32, torch.bool]
             assert all(x.shape == (4, 8) for x in cache.drawn)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_graphs_replay_a_step(models, monkeypatch, share_prompts, top_p):
+    """Guards: what surrounds CUDA graphs, tried on the CPU with a graph that is its step made again: a trial step that spoils the
+    tokens or lengths of rows, idle slots that write to running ones, a graph for fewer rows than there are, a window too small
+    for the nucleus, a capture that fails and takes the run down."""
+    replayed, steps, original = Counter(), [], SlotCache.step
+
+    class Graph:
+        def replay(self):
+            replayed[self.work[1]] += 1
+            original(*self.work)
+
+        def pool(self):
+            return None
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        yield
+        graph.work = steps[-1]
+
+    for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(SlotCache, "step", lambda *args: steps.append(args) or original(*args))
+    monkeypatch.setattr(decode, "GRAPH_ROWS", (2, 4))
+    monkeypatch.setattr(decode, "WINDOW", 60)  # of 97 tokens: at times too few for 0.9 of the mass
+    prompts, limits = make_prompts(9), [1, 30, 3, 17, 1, 60, 2, 8, 25]
+    settings = {"keys": list("abcdefghi"), "num_samples": 3, "max_new_tokens": limits, "stop_ids": [5], "top_p": top_p}
+    settings |= {"temperature": 1.5}
+
+    def draw():
+        samples = Sampler(models["Qwen2"][0], 7, steps=3, share_prompts=share_prompts).sample(prompts, **settings)
+        return [[sample.ids for sample in group] for group in samples]
+
+    expected = draw()
+    steps.clear()
+    made = SlotCache.__init__
+
+    def with_graphs(self, *args, **flags):
+        made(self, *args, **flags)
+        self.graphs = {}
+
+    monkeypatch.setattr(SlotCache, "__init__", with_graphs)
+    assert draw() == expected
+    assert set(replayed) == {2, 4, 7}
+    assert any(len(args) == 3 for args in steps) == (top_p < 1)  # steps again, without a graph and its window
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock(side_effect=RuntimeError("not permitted")))
+    with pytest.warns(UserWarning, match="no CUDA graphs.*not permitted"):
+        assert draw() == expected
 
 
 def take_turns(rank: int, pause: float, path: str, results) -> None:
