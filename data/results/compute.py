@@ -10,13 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
-from data.results.methods import read, show
 from evaluate import read_gold, save_figure, score_label, vote_report
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/compute"), Path("runs/claims")
 METHODS = ("single", "outcome_consistency", "step_consistency")
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval over so many seeds
 STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
+
+
+def read(path: Path) -> list[dict]:
+    """All records of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def show(values: list[float]) -> str:
+    """Mean over seeds and half the width of its 95 % interval (Student's t), in percent."""
+    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{100 * np.mean(values):.1f} ± {100 * half:.1f}"
 
 
 def collect(seed: str) -> dict:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.results.methods import read
 from evaluate import read_metrics, save_figure
 
 HERE = Path(__file__).parent
@@ -29,6 +28,11 @@ NAMES = {
     "rlvr": "rlvr (reads answers)",
 }
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval over so many seeds
+
+
+def read(path: Path) -> list[dict]:
+    """All records of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def collect(seed: str) -> dict:
