@@ -337,8 +337,8 @@ def world_size() -> int:
 
 
 def deal(count: int, name: str) -> Iterator[list[int]]:
-    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is done
-    early takes from what is left rather than wait. name: another one for each deal of a run."""
+    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is
+    done early takes from what is left rather than wait. name: another one for each deal of a run."""
     store, dealt = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None, 0
     while dealt < count:
         few = max(1, (count - dealt) // (2 * world_size())) if store else count

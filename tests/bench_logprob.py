@@ -4,11 +4,11 @@
     python -m tests.bench_logprob --shape 8192,3584,152064 --shape 32768,3584,152064 --repeats 30     # on a GPU, bf16
     python -m tests.bench_logprob --only "bare products" "ours, keep = 0"
 
-Everybody gets the same inputs and the same gradient per token, at temperature 1, and returns log-probabilities; only ours
-returns the entropy, too. Providers take turns, so that a machine's drift meets all of them; the bare products come first
-and last in each round. Time: median. Memory: the peak above inputs and gradients; on the CPU of the whole process, which
-counts what the matrix library packs. Errors: against fp64 on the same inputs, at 512 rows. A provider that isn't installed, or
-doesn't fit into memory, is a row that says so.
+Everybody gets the same inputs and the same gradient per token, at temperature 1, and returns log-probabilities; only
+ours returns the entropy, too. Providers take turns, so that a machine's drift meets all of them; the bare products come
+first and last in each round. Time: median. Memory: the peak above inputs and gradients; on the CPU of the whole
+process, which counts what the matrix library packs. Errors: against fp64 on the same inputs, at 512 rows. A provider
+that isn't installed, or doesn't fit into memory, is a row that says so.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def cce(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def builtin(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """PyTorch's own, from 2.13; with options it walks over rows in chunks, of 256 on a CPU, where its own choice is two."""
+    """PyTorch's own, from 2.13; with options it walks over rows in chunks, of 256 on a CPU, where its own choice is
+    two."""
     options = torch.nn.LinearCrossEntropyOptions(**({} if hidden.is_cuda else {"batch_chunk_size": 256}))
     return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 

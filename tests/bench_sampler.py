@@ -15,9 +15,9 @@
 
 The number of tokens of each sample is forced. `generate` gets consecutive batches of as many rows as we have slots,
 left-padded, and runs each to its longest row. Temperature 1 without truncation, random weights. Only the forced tokens
-count, for both; the median of the runs. The floor is the time that the machine's own rates, measured first, allow: for each
-step the weights are read once or multiplied with all rows, whichever takes longer, every key and value of every row is read
-once, and every distinct prompt is run once.
+count, for both; the median of the runs. The floor is the time that the machine's own rates, measured first, allow: for
+each step the weights are read once or multiplied with all rows, whichever takes longer, every key and value of every
+row is read once, and every distinct prompt is run once.
 """
 
 import argparse
@@ -75,8 +75,9 @@ def make_model(workload: str) -> Transformer:
 
 
 def run_ours(model: Transformer, queue: Queue, rows: int, samples: int, **flags) -> None:
-    """Our sampler with as many slots as rows. Forced lengths are per prompt, so every sample is a prompt of its own, except
-    where prompts are to be shared: then a prompt's samples all have the length of its longest, and the others are cut."""
+    """Our sampler with as many slots as rows. Forced lengths are per prompt, so every sample is a prompt of its own,
+    except where prompts are to be shared: then a prompt's samples all have the length of its longest, and the others
+    are cut."""
     if flags.get("share_prompts"):
         groups = [queue[i : i + samples] for i in range(0, len(queue), samples)]
         limits = [max(length for _, length in group) for group in groups]
@@ -132,7 +133,8 @@ def clocked(work) -> tuple[float, float]:
 
 
 def machine_rates(model: Transformer, rows: int) -> tuple[float, float]:
-    """(operations a second of a product like the MLP's with this many rows, or more; bytes a second that a sum reads)."""
+    """(operations a second of a product like the MLP's with this many rows, or more; bytes a second that a sum
+    reads)."""
     c = model.config
     wide = torch.randn(max(rows, 256), c.hidden_size, device=model.device, dtype=model.head.dtype)
     weight = torch.randn(c.hidden_size, c.intermediate_size, device=model.device, dtype=model.head.dtype)

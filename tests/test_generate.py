@@ -111,8 +111,9 @@ def test_greedy_tokens_equal_transformers(models, family, mode):
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p, mode):
-    """Guards: rows that read a neighbour's keys, or another prompt's, after a refill or a move, samples filed under another
-    prompt, a shared prompt whose place is given away too early, a merge of two softmaxes that loses mass, and log-probabilities of the wrong temperature or of the distribution before truncation."""
+    """Guards: rows that read a neighbour's keys, or another prompt's, after a refill or a move, samples filed under
+    another prompt, a shared prompt whose place is given away too early, a merge of two softmaxes that loses mass, and
+    log-probabilities of the wrong temperature or of the distribution before truncation."""
     ours, theirs = models["Qwen3"]
     happened = Counter()
 
@@ -141,8 +142,8 @@ def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p, mod
 
 
 def test_sample_is_a_function_of_seed_key_and_index(models):
-    """Guards: random numbers that depend on the slot, the batch, the order, the group's size, on how many steps are made
-    between two looks or where the prompt's keys are, or are shared."""
+    """Guards: random numbers that depend on the slot, the batch, the order, the group's size, on how many steps are
+    made between two looks or where the prompt's keys are, or are shared."""
     model, prompts = models["Qwen2"][0], make_prompts(7)
     keys = [f"problem {i}" for i in range(7)]
     settings = {"temperature": 1.0, "max_new_tokens": 12, "stop_ids": [3, 5, 8]}
@@ -216,8 +217,8 @@ def test_one_long_row_among_short_ones(models, mode):
 
 
 def test_shared_prompts_are_chosen_by_length(models, monkeypatch):
-    """Guards: prompts copied to each of sixteen samples that verify a long solution; a second call of attention for short
-    ones; fewer places than prompts, so that a queue stalls."""
+    """Guards: prompts copied to each of sixteen samples that verify a long solution; a second call of attention for
+    short ones; fewer places than prompts, so that a queue stalls."""
     made = []
     original = SlotCache.__init__
     monkeypatch.setattr(SlotCache, "__init__", lambda *args, **flags: made.append(flags) or original(*args, **flags))
@@ -253,8 +254,9 @@ def test_a_window_that_is_too_small_says_so():
 
 
 def test_a_step_never_looks_at_values(models, monkeypatch):
-    """Guards: a step that reads a number from the device, for which a CUDA graph can't be captured and every token waits. Also
-    the shapes and dtypes that PyTorch's flash attention is given, for both of its interfaces: no GPU is needed for that."""
+    """Guards: a step that reads a number from the device, for which a CUDA graph can't be captured and every token
+    waits. Also the shapes and dtypes that PyTorch's flash attention is given, for both of its interfaces: no GPU is
+    needed for that."""
     with torch.device("meta"):  # shapes and dtypes without numbers: what looks at a number raises
         model = Transformer(models["Qwen2"][0].config).to(torch.bfloat16)
     choose = partial(choose_tokens, temperature=0.7, top_p=0.9, top_k=0)
@@ -272,9 +274,9 @@ def test_a_step_never_looks_at_values(models, monkeypatch):
 @pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_graphs_replay_a_step(models, monkeypatch, share_prompts, top_p):
-    """Guards: what surrounds CUDA graphs, tried on the CPU with a graph that is its step made again: a trial step that spoils the
-    tokens or lengths of rows, idle slots that write to running ones, a graph for fewer rows than there are, a window too small
-    for the nucleus, a capture that fails and takes the run down."""
+    """Guards: what surrounds CUDA graphs, tried on the CPU with a graph that is its step made again: a trial step that
+    spoils the tokens or lengths of rows, idle slots that write to running ones, a graph for fewer rows than there are,
+    a window too small for the nucleus, a capture that fails and takes the run down."""
     replayed, steps, original = Counter(), [], SlotCache.step
 
     class Graph:
@@ -356,9 +358,9 @@ cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda_only)])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_logprobs_in_bf16(models, mode, device):
-    """Guards: logits or scores rounded to bf16 on the way: the recorded log-probs may be off from a teacher-forced forward by
-    0.02 on average. On a GPU also graphs of one number of rows replayed for another, stale addresses, idle slots that
-    write to running ones."""
+    """Guards: logits or scores rounded to bf16 on the way: the recorded log-probs may be off from a teacher-forced
+    forward by 0.02 on average. On a GPU also graphs of one number of rows replayed for another, stale addresses, idle
+    slots that write to running ones."""
     theirs = copy.deepcopy(models["Qwen2"][1]).to(device, torch.bfloat16)
     ours = copy.deepcopy(models["Qwen2"][0]).to(device, torch.bfloat16)
     prompts, limits = make_prompts(20), [1 + 7 * i % 50 for i in range(20)]

@@ -153,8 +153,8 @@ def test_gradcheck(slice_columns, kept_columns):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("slice_columns", [13, 1000])
 def test_values_and_gradients_are_those_of_the_full_logits(slice_columns, temperature, device):
-    """A merge of slices that loses mass or the temperature; the entropy's gradient dropped, as in TRL; fp32 sums instead of
-    fp32 accuracy; inputs written to."""
+    """A merge of slices that loses mass or the temperature; the entropy's gradient dropped, as in TRL; fp32 sums
+    instead of fp32 accuracy; inputs written to."""
     hidden, weight, targets = random_case(N=16, V=97, D=24, device=device)
     before = [x.detach().clone() for x in (hidden, weight, targets)]
     outputs = token_logprobs(hidden, weight, targets, temperature, workspace=columns(slice_columns, rows=16))
@@ -176,8 +176,9 @@ RAGGED = [(0, 10, 8, 3), (1, 1, 8, 1), (3, 2, 123, 1), (127, 507, 8, 100), (129,
 
 @pytest.mark.parametrize("N, V, D, slice_columns", RAGGED)
 def test_ragged_shapes(N, V, D, slice_columns, device):
-    """Sizes that no tile divides: phantom columns that add exp(0) to the sum (log-probabilities of +123 in verl), a target
-    in the first or last column of a slice that is missed, no rows at all. Memory that nobody wrote holds nan here."""
+    """Sizes that no tile divides: phantom columns that add exp(0) to the sum (log-probabilities of +123 in verl), a
+    target in the first or last column of a slice that is missed, no rows at all. Memory that nobody wrote holds nan
+    here."""
     hidden, weight, targets = random_case(N, V, D, device=device, scale=3.0)  # peaked: flat logits hide phantom columns
     if N > 100:
         targets[4:8] = torch.tensor([slice_columns - 1, slice_columns, 2 * slice_columns, V - 1]).clamp(max=V - 1)
@@ -203,8 +204,8 @@ def poison():
 
 @pytest.mark.parametrize("probability", [0.9, 0.99, 0.999])
 def test_the_gradient_of_a_likely_target(probability, device):
-    """p rounded before the one is subtracted: at p = 0.999 nothing of 1 - p is left in bf16. One planted row of the weight
-    points along the hidden state, so that the target has this probability; its gradient is looked at alone."""
+    """p rounded before the one is subtracted: at p = 0.999 nothing of 1 - p is left in bf16. One planted row of the
+    weight points along the hidden state, so that the target has this probability; its gradient is looked at alone."""
     N, V, D = 4, 300, 16
     hidden, weight, targets = random_case(N, V, D, dtype=torch.bfloat16, device=device)
     targets[:] = 7
@@ -247,8 +248,8 @@ def test_peaked_and_offset_logits(descending, device):
 
 
 def test_infinite_and_undefined_logits_stay_where_they_are(device):
-    """A masked token (a logit of -inf) that turns its row to nan through 0 * inf, and one nan that spreads to other rows or
-    is swallowed by a maximum that ignores it."""
+    """A masked token (a logit of -inf) that turns its row to nan through 0 * inf, and one nan that spreads to other
+    rows or is swallowed by a maximum that ignores it."""
     hidden, weight, targets = random_case(N=6, V=9, D=9, device=device)
     targets = torch.tensor([0, 3, 8, 1, 2, 5], device=device)
     with torch.no_grad():
@@ -336,8 +337,8 @@ def test_ignored_and_unweighted_rows_touch_nothing(device):
 
 
 def test_bf16_is_accumulated_in_fp32(device):
-    """Logits rounded to bf16 (errors of 1e-2), or dH summed over slices in bf16, or dW over rows: judged against what one
-    rounding of the exact result costs."""
+    """Logits rounded to bf16 (errors of 1e-2), or dH summed over slices in bf16, or dW over rows: judged against what
+    one rounding of the exact result costs."""
     hidden, weight, targets = random_case(N=256, V=500, D=32, dtype=torch.bfloat16, device=device)
     outputs = token_logprobs(hidden, weight, targets, workspace=columns(100, rows=256))
     wanted = reference(hidden, weight, targets)
@@ -398,8 +399,8 @@ def test_the_kernels_compile(tmp_path):
 
 
 def test_other_weights(device):
-    """A weight in fp32 beside hidden states in bf16, whose gradient has to come back in fp32; one that is also the embedding,
-    whose two gradients add up; one that is a part of a larger tensor."""
+    """A weight in fp32 beside hidden states in bf16, whose gradient has to come back in fp32; one that is also the
+    embedding, whose two gradients add up; one that is a part of a larger tensor."""
     hidden, weight, targets = random_case(N=12, V=30, D=8, dtype=torch.bfloat16, device=device)
     master = weight.detach().float().requires_grad_()
     upstream = [torch.linspace(-1, 2, 12, device=device)] * 2
@@ -435,7 +436,8 @@ def test_the_same_bits_again_and_the_same_result_for_any_slices(device):
 
 
 def test_custom_operators():
-    """An operator whose fake twin returns other shapes, writes to its inputs or returns them: torch.compile would believe it."""
+    """An operator whose fake twin returns other shapes, writes to its inputs or returns them: torch.compile would
+    believe it."""
     hidden, weight, targets = random_case(N=12, V=30, D=8)
     targets = targets.clamp(min=0)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
@@ -483,8 +485,9 @@ def allocated_peak(work, device):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda_only)])
 @pytest.mark.parametrize("kept_slices", [0, 2, 8])
 def test_logits_never_exist_and_keep_is_what_it_says(kept_slices, device, monkeypatch):
-    """The (N, V) logits in memory after all, whole or as the sum of what is saved; a workspace that isn't obeyed; a keep that
-    saves slices and computes them again all the same. The bound: 1.6 workspaces and 8 N D bytes beside the gradients."""
+    """The (N, V) logits in memory after all, whole or as the sum of what is saved; a workspace that isn't obeyed; a
+    keep that saves slices and computes them again all the same. The bound: 1.6 workspaces and 8 N D bytes beside the
+    gradients."""
     N, V, D, C = 1024, 8192, 8, 1024
     hidden, weight, targets = random_case(N, V, D, device=device)
     products = []

@@ -1,5 +1,5 @@
-"""The README's tables and figure of what labels cost, from data/results/compute.jsonl; with --collect, first that file from
-runs/claims/<seed>/ and runs/compute/<seed>/.
+"""The README's tables and figure of what labels cost, from data/results/compute.jsonl; with --collect, first that file
+from runs/claims/<seed>/ and runs/compute/<seed>/.
 
     python -m data.results.compute
 """
@@ -31,7 +31,8 @@ def show(values: list[float]) -> str:
 
 
 def collect(seed: str) -> dict:
-    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; and voting by number of steps."""
+    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; and voting by number of
+    steps."""
     claims = CLAIMS / seed
     solutions, verifications = read(claims / "solutions.jsonl"), read(claims / "verify" / "verifications.jsonl")
     solutions = [s for s in solutions if s["steps"]]

@@ -63,7 +63,8 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
-    """(sampled, judged) in a step. Where a run didn't log them, those of one with as many responses and the same judge."""
+    """(sampled, judged) in a step. Where a run didn't log them, those of one with as many responses and the same
+    judge."""
     measured = {"process_aware": "step_augmented", "rlvr": "majority", "random": "majority"}.get(name, name)
     runs = [r["runs"][measured] for r in records]
     return tuple(float(np.mean([run[f"{phase} tokens"] for run in runs])) for phase in ("sample", "score"))
