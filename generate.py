@@ -323,7 +323,10 @@ def start_processes(device: str | None = None) -> torch.device:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    found = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # streams and graphs belong to the current one
+    return found
 
 
 def rank() -> int:
@@ -512,7 +515,7 @@ class Sampler:
     ):
         self.model, self.slots, self.prefill_tokens = model, max(slots, 1), prefill_tokens
         self.steps, self.share_prompts = steps or (8 if model.device.type == "cuda" else 1), share_prompts
-        self.tokens = 0  # sampled so far, by all calls
+        self.tokens, self.graphs = 0, True  # sampled so far, by all calls; whether CUDA graphs are tried
 
     def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
         """num_samples samples of every prompt, in order; the settings are those of `stream`."""
@@ -609,7 +612,7 @@ class Sampler:
             else:
                 drawing = rows
                 uniform = [[row.rng.random() for row in rows] for _ in range(self.steps)]
-                drawn = cache.decode([row.sample.ids[-1] for row in rows], [row.length for row in rows], uniform)
+                drawn = self._decode(cache, rows, uniform, stop_ids)
             self._note(drawing, drawn, stop_ids, certainty)
             finished = self._take_finished(rows, cache)
             for row in finished:
@@ -622,6 +625,20 @@ class Sampler:
                     del groups[row.prompt]
             if share and rows and (new or finished):
                 cache.arrange([places[row.prompt] for row in rows])
+
+    def _decode(self, cache: SlotCache, rows: list[Row], uniform: list[list[float]], stop_ids: list[int]) -> list:
+        """What `SlotCache.decode` draws; again without a CUDA graph if a row's nucleus was larger than a graph's window,
+        unless that was after its end."""
+        tokens, lengths = [row.sample.ids[-1] for row in rows], [row.length for row in rows]
+        drawn = cache.decode(tokens, lengths, uniform)
+        self.graphs = cache.graphs is not None  # where capturing one has failed, it isn't tried again
+        for i, row in enumerate(rows if not all(map(all, drawn[3])) else []):
+            for step, (ids, exact) in enumerate(zip(drawn[0], drawn[3], strict=True), 1):
+                if not exact[i]:
+                    return cache.decode(tokens, lengths, uniform, exact=True)
+                if ids[i] in stop_ids or len(row.sample.ids) + step == row.limit:
+                    break
+        return drawn
 
     def _note(self, rows: list[Row], drawn: list[list[list]], stop_ids: list[int], certainty: bool) -> None:
         """Give each row what it has drawn in one step or several, up to its end."""
@@ -652,13 +669,13 @@ class Sampler:
     def _cache(self, prompts, limits, num_samples, share: bool, choose: Callable) -> SlotCache:
         """Slots for the longest row; with shared prompts four times as many places for these as full groups would take,
         since of some only a last sample is left."""
-        slots = min(self.slots, len(prompts) * num_samples)
+        slots, flags = min(self.slots, len(prompts) * num_samples), {"steps": self.steps, "graphs": self.graphs}
         if share:
             longest, places = max(map(len, prompts)), min(len(prompts), slots, 4 * slots // num_samples + 1)
             shared = {"prompts": places, "prompt_length": longest, "group": min(num_samples, slots)}
-            return SlotCache(self.model, slots, max(limits), choose, steps=self.steps, **shared)
+            return SlotCache(self.model, slots, max(limits), choose, **flags, **shared)
         longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
-        return SlotCache(self.model, slots, longest, choose, steps=self.steps)
+        return SlotCache(self.model, slots, longest, choose, **flags)
 
     def _take_finished(self, rows: list[Row], cache: SlotCache) -> list[Row]:
         """Take the finished rows out; the last running ones move into the holes, so that the first slots stay dense."""

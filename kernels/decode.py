@@ -121,7 +121,8 @@ def flash_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) ->
         out, lse = varlen_attn(*arguments, return_aux=AuxRequest(lse=True), enable_gqa=True, seqused_k=lengths)
     else:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(*arguments, 0.0, False, False, seqused_k=lengths)
-    return out.view(B, R, H, E), lse.T.reshape(B, R, H)  # lse is (H, B R)
+    assert lse.shape == (H, B * R), lse.shape
+    return out.view(B, R, H, E), lse.T.reshape(B, R, H)
 
 
 class SlotCache:
@@ -130,7 +131,7 @@ class SlotCache:
     model; slots S, length T. prompts P and prompt_length Tp: shared prompts; without them each slot has its prompt
     before its own tokens. group R: samples of a prompt. choose(logits (n, V), uniform (n,), window) draws: tensors
     (n,), first the tokens, fourth whether the window, if there is one, was large enough. steps: how many of them
-    between two looks.
+    between two looks. graphs: replay a step as a CUDA graph, on a GPU.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class SlotCache:
         prompt_length: int = 0,
         group: int = 1,
         steps: int = 1,
+        graphs: bool = True,
     ):
         self.model, self.slots, self.length, self.prompts, self.steps = model, slots, length, prompts, steps
         self.choose = choose
@@ -159,7 +161,7 @@ class SlotCache:
         self.step_number = self.numbers(1)
         self.uniform = torch.zeros((steps, slots), dtype=torch.float64, device=model.device)
         self.drawn: list[Tensor] = []  # (steps, S) each, in the order of `choose`
-        self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if self.tokens.is_cuda else None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if graphs and self.tokens.is_cuda else None
         self.used = self.longest_prompt = 0  # shared prompts in use, and their longest
 
     def memory(self, slots: int, length: int) -> Tensor:
@@ -208,15 +210,18 @@ class SlotCache:
         self.used = max(places) + 1
         self.longest_prompt = int(self.prompt_lengths[: self.used].max())
 
-    def decode(self, tokens: list[int], ends: list[int], uniform: list[list[float]]) -> list[list[list[float]]]:
+    def decode(
+        self, tokens: list[int], ends: list[int], uniform: list[list[float]], exact: bool = False
+    ) -> list[list[list[float]]]:
         """len(uniform) steps of the first n rows, whose slots hold `ends` tokens before the newest, `tokens`.
 
         Returns, for each tensor of `choose`, a list of steps of lists of n numbers. What a row draws after its end is
-        to be thrown away; it stays within the row's slot.
+        to be thrown away; it stays within the row's slot. exact: without CUDA graphs, whose window may have been too
+        small; the same steps may be asked for again.
         """
         n = len(tokens)
-        drawn = self.replay(tokens, ends, uniform) if self.graphs is not None else None
-        if drawn is None or not all(map(all, drawn[3])):  # a nucleus larger than the window: again, without graphs
+        drawn = self.replay(tokens, ends, uniform) if self.graphs is not None and not exact else None
+        if drawn is None:
             self.load(tokens, ends, uniform)
             for i in range(len(uniform)):
                 self.step(n, min(max(ends) + i + 1, self.length))
@@ -226,9 +231,11 @@ class SlotCache:
     def replay(self, tokens: list[int], ends: list[int], uniform: list[list[float]]) -> list[list[list[float]]] | None:
         """The steps of `decode` by a CUDA graph. If none can be captured: None, a warning, and no further attempt."""
         self.load(tokens, ends, uniform)
+        stream = torch.cuda.current_stream()
         try:
             graph = self.graph(len(tokens))
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
             warnings.warn(f"no CUDA graphs, so that every operation waits to be launched: {error}", stacklevel=2)
             self.graphs = None
             return None
@@ -260,7 +267,8 @@ class SlotCache:
             torch.cuda.current_stream().wait_stream(stream)
             self.graphs[rows] = torch.cuda.CUDAGraph()
             pool = next(iter(self.graphs.values())).pool() if len(self.graphs) > 1 else None
-            with torch.cuda.graph(self.graphs[rows], pool=pool):
+            # what other threads do meanwhile (NCCL's, say) doesn't concern the capture
+            with torch.cuda.graph(self.graphs[rows], pool=pool, capture_error_mode="thread_local"):
                 self.step(rows, self.length, WINDOW)
         return self.graphs[rows]
 
@@ -268,6 +276,9 @@ class SlotCache:
         """Feed its newest token to each of the first n rows, none of which then has more than `longest` in its slot;
         draw."""
         rows, ends = torch.arange(n, device=self.ends.device), self.ends[:n].clone()
+        longest = (
+            self.length if has_flash(self.keys) else longest
+        )  # whose kernel ends by itself; a part would be copied
         limit = limits(ends + 1, self.keys[0, :n, :, :longest])
         if self.prompts:  # a graph has each of them at its full length; the CPU takes no more than there is
             P, Tp = (self.used, self.longest_prompt) if rows.device.type == "cpu" else (self.prompts, None)
@@ -285,7 +296,7 @@ class SlotCache:
                 prompt = (x[layer, :P, :, :Tp] for x in (self.prompt_keys, self.prompt_values))
                 shared = ragged_attention(grouped, *prompt, prompt_limit, merged)
                 theirs, their_lse = (x.flatten(0, 1)[self.places[:n]][:, None] for x in shared)
-                out = torch.lerp(out, theirs, (their_lse - lse).sigmoid()[..., None].to(out.dtype))
+                out = torch.lerp(out.float(), theirs.float(), (their_lse - lse).sigmoid()[..., None]).to(out.dtype)
             return out
 
         positions = self.starts[:n] + ends

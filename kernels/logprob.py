@@ -234,7 +234,7 @@ def blocks(z: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
 
 def passes(hidden: Tensor, eager: bool) -> tuple[Callable, Callable]:
     """merge_slice and slice_gradient, as CUDA kernels where the device and dtype have them."""
-    if eager or not hidden.is_cuda or not len(hidden) or hidden.dtype not in (torch.float32, torch.bfloat16):
+    if eager or not hidden.is_cuda or hidden.dtype not in (torch.float32, torch.bfloat16):
         return merge_slice, slice_gradient
     return cuda_passes(hidden.device)
 
@@ -256,10 +256,14 @@ def cuda_passes(device: torch.device) -> tuple[Callable, Callable]:
         return merge_slice, slice_gradient
 
     def merge_on_gpu(z, targets, state, start, temperature):
+        if not len(z):  # a grid of no blocks is an error
+            return
         with torch.cuda.device(device):
             merge((len(z), 1, 1), (THREADS, 1, 1), [z, targets, state, z.shape[1], start, 1 / temperature])
 
     def gradient_on_gpu(z, targets, values, g, start, temperature):
+        if not len(z):
+            return
         chunks = -(-z.shape[1] // (THREADS * LOADS))
         arguments = [z, targets, values, g, z.shape[1], start, 1 / temperature, int(g.dtype == torch.bfloat16)]
         with torch.cuda.device(device):

@@ -288,13 +288,13 @@ def test_graphs_replay_a_step(models, monkeypatch, share_prompts, top_p):
             return None
 
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, capture_error_mode):
         yield
         graph.work = steps[-1]
 
     for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("stream", contextlib.nullcontext)):
         monkeypatch.setattr(torch.cuda, name, fake)
-    for name in ("Stream", "current_stream"):
+    for name in ("Stream", "current_stream", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(SlotCache, "step", lambda *args: steps.append(args) or original(*args))
     monkeypatch.setattr(decode, "GRAPH_ROWS", (2, 4))

@@ -9,6 +9,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,11 @@ static void launch(int grid, bool backwards, std::function<void()> kernel) {
     }
   }
 }
-extern "C" void emulate_merge(int grid, int backwards, const float* z, const long long* t, float* state, int columns,
+extern "C" void emulate_merge_slice(int grid, int backwards, const float* z, const long long* t, float* state, int columns,
                               int start, double scale) {
   launch(grid, backwards, [=] { merge_slice(z, t, state, columns, start, scale); });
 }
-extern "C" void emulate_gradient(int grid, int backwards, const float* z, const long long* t, const float* rows, void* g,
+extern "C" void emulate_slice_gradient(int grid, int backwards, const float* z, const long long* t, const float* rows, void* g,
                                  int columns, int start, double scale, int bf16) {
   launch(grid, backwards, [=] { slice_gradient(z, t, rows, g, columns, start, scale, bf16); });
 }
@@ -72,7 +73,7 @@ extern "C" void emulate_gradient(int grid, int backwards, const float* z, const 
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory):
-    """(merge_slice, slice_gradient) of logprob.cu for CPU tensors, with the signatures of their PyTorch twins."""
+    """launch(name, grid, block, args) of the kernels of logprob.cu, on tensors of the CPU."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -82,28 +83,37 @@ def emulator(tmp_path_factory):
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     library = ctypes.CDLL(str(folder / "emulator.so"))
 
-    def pointers(*tensors):
-        assert all(x.is_contiguous() for x in tensors)  # a kernel knows nothing of strides
-        return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    def argument(x):
+        """As torch.cuda._compile_kernel's callable passes it: a pointer, an int of 32 bits, a double."""
+        assert not isinstance(x, torch.Tensor) or x.is_contiguous()  # a kernel knows nothing of strides
+        if isinstance(x, torch.Tensor):
+            return ctypes.c_void_p(x.data_ptr())
+        return ctypes.c_int(x) if isinstance(x, int) else ctypes.c_double(x)
 
-    def merge(z, targets, state, start, temperature, backwards=False):
-        arguments = pointers(z, targets, state), z.shape[1], start, ctypes.c_double(1 / temperature)
-        library.emulate_merge(len(z), int(backwards), *arguments[0], *arguments[1:])
+    def launch(name, grid, block, args, backwards=False):
+        assert grid[0] > 0 and grid[1:] == (1, 1) and block == (logprob.THREADS, 1, 1)
+        getattr(library, f"emulate_{name}")(grid[0], int(backwards), *map(argument, args))
 
-    def gradient(z, targets, values, g, start, temperature, backwards=False):
-        grid = len(z) * -(-z.shape[1] // (logprob.THREADS * logprob.LOADS))
-        arguments = pointers(z, targets, values, g), z.shape[1], start, ctypes.c_double(1 / temperature)
-        library.emulate_gradient(grid, int(backwards), *arguments[0], *arguments[1:], int(g.dtype == torch.bfloat16))
+    return launch
 
-    return merge, gradient
+
+@pytest.fixture
+def emulated(emulator, monkeypatch):
+    """(merge_slice, slice_gradient) as on a GPU, launched there."""
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", lambda source, name: partial(emulator, name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    logprob.cuda_passes.cache_clear()
+    yield logprob.cuda_passes(torch.device("cpu"))
+    logprob.cuda_passes.cache_clear()
 
 
 @pytest.fixture(params=["pytorch", "logprob.cu on the CPU", pytest.param("cuda", marks=cuda_only)])
 def device(request, monkeypatch):
     """Where the op runs, and with which passes."""
     if request.param == "logprob.cu on the CPU":
-        emulated = request.getfixturevalue("emulator")
-        monkeypatch.setattr(logprob, "passes", lambda hidden, eager: emulated)
+        found = request.getfixturevalue("emulated")
+        assert found[0] is not logprob.merge_slice
+        monkeypatch.setattr(logprob, "passes", lambda hidden, eager: found)
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
@@ -367,7 +377,8 @@ def test_bf16_rounding_of_the_kernel(emulator):
     for dtype in (torch.float32, torch.bfloat16):
         for backwards in (False, True):
             results[dtype, backwards] = torch.empty(3, 5000, dtype=dtype)
-            emulator[1](z, targets, values.contiguous(), results[dtype, backwards], 0, 0.7, backwards=backwards)
+            arguments = [z, targets, values, results[dtype, backwards], 5000, 0, 1 / 0.7, int(dtype == torch.bfloat16)]
+            emulator("slice_gradient", (3 * 5, 1, 1), (256, 1, 1), arguments, backwards)
         assert torch.equal(results[dtype, False].nan_to_num(9), results[dtype, True].nan_to_num(9))
     rounded, kernel = results[torch.float32, False].bfloat16(), results[torch.bfloat16, False]
     assert torch.equal(rounded.nan_to_num(9), kernel.nan_to_num(9)) and kernel.isnan().sum() == 1
@@ -382,7 +393,9 @@ def test_the_kernels_have_no_race(emulator):
         state = torch.zeros(2, 4)
         state[:, 0] = logprob.LOWEST
         for start in (0, 1500):
-            emulator[0](z[:, start : start + 1501].contiguous(), targets, state, start, 0.5, backwards=backwards)
+            part = z[:, start : start + 1501].contiguous()
+            arguments = [part, targets, state, part.shape[1], start, 2.0]
+            emulator("merge_slice", (2, 1, 1), (256, 1, 1), arguments, backwards)
         states.append(state)
     assert torch.equal(*states)
 
