@@ -49,8 +49,8 @@ def collect(seed: str) -> dict:
         by_steps[f"{low}-{high}"] = {"solutions": len(some), **found}
     first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
     rounds = {}
-    for directory in sorted((RUNS / seed).glob("rounds-*")):
-        labels = [r for r in read(directory / "labels_meta_critique.jsonl") if r["dropped"] is None]
+    for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
+        directory, labels = file.parent, [r for r in read(file) if r["dropped"] is None]
         right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])[0, 1] for r in labels]
         one = [first[r["id"]] for r in labels]
         base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])[0, 1] for r in one]
