@@ -276,9 +276,8 @@ class SlotCache:
         """Feed its newest token to each of the first n rows, none of which then has more than `longest` in its slot;
         draw."""
         rows, ends = torch.arange(n, device=self.ends.device), self.ends[:n].clone()
-        longest = (
-            self.length if has_flash(self.keys) else longest
-        )  # whose kernel ends by itself; a part would be copied
+        if has_flash(self.keys):  # its kernel ends by itself, and a part of the slots would be copied
+            longest = self.length
         limit = limits(ends + 1, self.keys[0, :n, :, :longest])
         if self.prompts:  # a graph has each of them at its full length; the CPU takes no more than there is
             P, Tp = (self.used, self.longest_prompt) if rows.device.type == "cpu" else (self.prompts, None)
