@@ -297,6 +297,22 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
     log(PAPER[args.command])
 
 
+def over_seeds(values: list[float], sign: str = "") -> str:
+    """Mean over two to five seeds and half the width of its 95 % interval (Student's t), in percent; nan for one seed."""
+    t = {1: float("nan"), 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
+    half = t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else t
+    return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
+
+
+def draw_seeds(axes, curves: list[dict[str, float]], style: str, colour: str, label: str) -> None:
+    """The mean of {step: value} over seeds, at the steps that all have, in a band from the least to the greatest."""
+    steps = sorted(set.intersection(*map(set, curves)), key=int)
+    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+    x = [int(step) for step in steps]
+    axes.plot(x, values.mean(0), style, color=colour, label=label)
+    axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
 def save_figure(figure, out: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)

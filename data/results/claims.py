@@ -1,21 +1,18 @@
 """The README's table of the tiny world's claims, from data/results/claims.jsonl; with --collect, first that file from
 runs/claims/<seed>/.
 
-    python data/results/claims.py
+    python -m data.results.claims
 """
 
 import json
 import sys
 from pathlib import Path
 
+from generate import read_records, write_text
+
 HERE = Path(__file__).parent
 RUNS = Path("runs/claims")
 REWARDS = ("process_aware", "rlvr", "random")
-
-
-def read(path: Path) -> list[dict]:
-    """All records of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def collect(seed: str) -> dict:
@@ -24,14 +21,18 @@ def collect(seed: str) -> dict:
     rows = [r for r in json.loads((run / "labels.json").read_text())["rows"] if r["N"] == 16]
     labels = {f"{r['method']}/{r['on']}": r for r in rows}
     measured: dict[str, dict[str, dict]] = {}
-    for r in read(run / "benchmark.jsonl"):
+    for r in read_records(run / "benchmark.jsonl", []):
         model = r["settings"]["model"].removeprefix(f"{run}/")
         measured.setdefault(model, {})[r["metric"]] = {"value": r["value"], "interval": r["interval"]}
     of_valid = {}  # accuracy among format-valid responses: at the start, at the end
     for reward in REWARDS:
-        curve = [m["heldout/accuracy_of_valid"] for m in read(run / reward / "metrics.jsonl") if "heldout/valid" in m]
+        curve = [
+            m["heldout/accuracy_of_valid"]
+            for m in read_records(run / reward / "metrics.jsonl", ["step"])
+            if "heldout/valid" in m
+        ]
         of_valid[reward] = [curve[0], curve[-1]]
-    processbench = {r["metric"]: r["value"] for r in read(run / "processbench.jsonl")}
+    processbench = {r["metric"]: r["value"] for r in read_records(run / "processbench.jsonl", [])}
     found = {"labels": labels, "processbench": processbench, "benchmark": measured, "accuracy_of_valid": of_valid}
     return {"seed": int(seed), **found}
 
@@ -46,8 +47,8 @@ def main() -> None:
     path = HERE / "claims.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "benchmark.jsonl").exists())
-        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
-    records = read(path)
+        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+    records = read_records(path, ["seed"])
     print("| seed | one verification -> 16, voted by step | gain | kept | PRM-CoT F1 |")
     print("|---|---|---|---|---|")
     for r in records:

@@ -2,7 +2,7 @@
 # The claims of the README's results table on the tiny world, over five seeds: about an hour on two cores.
 #
 #   bash data/results/claims.sh                 # runs/claims/<seed>/..., then data/results/claims.jsonl
-#   python data/results/claims.py               # the table from data/results/claims.jsonl
+#   python -m data.results.claims               # the table from data/results/claims.jsonl
 #
 # A seed changes the samples of Stage I, the order of training data, and the rollouts; the checkpoints and problems stay.
 set -euo pipefail
@@ -23,4 +23,4 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
   python evaluate.py benchmark --greedy --seed "$seed" --model "$out/process_aware" "$out/rlvr" "$out/random" data/tiny/policy \
     --out "$out/benchmark.jsonl"
 done
-python data/results/claims.py --collect
+python -m data.results.claims --collect

@@ -10,31 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import read_gold, save_figure, score_label, vote_report
+from evaluate import over_seeds, read_gold, save_figure, score_label, vote_report
+from generate import read_records, write_text
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/compute"), Path("runs/claims")
 METHODS = ("single", "outcome_consistency", "step_consistency")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval over so many seeds
 STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
-
-
-def read(path: Path) -> list[dict]:
-    """All records of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def show(values: list[float]) -> str:
-    """Mean over seeds and half the width of its 95 % interval (Student's t), in percent."""
-    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{100 * np.mean(values):.1f} ± {100 * half:.1f}"
 
 
 def collect(seed: str) -> dict:
     """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; and voting by number of
     steps."""
     claims = CLAIMS / seed
-    solutions, verifications = read(claims / "solutions.jsonl"), read(claims / "verify" / "verifications.jsonl")
+    solutions, verifications = (
+        read_records(claims / name, ["id"]) for name in ("solutions.jsonl", "verify/verifications.jsonl")
+    )
     solutions = [s for s in solutions if s["steps"]]
     gold = read_gold("data/tiny/gold.jsonl", solutions)
     votes: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
@@ -50,11 +41,11 @@ def collect(seed: str) -> dict:
     first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
-        directory, labels = file.parent, [r for r in read(file) if r["dropped"] is None]
+        directory, labels = file.parent, [r for r in read_records(file, ["id"]) if r["dropped"] is None]
         right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])[0, 1] for r in labels]
         one = [first[r["id"]] for r in labels]
         base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])[0, 1] for r in one]
-        tokens = sum(r["tokens"] for r in read(directory / "critiques.jsonl"))
+        tokens = sum(r["tokens"] for r in read_records(directory / "critiques.jsonl", ["tokens"]))
         tokens += sum(r["tokens"] for r in verifications if r["sample"] == 0)
         of = {
             "right": float(np.mean(right)),
@@ -71,7 +62,7 @@ def print_tables(records: list[dict]) -> None:
     print("| verifications | tokens | " + " | ".join(METHODS) + " |\n|---|---|---|---|---|")
     for N in records[0]["votes"]["single"]:
         tokens = np.mean([r["votes"]["single"][N][0] for r in records])
-        cells = [show([r["votes"][method][N][1] for r in records]) for method in METHODS]
+        cells = [over_seeds([r["votes"][method][N][1] for r in records]) for method in METHODS]
         print(f"| {N} | {tokens / 1000:,.0f}k | {' | '.join(cells)} |")
     with_rounds = [r for r in records if len(r["rounds"]) == 3]
     if with_rounds:
@@ -83,7 +74,9 @@ def print_tables(records: list[dict]) -> None:
             found = [r["rounds"][n] for r in with_rounds]
             gain = [x["right"] - x["first verification"] for x in found]
             cells = [f"{np.mean([x['tokens'] for x in found]) / 1000:,.0f}k"]
-            cells += [show([x[key] for x in found]) for key in ("kept", "right", "first verification")] + [show(gain)]
+            cells += [over_seeds([x[key] for x in found]) for key in ("kept", "right", "first verification")] + [
+                over_seeds(gain)
+            ]
             print(f"| {n} | {' | '.join(cells)} |")
     print("\n| steps | solutions | " + " | ".join(METHODS) + " | step minus outcome |\n|---|---|---|---|---|---|")
     for low, high in STEPS:
@@ -91,8 +84,8 @@ def print_tables(records: list[dict]) -> None:
         gain = [x["step_consistency"] - x["outcome_consistency"] for x in found]
         cells = [
             f"{np.mean([x['solutions'] for x in found]):.0f}",
-            *(show([x[m] for x in found]) for m in METHODS),
-            show(gain),
+            *(over_seeds([x[m] for x in found]) for m in METHODS),
+            over_seeds(gain),
         ]
         print(f"| {low} to {high} | {' | '.join(cells)} |")
 
@@ -124,8 +117,8 @@ def main() -> None:
     path = HERE / "compute.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in CLAIMS.iterdir() if (d / "verify" / "verifications.jsonl").exists())
-        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
-    records = read(path)
+        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+    records = read_records(path, ["seed"])
     print_tables(records)
     draw(records, HERE / "compute.png")
 

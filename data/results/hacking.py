@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import grade_all, read_metrics, save_figure
+from evaluate import draw_seeds, grade_all, read_metrics, save_figure
 from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_text
 from grpo import format_valid, shown_solution
 from verify import score_solutions
@@ -184,12 +184,7 @@ def draw(records: list[dict], path: Path) -> None:
         right.set_ylim(0, 12)
         for colour, (key, label) in enumerate(CURVES.items()):
             axes, style = (left, "-") if colour < 2 else (right, ":")
-            curves = [r["curves"][name][key] for r in records]
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)), key=int)
-            values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-            x = [int(step) for step in steps]
-            axes.plot(x, values.mean(0), style, color=f"C{colour}", label=label)
-            axes.fill_between(x, values.min(0), values.max(0), color=f"C{colour}", alpha=0.2, linewidth=0)
+            draw_seeds(axes, [r["curves"][name][key] for r in records], style, f"C{colour}", label)
     figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncols=4)
     save_figure(figure, path)
 

@@ -3,7 +3,7 @@
 # of reward model, over three seeds. About half an hour a seed on two cores.
 #
 #   bash data/results/methods.sh                # runs/methods/<seed>/..., then data/results/methods.jsonl
-#   python data/results/methods.py              # the table from data/results/methods.jsonl
+#   python -m data.results.methods              # the table from data/results/methods.jsonl
 #
 # SEEDS="0 1" limits it; what is there isn't made again.
 set -euo pipefail
@@ -31,4 +31,4 @@ for seed in ${SEEDS:-0 1 2}; do
     done
   done
 done
-python data/results/methods.py --collect
+python -m data.results.methods --collect

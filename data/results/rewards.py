@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import read_metrics, save_figure
+from evaluate import draw_seeds, over_seeds, read_metrics, save_figure
+from generate import read_records, write_text
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/rewards"), Path("runs/claims")
@@ -27,12 +28,6 @@ NAMES = {
     "random": "random",
     "rlvr": "rlvr (reads answers)",
 }
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval over so many seeds
-
-
-def read(path: Path) -> list[dict]:
-    """All records of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def collect(seed: str) -> dict:
@@ -41,7 +36,7 @@ def collect(seed: str) -> dict:
     for name in NAMES:
         claimed = name in ("process_aware", "rlvr", "random")
         directory = (CLAIMS if claimed else RUNS) / seed / name
-        results = read(CLAIMS / seed / "benchmark.jsonl" if claimed else RUNS / seed / f"{name}.jsonl")
+        results = read_records(CLAIMS / seed / "benchmark.jsonl" if claimed else RUNS / seed / f"{name}.jsonl", [])
         own = {r["metric"]: r["value"] for r in results if r["settings"]["model"].endswith(f"/{name}")}
         metrics = read_metrics(str(directory))
         record = {"avg@4": own["avg@4"], "greedy": own["greedy"]}
@@ -51,15 +46,9 @@ def collect(seed: str) -> dict:
                 rate, seconds = (metrics.get(f"time/{phase}{end}", {}) for end in ("_tokens_per_second", ""))
                 record[f"{phase} tokens"] = round(float(np.mean([rate.get(s, 0) * seconds[s] for s in seconds])))
         runs[name] = record
-    start = {r["metric"]: r["value"] for r in read(CLAIMS / seed / "benchmark.jsonl")
+    start = {r["metric"]: r["value"] for r in read_records(CLAIMS / seed / "benchmark.jsonl", [])
              if r["settings"]["model"] == "data/tiny/policy"}  # fmt: skip
     return {"seed": int(seed), "start": {key: start[key] for key in ("avg@4", "greedy")}, "runs": runs}
-
-
-def show(values: list[float], sign: str = "") -> str:
-    """Mean over seeds and half the width of its 95 % interval (Student's t), in percent."""
-    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
 
 
 def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
@@ -80,7 +69,7 @@ def print_table(records: list[dict]) -> None:
     """A row for each reward; differences are paired by seed."""
     budget = 60 * sum(tokens_per_step(records, "majority"))
     print(
-        f"{len(records)} seeds; mean ± half the 95 % interval, in percent; start {show([r['start']['avg@4'] for r in records])}"
+        f"{len(records)} seeds; mean ± half the 95 % interval, in percent; start {over_seeds([r['start']['avg@4'] for r in records])}"
     )
     print("| reward | avg@4 at the last step | minus process_aware | greedy | held-out, mean of the curve ", end="")
     print(
@@ -90,14 +79,14 @@ def print_table(records: list[dict]) -> None:
     for name, title in NAMES.items():
         runs = [r["runs"][name] for r in records]
         last = [run["avg@4"] for run in runs]
-        less = "-" if name == "process_aware" else show([a - b for a, b in zip(last, base, strict=True)], "+")
-        curve = show([float(np.mean(list(run["heldout"].values()))) for run in runs])
+        less = "-" if name == "process_aware" else over_seeds([a - b for a, b in zip(last, base, strict=True)], "+")
+        curve = over_seeds([float(np.mean(list(run["heldout"].values()))) for run in runs])
         sampled, judged = tokens_per_step(records, name)
-        equal = show([accuracy_at(run, budget / (sampled + judged)) for run in runs])
+        equal = over_seeds([accuracy_at(run, budget / (sampled + judged)) for run in runs])
         cells = [
-            show(last),
+            over_seeds(last),
             less,
-            show([run["greedy"] for run in runs]),
+            over_seeds([run["greedy"] for run in runs]),
             curve,
             f"{sampled:,.0f} + {judged:,.0f}",
             equal,
@@ -114,13 +103,9 @@ def draw(records: list[dict], path: Path) -> None:
     panels = [["process_aware", "process_aware-votes4", "rlvr"], ["step_augmented", "selective_advantage", "global_step"],
               ["process_aware-orm", "process_aware-prm"], ["majority", "self_certainty", "random"]]  # fmt: skip
     for plot, names in zip(axes.flatten(), panels, strict=True):
-        for name in names:
-            curves = [r["runs"][name]["heldout"] for r in records]
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)), key=int)
-            values = 100 * np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-            x = [int(step) for step in steps]
-            (line,) = plot.plot(x, values.mean(0), label=NAMES[name])
-            plot.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        for colour, name in enumerate(names):
+            curves = [{step: 100 * value for step, value in r["runs"][name]["heldout"].items()} for r in records]
+            draw_seeds(plot, curves, "-", f"C{colour}", NAMES[name])
         plot.set(ylim=(0, 100), xlabel="step", ylabel="held-out accuracy, %")
         plot.grid(alpha=0.3)
         plot.legend(fontsize=8)
@@ -133,8 +118,8 @@ def main() -> None:
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
-        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
-    records = read(path)
+        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+    records = read_records(path, ["seed"])
     print_table(records)
     draw(records, HERE / "rewards.png")
 
