@@ -445,6 +445,10 @@ class Row:
         """Tokens in its slot: the prompt's, unless shared, and all but the newest of its own."""
         return self.prefix + len(self.sample.ids) - 1
 
+    def reason(self, token: int, count: int, stop_ids: list[int]) -> str:
+        """Why it ends with this token, the count-th of its own: as in `Sample.finish`."""
+        return "stop" if token in stop_ids else "length" if count == self.limit else ""
+
 
 def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, window: int = 0):
     """Draw one token a row by inverting the distribution function at one uniform number a row.
@@ -563,7 +567,7 @@ class Sampler:
     ) -> Iterator[tuple[int, list[Sample]]]:
         def choose(logits: Tensor, uniform: Tensor, window: int = 0) -> tuple[Tensor, ...]:
             drawn = draw(logits, uniform, window=window)
-            return *drawn, kl_to_uniform(logits) if certainty else drawn[1]
+            return (*drawn, kl_to_uniform(logits)) if certainty else drawn
 
         queue: deque[tuple[int, int]] = deque()  # (prompt, number of the sample)
         waiting: Counter[tuple[int, ...]] = Counter()  # how often each distinct prompt is in the queue
@@ -613,7 +617,7 @@ class Sampler:
                 drawing = rows
                 uniform = [[row.rng.random() for row in rows] for _ in range(self.steps)]
                 drawn = self._decode(cache, rows, uniform, stop_ids)
-            self._note(drawing, drawn, stop_ids, certainty)
+            self._note(drawing, drawn, stop_ids)
             finished = self._take_finished(rows, cache)
             for row in finished:
                 group = groups.setdefault(row.prompt, {})
@@ -636,14 +640,14 @@ class Sampler:
             for step, (ids, exact) in enumerate(zip(drawn[0], drawn[3], strict=True), 1):
                 if not exact[i]:
                     return cache.decode(tokens, lengths, uniform, exact=True)
-                if ids[i] in stop_ids or len(row.sample.ids) + step == row.limit:
+                if row.reason(ids[i], len(row.sample.ids) + step, stop_ids):
                     break
         return drawn
 
-    def _note(self, rows: list[Row], drawn: list[list[list]], stop_ids: list[int], certainty: bool) -> None:
+    def _note(self, rows: list[Row], drawn: list[list[list]], stop_ids: list[int]) -> None:
         """Give each row what it has drawn in one step or several, up to its end."""
         for step in zip(*drawn, strict=True):
-            for row, token, logprob, full_logprob, _, spread in zip(rows, *step, strict=True):
+            for row, token, logprob, full_logprob, _, *spread in zip(rows, *step, strict=True):
                 sample = row.sample
                 if sample.finish:  # in an earlier one of these steps
                     continue
@@ -653,9 +657,8 @@ class Sampler:
                 sample.ids.append(token)
                 sample.logprobs.append(logprob)
                 sample.full_logprobs.append(full_logprob)
-                if certainty:
-                    sample.certainty.append(spread)
-                sample.finish = "stop" if token in stop_ids else "length" if len(sample.ids) == row.limit else ""
+                sample.certainty.extend(spread)
+                sample.finish = row.reason(token, len(sample.ids), stop_ids)
                 self.tokens += 1
 
     def _shares(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:

@@ -62,6 +62,12 @@ def prefill(model: Transformer, prompts: list[tuple[int, ...]], max_tokens: int)
     return list(map(Prefix, torch.stack(keys).split(lengths, 1), torch.stack(values).split(lengths, 1), last))
 
 
+def fill(keys: Tensor, values: Tensor, slot: int, prefix: Prefix) -> None:
+    """Copy a prompt to the beginning of a slot of keys and values (L, S, K, T, E)."""
+    for cache, new in ((keys, prefix.keys), (values, prefix.values)):
+        cache[:, slot, :, : new.shape[1]] = new.transpose(1, 2)  # (L, K, length, E)
+
+
 def has_flash(x: Tensor) -> bool:
     """Whether attention over x is PyTorch's flash attention: in half precision on a GPU."""
     return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
@@ -96,10 +102,12 @@ def ragged_attention(
     # At the largest score, s = log(weight) + lse; PyTorch's logsumexp takes longer than everything else here.
     lse = scores.amax(-1) - weights.amax(-1).log() if merged else None  # (B K, R G)
     out = weights.to(values.dtype) @ values.flatten(0, 1)  # (B K, R G, E)
-    out, lse = (
-        x if x is None else x.view(B, K, R, H // K, -1).transpose(1, 2).reshape(B, R, H, -1) for x in (out, lse)
-    )
-    return out, lse if lse is None else lse[..., 0]
+
+    def by_query(x: Tensor) -> Tensor:
+        """(B K, R G, E) -> (B, R, H, E)."""
+        return x.view(B, K, R, H // K, -1).transpose(1, 2).reshape(B, R, H, -1)
+
+    return by_query(out), by_query(lse)[..., 0] if merged else None
 
 
 def flash_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,18 +192,15 @@ class SlotCache:
     def add(self, first: int, prefixes: list[Prefix]) -> Tensor:
         """Fill the slots from `first` on with prompts, if they aren't shared; returns the logits (rows, V) of the first
         token of each."""
-        for slot, (keys, values, _) in enumerate(prefixes, first):
-            if not self.prompts:
-                self.keys[:, slot, :, : keys.shape[1]] = keys.transpose(1, 2)  # (L, K, length, E)
-                self.values[:, slot, :, : keys.shape[1]] = values.transpose(1, 2)
+        if not self.prompts:
+            for slot, prefix in enumerate(prefixes, first):
+                fill(self.keys, self.values, slot, prefix)
         return self.logits(torch.stack([prefix.hidden for prefix in prefixes]))
 
     def share(self, place: int, prefix: Prefix) -> None:
         """Keep a prompt as number `place` of the shared ones."""
-        length = prefix.keys.shape[1]
-        self.prompt_keys[:, place, :, :length] = prefix.keys.transpose(1, 2)
-        self.prompt_values[:, place, :, :length] = prefix.values.transpose(1, 2)
-        self.prompt_lengths[place] = length
+        fill(self.prompt_keys, self.prompt_values, place, prefix)
+        self.prompt_lengths[place] = prefix.keys.shape[1]
 
     def arrange(self, places: list[int]) -> None:
         """Which shared prompt each of the first n rows has. To be called when rows have come, gone or moved."""

@@ -75,15 +75,11 @@ def make_model(workload: str) -> Transformer:
 
 
 def run_ours(model: Transformer, queue: Queue, rows: int, samples: int, **flags) -> None:
-    """Our sampler with as many slots as rows. Forced lengths are per prompt, so every sample is a prompt of its own,
-    except where prompts are to be shared: then a prompt's samples all have the length of its longest, and the others
-    are cut."""
-    if flags.get("share_prompts"):
-        groups = [queue[i : i + samples] for i in range(0, len(queue), samples)]
-        limits = [max(length for _, length in group) for group in groups]
-        queue = [(group[0][0], limit) for group, limit in zip(groups, limits, strict=True)]
-    prompts, limits = (list(column) for column in zip(*queue, strict=True))
+    """Our sampler with as many slots as rows. Lengths are forced per prompt, so every sample is a prompt of its own; but
+    not where prompts are to be shared, whose samples then have to be equally long."""
     count = samples if flags.get("share_prompts") else 1
+    queue = queue[::count]
+    prompts, limits = (list(column) for column in zip(*queue, strict=True))
     settings = {
         "keys": [str(i) for i in range(len(queue))],
         "num_samples": count,
