@@ -29,6 +29,7 @@ import argparse
 import copy
 import json
 import random
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -209,12 +210,12 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
     return labels
 
 
-def write_verification(problem: Problem, steps: list[str], labels: list[bool], verdict: bool) -> str:
-    """The verification text: for each step the canonical equation, the result that the student has, the verdict."""
+def write_verification(steps: list[str], expected: list[str], labels: list[bool], verdict: bool) -> str:
+    """The verification text: for each step what is expected there, the result that the student has, the verdict."""
     lines = []
-    for k, (step, label) in enumerate(zip(steps, labels, strict=True)):
-        lines.append(f"## Step {k + 1}: {problem.steps[k] if k < len(problem.steps) else 'none'}")
-        lines += [f"Written: {step.partition('=')[2]}", f"**This step is {'correct' if label else 'incorrect'}.**"]
+    for k, (step, own, label) in enumerate(zip(steps, expected, labels, strict=True), 1):
+        lines += [f"## Step {k}: {own}", f"Written: {re.split('[=>]', step, maxsplit=1)[-1]}"]
+        lines.append(f"**This step is {'correct' if label else 'incorrect'}.**")
     lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if verdict else 'No'}**")
     return "\n".join(lines)
 
@@ -234,8 +235,24 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
     right = rng.random() < 0.4
     steps, answer = (list(problem.steps), problem.answer) if right else corrupt(problem, rng)
     labels, verdict = gold_labels(steps, problem.steps), answer == problem.answer
-    solution = render_steps(steps, answer if rng.random() < 0.9 else None)  # ProcessBench shows no separate answer
-    judged = write_verification(problem, steps, labels, verdict)
+    expected = [problem.steps[k] if k < len(problem.steps) else "none" for k in range(len(steps))]
+    shown = answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
+    return make_judgement(task, problem, steps, shown, expected, labels, verdict, rng)
+
+
+def make_judgement(
+    task: str,
+    problem: Problem,
+    steps: list[str],
+    answer: str | None,
+    expected: list[str],
+    labels: list[bool],
+    verdict: bool,
+    rng: random.Random,
+) -> tuple[str, str]:
+    """(user turn, target) of one task that judges a solution; `expected`: what should be at each of its steps."""
+    judged = write_verification(steps, expected, labels, verdict)
+    solution = render_steps(steps, answer)
     texts = {"problem": problem.text, "solution": solution, "examples": "", "reference": problem.answer}
     if task == "verify":
         return verify.VERIFY_PROMPT.format(**texts), judged
@@ -248,11 +265,10 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
     if task == "orm":
         return verify.ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
     said, said_verdict = (labels, verdict) if rng.random() < 0.5 else flip(labels, verdict, rng)
-    texts["verification"] = write_verification(problem, steps, said, said_verdict)
+    texts["verification"] = write_verification(steps, expected, said, said_verdict)
     lines = []
-    for k, (label, claim) in enumerate(zip(labels, said, strict=True)):
-        equation = problem.steps[k] if k < len(problem.steps) else "none"
-        lines.append(f"Step {k + 1}: {equation}, judged {'rightly' if label == claim else 'wrongly'}.")
+    for k, (own, label, claim) in enumerate(zip(expected, labels, said, strict=True), 1):
+        lines.append(f"Step {k}: {own}, judged {'rightly' if label == claim else 'wrongly'}.")
     lines.append(f"Verdict: judged {'rightly' if verdict == said_verdict else 'wrongly'}.")
     texts["critique"] = "\n".join(lines)
     if task == "critique":
@@ -385,11 +401,18 @@ def draw_from(tasks: dict[str, float], pool: list[Problem]) -> Draw:
     return lambda rng: make_example(rng.choices(names, shares)[0], rng.choice(pool), rng)
 
 
-def make_unsure(model: Transformer, draw: Draw, temperature: float, tokenizer) -> None:
+def make_unsure(
+    model: Transformer,
+    draw: Draw,
+    temperature: float,
+    tokenizer,
+    num_samples: int = HOT_SAMPLES,
+    steps: int = HOT_STEPS,
+) -> None:
     """Let a model imitate its own samples at a high temperature, in place: solutions and verifications that keep the
     format, right or wrong. The short answers of the other tasks stay as they are."""
     rng = random.Random(SEED)
-    examples = [draw(rng) for _ in range(HOT_SAMPLES)]
+    examples = [draw(rng) for _ in range(num_samples)]
     groups = Sampler(model.requires_grad_(False), 256).sample(
         [encode_chat(tokenizer, user) for user, _ in examples],
         keys=[f"hot/{i}" for i in range(len(examples))],
@@ -412,7 +435,7 @@ def make_unsure(model: Transformer, draw: Draw, temperature: float, tokenizer) -
         if fine:
             hot.append((user, text))
     print(f"temperature {temperature}: {len(hot)} of {len(examples)} samples keep the format")
-    train(model, lambda rng: rng.choice(hot), HOT_STEPS, tokenizer, SEED + 2, HOT_RATE)
+    train(model, lambda rng: rng.choice(hot), steps, tokenizer, SEED + 2, HOT_RATE)
 
 
 def make_models() -> None:

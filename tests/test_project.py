@@ -42,7 +42,7 @@ LADDER = {
     "train_prm": "generate verify kernels torch numpy tqdm",
     "evaluate": "generate verify kernels torch numpy tqdm matplotlib",
     "grpo": "generate verify train_prm evaluate kernels torch numpy tqdm",
-    "data": "generate verify train_prm evaluate grpo kernels torch numpy tqdm tokenizers transformers pyarrow huggingface_hub "
+    "data": "data generate verify train_prm evaluate grpo kernels torch numpy tqdm tokenizers transformers pyarrow huggingface_hub "
     "matplotlib",
 }
 
