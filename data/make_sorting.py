@@ -34,8 +34,8 @@ TEXT = "Sort {row} by exchanging neighbours."
 TRAIN, HELDOUT = 500, 300  # problems; the rest, 9,910, are for making the checkpoints
 MISTAKES = {"far": 3, "ordered": 2, "two": 3, "slip": 3, "skip": 2, "early": 3}
 TASKS = {task: share for task, share in VERIFIER_TASKS.items() if task != "reference"}
-STEPS, RATE = {"policy": 150, "verifier": 300}, 0.5  # of training; the rate is relative to that of make_tiny
-HOT = {"policy": 1.45, "verifier": 1.65}  # temperature of the samples that make a model unsure
+STEPS, RATE = {"policy": 220, "verifier": 300}, 0.5  # of training; the rate is relative to that of make_tiny
+HOT = {"policy": 1.25, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS = 7_000, 110
 
 # --------------------------------------------------------------------------- the rule
@@ -145,7 +145,7 @@ def make_model(name: str) -> None:
         return make_example(rng.choices(names, shares)[0], rng.choice(pool), rng)
 
     train(model, draw, STEPS[name], tokenizer, SEED, RATE)
-    make_unsure(model, draw, HOT[name], tokenizer, HOT_SAMPLES, HOT_STEPS)
+    make_unsure(model, draw, HOT[name], tokenizer, num_samples=HOT_SAMPLES, steps=HOT_STEPS)
     save_model(model, OUT / name, TINY)
 
 

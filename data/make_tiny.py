@@ -3,8 +3,10 @@
     python -m data.make_tiny            # everything, into data/tiny/; 42 minutes on 2 busy cores
     python -m data.make_tiny problems   # the problem sets and their gold file only, in seconds
     python -m data.make_tiny tokenizer  # the tokenizer only: needed again when a prompt changes
+    python -m data.make_tiny --world hard  # a harder world of 14 million parameters, into runs/hard/; for a GPU
 
-A problem starts from a number and changes it three to five times, always within 0..99. It has one canonical
+A problem starts from a number and changes it three to five times, always within 0..99 (in the harder world four to eight
+times, within 0..999, in more words, and with numbers that don't matter in between). It has one canonical
 solution, one equation a step, and that makes exact gold labels possible: a step is correct if it is the
 canonical step of its position and everything before it is correct (errors propagate).
 
@@ -33,7 +35,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,12 +54,12 @@ from generate import (
     render_response,
     render_steps,
     split_steps,
+    start_processes,
 )
 from grpo import format_valid
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import after_prompt, pack
 
-TINY = Path(__file__).parent / "tiny"
 SEED = 20251203
 POOL, TRAIN, HELDOUT = 60_000, 1_000, 600  # problems in the three sets
 CASES = 200  # of the tiny ProcessBench with an error, and as many without
@@ -101,57 +103,120 @@ SENTENCES = {
 }  # fmt: skip
 
 
+MORE_NAMES = {
+    "Aisha": "She", "Bruno": "He", "Clara": "She", "Dario": "He", "Elena": "She", "Felix": "He", "Greta": "She",
+    "Jonas": "He", "Kemal": "He", "Lucia": "She", "Marta": "She", "Tariq": "He",
+}  # fmt: skip
+MORE_THINGS = ["marbles", "tickets", "buttons", "leaves", "tiles", "badges", "candles", "feathers", "keys", "ribbons"]
+MORE_SENTENCES = {
+    "+": ["On the way home {pro_} picks up {b}.", "A parcel with {b} {things} arrives.", "{pro} wins {b} in a game."],
+    "-": ["{b} of the {things} break.", "A dog runs off with {b} of them.", "{pro} throws {b} {things} away."],
+    "*2": ["{pro} swaps every one for two.", "For each of them {friend} adds another."],
+    "*3": ["{pro} trades every one for three."],
+    "/2": ["Every second one is lost.", "Half of the {things} go to {friend}."],
+}  # fmt: skip
+ASIDES = ["{friend} is {b} years old.", "It is {b} minutes past noon.", "The shop is {b} steps away.",
+          "{friend} has {b} cousins."]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """The settings in which the worlds differ."""
+
+    directory: Path
+    operations: tuple[int, int] = (3, 5)  # of a problem, the fewest and the most
+    largest: int = 99  # number
+    start: int = 60  # the largest number to start from
+    asides: float = 0.0  # how often a sentence with a number that doesn't matter comes before an operation
+    names: dict[str, str] = field(default_factory=lambda: NAMES)
+    things: list[str] = field(default_factory=lambda: THINGS)
+    sentences: dict[str, list[str]] = field(default_factory=lambda: SENTENCES)
+    architecture: dict = field(default_factory=lambda: ARCHITECTURE)
+    vocabulary: int = 512  # tokens, at most
+    max_new_tokens: int = 200  # of the samples that make a model unsure
+
+
 @dataclass(frozen=True)
 class Problem:
-    """A word problem, its canonical equations, one a step, and the answer."""
+    """A word problem, its canonical equations, one a step, and the answer; `largest`: no number is larger."""
 
     text: str
     steps: tuple[str, ...]
     answer: str
+    largest: int = 99
 
 
-def make_problem(rng: random.Random) -> Problem:
-    """A random problem of 3 to 5 operations whose running total stays within 0..99."""
-    name, friend = rng.sample(list(NAMES), 2)
-    things = rng.choice(THINGS)
-    total = rng.randint(3, 60)
+TINY = Path(__file__).parent / "tiny"
+WORLDS = {
+    "tiny": World(TINY),
+    "hard": World(
+        Path("runs/hard"),
+        operations=(4, 8),
+        largest=999,
+        start=600,
+        asides=0.3,
+        names=NAMES | MORE_NAMES,
+        things=THINGS + MORE_THINGS,
+        sentences={kind: SENTENCES[kind] + MORE_SENTENCES[kind] for kind in SENTENCES},
+        architecture=ARCHITECTURE
+        | {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6}
+        | {"max_position_embeddings": 2048},
+        vocabulary=1024,
+        max_new_tokens=400,
+    ),
+}
+
+
+def make_problem(rng: random.Random, world: World) -> Problem:
+    """A random problem whose running total stays within 0 and the world's largest number."""
+    name, friend = rng.sample(list(world.names), 2)
+    things, largest = rng.choice(world.things), world.largest
+    total = rng.randint(3, world.start)
+    words = {"pro": world.names[name], "pro_": world.names[name].lower(), "friend": friend, "things": things}
     sentences = [f"{name} has {total} {things}."]
     steps = []
-    for _ in range(rng.randint(3, 5)):
-        allowed = ["+"] * 3 * (total <= 95) + ["-"] * 3 * (total >= 5)
-        allowed += ["*2"] * (2 <= total <= 49) + ["*3"] * (2 <= total <= 33) + ["/2"] * (total >= 4 and total % 2 == 0)
+    for _ in range(rng.randint(*world.operations)):
+        if world.asides and rng.random() < world.asides:
+            sentences.append(rng.choice(ASIDES).format(b=rng.randint(2, 59), **words))
+        allowed = ["+"] * 3 * (total <= largest - 4) + ["-"] * 3 * (total >= 5)
+        allowed += ["*2"] * (2 <= total <= largest // 2) + ["*3"] * (2 <= total <= largest // 3)
+        allowed += ["/2"] * (total >= 4 and total % 2 == 0)
         kind = rng.choice(allowed)
-        b = {"+": rng.randint(2, max(2, 99 - total)), "-": rng.randint(2, max(2, total - 1))}.get(kind) or int(kind[1])
+        b = {"+": rng.randint(2, max(2, largest - total)), "-": rng.randint(2, max(2, total - 1))}.get(kind)
+        b = b or int(kind[1])
         after = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[kind[0]]
-        sentences.append(rng.choice(SENTENCES[kind]).format(pro=NAMES[name], friend=friend, things=things, b=b))
+        sentences.append(rng.choice(world.sentences[kind]).format(b=b, **words))
         steps.append(f"{total}{kind[0]}{b}={after}")
         total = after
     sentences.append(f"How many {things} does {name} have now?")
-    return Problem(" ".join(sentences), tuple(steps), str(total))
+    return Problem(" ".join(sentences), tuple(steps), str(total), largest)
 
 
-def make_sets(pool: int = POOL) -> tuple[list[Problem], list[Problem], list[Problem]]:
+def make_sets(world: World, pool: int = POOL) -> tuple[list[Problem], list[Problem], list[Problem]]:
     """(pool, train, held-out): disjoint by text, the same on every call."""
     rng = random.Random(SEED)
     seen: set[str] = set()
     problems = []
     while len(problems) < HELDOUT + TRAIN + pool:
-        problem = make_problem(rng)
+        problem = make_problem(rng, world)
         if problem.text.lower() not in seen:
             seen.add(problem.text.lower())
             problems.append(problem)
     return problems[HELDOUT + TRAIN :], problems[HELDOUT : HELDOUT + TRAIN], problems[:HELDOUT]
 
 
-def write_problems() -> None:
+def write_problems(world: World) -> None:
     """Write problems.jsonl, heldout.jsonl and gold.jsonl."""
-    _, train, heldout = make_sets(pool=0)
+    _, train, heldout = make_sets(world, pool=0)
     gold = []
     for file, prefix, problems in (("problems", "t", train), ("heldout", "h", heldout)):
-        records = [{"id": f"{prefix}{i:04d}", "problem": p.text, "source": "tiny"} for i, p in enumerate(problems)]
+        records = [
+            {"id": f"{prefix}{i:04d}", "problem": p.text, "source": world.directory.name}
+            for i, p in enumerate(problems)
+        ]
         gold += [{"id": r["id"], "answer": p.answer, "steps": p.steps} for r, p in zip(records, problems, strict=True)]
-        write_lines(TINY / f"{file}.jsonl", records)
-    write_lines(TINY / "gold.jsonl", gold)
+        write_lines(world.directory / f"{file}.jsonl", records)
+    write_lines(world.directory / "gold.jsonl", gold)
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -165,7 +230,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 def corrupt(problem: Problem, rng: random.Random) -> tuple[list[str], str]:
     """A wrong solution of the kinds a weak solver writes: (steps, answer). Later steps go on from the mistake."""
-    n = len(problem.steps)
+    n, largest = len(problem.steps), problem.largest
     kind = rng.choices(["result", "operand", "operation", "skip", "extra", "answer"], [10, 4, 4, 2, 1, 1])[0]
     where = rng.randrange(n)
     steps, total = [], None
@@ -177,28 +242,30 @@ def corrupt(problem: Problem, rng: random.Random) -> tuple[list[str], str]:
         a, b = (int(x) for x in left.split(op))
         a = a if total is None else total
         if i == where and kind == "operand":
-            b = slip(b, rng)
+            b = slip(b, rng, largest)
         if i == where and kind == "operation":
             op = rng.choice([o for o in "+-*/" if o != op])
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[op]
-        result = min(max(result, 0), 99)
+        result = min(max(result, 0), largest)
         if (i == where and kind == "result") or rng.random() < 0.06:
-            result = slip(result, rng)
+            result = slip(result, rng, largest)
         steps.append(f"{a}{op}{b}={result}")
         total = result
         if i == where and kind == "extra":
             b = rng.randint(2, 9)
-            steps.append(f"{total}+{b}={min(total + b, 99)}")
-            total = min(total + b, 99)
-    return steps, str(slip(total, rng) if kind == "answer" else total)
+            steps.append(f"{total}+{b}={min(total + b, largest)}")
+            total = min(total + b, largest)
+    return steps, str(slip(total, rng, largest) if kind == "answer" else total)
 
 
-def slip(value: int, rng: random.Random) -> int:
-    """Another number in 0..99, mostly a near one or one with one digit changed."""
+def slip(value: int, rng: random.Random, largest: int = 99) -> int:
+    """Another number in 0..largest, mostly a near one or one with one of its last two digits changed."""
     near = value + rng.choice([-10, -2, -1, -1, 1, 1, 2, 10])
     tens, units = divmod(value, 10)
-    other = rng.choice([near, near, rng.randint(0, 9) * 10 + units, tens * 10 + rng.randint(0, 9), rng.randint(0, 99)])
-    return other if 0 <= other <= 99 and other != value else (value + 1 if value < 99 else 98)
+    hundreds = value // 100 * 100
+    changed = [hundreds + rng.randint(0, 9) * 10 + units, tens * 10 + rng.randint(0, 9)]
+    other = rng.choice([near, near, *changed, rng.randint(0, largest)])
+    return other if 0 <= other <= largest and other != value else (value + 1 if value < largest else largest - 1)
 
 
 def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
@@ -290,7 +357,7 @@ MARKERS = [
 ]  # fmt: skip
 
 
-def make_tokenizer() -> None:
+def make_tokenizer(world: World) -> None:
     """Byte-level BPE on the problems; digits stay apart; markers and instructions are single tokens."""
     judging = (verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.CRITIQUE_PROMPT, verify.MERGE_PROMPT)
     instructions = [prompt.format_map(defaultdict(str)).split("\n\nProblem:")[0] for prompt in (SOLVE_PROMPT, *judging)]
@@ -300,14 +367,14 @@ def make_tokenizer() -> None:
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    _, train, _ = make_sets(pool=0)
+    _, train, _ = make_sets(world, pool=0)
     rng = random.Random(SEED)
     corpus = [p.text for p in train] + ["none wrongly Verdict"] * 100
     corpus += [text for task in VERIFIER_TASKS for p in train[:200] for text in make_example(task, p, rng)]
     for text in instructions + MARKERS:  # whole tokens already: the merges are for everything else
         corpus = [line.replace(text, "\n") for line in corpus]
     trainer = trainers.BpeTrainer(
-        vocab_size=512 - len(MARKERS) - len(instructions) - 3,
+        vocab_size=world.vocabulary - len(MARKERS) - len(instructions) - 3,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -315,17 +382,17 @@ def make_tokenizer() -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
     tokenizer.add_tokens([AddedToken(s, special=False, normalized=False) for s in MARKERS + instructions])
-    TINY.mkdir(exist_ok=True)
-    tokenizer.save(str(TINY / "tokenizer.json"))
+    world.directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(world.directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "model_max_length": ARCHITECTURE["max_position_embeddings"],
+        "model_max_length": world.architecture["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    (TINY / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (world.directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------- training
@@ -333,10 +400,10 @@ def make_tokenizer() -> None:
 Draw = Callable[[random.Random], tuple[str, str]]  # draws a training example: (user turn, target)
 
 
-def new_model(vocab_size: int) -> Transformer:
+def new_model(vocab_size: int, architecture: dict = ARCHITECTURE) -> Transformer:
     """A model with random weights; each matrix keeps the scale of what it multiplies."""
     torch.manual_seed(SEED)
-    model = Transformer(Config.from_dict({**ARCHITECTURE, "vocab_size": vocab_size}))
+    model = Transformer(Config.from_dict({**architecture, "vocab_size": vocab_size}))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
@@ -406,8 +473,10 @@ def make_unsure(
     draw: Draw,
     temperature: float,
     tokenizer,
+    *,
     num_samples: int = HOT_SAMPLES,
     steps: int = HOT_STEPS,
+    max_new_tokens: int = 200,
 ) -> None:
     """Let a model imitate its own samples at a high temperature, in place: solutions and verifications that keep the
     format, right or wrong. The short answers of the other tasks stay as they are."""
@@ -418,7 +487,7 @@ def make_unsure(
         keys=[f"hot/{i}" for i in range(len(examples))],
         num_samples=1,
         temperature=temperature,
-        max_new_tokens=200,
+        max_new_tokens=max_new_tokens,
         stop_ids=[tokenizer.eos_token_id],
         seed=SEED,
     )
@@ -438,32 +507,35 @@ def make_unsure(
     train(model, lambda rng: rng.choice(hot), steps, tokenizer, SEED + 2, HOT_RATE)
 
 
-def make_models() -> None:
+def make_models(world: World, device: torch.device) -> None:
     """The solver, and from it the policy and the verifier."""
-    pool, _, _ = make_sets()
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    pool, _, _ = make_sets(world)
+    tokenizer = AutoTokenizer.from_pretrained(world.directory)
     solve, judge = draw_from({"solve": 1.0}, pool), draw_from(VERIFIER_TASKS, pool)
-    policy = new_model(len(tokenizer))
+    policy = new_model(len(tokenizer), world.architecture).to(device)
     train(policy, solve, SOLVER_STEPS, tokenizer, SEED)
     verifier = copy.deepcopy(policy)
     train(verifier, judge, VERIFIER_STEPS, tokenizer, SEED + 1)
-    make_unsure(policy, solve, HOT["policy"], tokenizer)
-    make_unsure(verifier, judge, HOT["verifier"], tokenizer)
-    save_model(policy, TINY / "policy", TINY)
-    save_model(verifier, TINY / "verifier", TINY)
+    for name, model, draw in (("policy", policy, solve), ("verifier", verifier, judge)):
+        make_unsure(model, draw, HOT[name], tokenizer, max_new_tokens=world.max_new_tokens)
+        save_model(model, world.directory / name, world.directory)
 
 
 # --------------------------------------------------------------------------- the tiny ProcessBench
 
 
-def write_processbench() -> None:
+def write_processbench(world: World, device: torch.device) -> None:
     """processbench.jsonl in the real one's format: the policy's own solutions of held-out problems with the index of
     the first wrong step (-1: none), half of them with an error."""
-    model, tokenizer, stops = open_model(str(TINY / "policy"), torch.device("cpu"), torch.float32)
-    problems = make_sets(pool=0)[2]
+    model, tokenizer, stops = open_model(str(world.directory / "policy"), device, torch.float32)
+    problems = make_sets(world, pool=0)[2]
     prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p.text)) for p in problems]
     groups = Sampler(model, 256).sample(
-        prompts, keys=[f"processbench/{p.text}" for p in problems], num_samples=2, max_new_tokens=160, stop_ids=stops
+        prompts,
+        keys=[f"processbench/{p.text}" for p in problems],
+        num_samples=2,
+        max_new_tokens=world.max_new_tokens,
+        stop_ids=stops,
     )
     cases: dict[bool, list[dict]] = {True: [], False: []}
     for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
@@ -474,26 +546,32 @@ def write_processbench() -> None:
             label = labels.index(False) if False in labels else -1
             right = extract_answer(text) == problem.answer
             if steps and (label >= 0 or right):  # a flawless beginning without the end has no first wrong step
-                record = {"id": f"h{i:04d}/{k}", "generator": "data/tiny/policy", "problem": problem.text}
+                record = {
+                    "id": f"h{i:04d}/{k}",
+                    "generator": str(Path(*world.directory.parts[-2:], "policy")),
+                    "problem": problem.text,
+                }
                 cases[label >= 0].append(record | {"steps": steps, "final_answer_correct": right, "label": label})
     records = cases[True][:CASES] + cases[False][:CASES]
-    write_lines(TINY / "processbench.jsonl", sorted(records, key=lambda r: r["id"]))
+    write_lines(world.directory / "processbench.jsonl", sorted(records, key=lambda r: r["id"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=["all", *PARTS])
+    parser.add_argument("--world", default="tiny", choices=list(WORLDS))
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = parser.parse_args()
-    started = time.time()
+    started, world, device = time.time(), WORLDS[args.world], start_processes(args.device)
     if args.part in ("all", "problems"):
-        write_problems()
+        write_problems(world)
     if args.part in ("all", "tokenizer"):
-        make_tokenizer()
+        make_tokenizer(world)
     if args.part in ("all", "models"):
-        make_models()
+        make_models(world, device)
     if args.part in ("all", "processbench"):
-        write_processbench()
-    print(f"made {args.part} in {(time.time() - started) / 60:.1f} minutes")
+        write_processbench(world, device)
+    print(f"made {args.part} of {world.directory} in {(time.time() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
 """The repository as a whole: imports, command lines, documented commands, and the data that ships with it."""
 
 import ast
+import dataclasses
 import json
+import random
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import evaluate
 import verify
-from data import make_tiny
+from data import make_sorting, make_tiny
 from generate import SOLVE_PROMPT, encode_chat
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +212,7 @@ def test_top_level_holds_nothing_else():
 def test_problem_sets_are_disjoint_and_reproducible():
     """Guards: held-out problems that a checkpoint was trained on; files that their script doesn't make; answers in a
     file that a reference-free stage reads."""
-    pool, train, heldout = make_tiny.make_sets()
+    pool, train, heldout = make_tiny.make_sets(make_tiny.WORLDS["tiny"])
     sets = [{re.sub(r"\W+", " ", p.text.lower()).strip() for p in problems} for problems in (pool, train, heldout)]
     assert [len(s) for s in sets] == [make_tiny.POOL, make_tiny.TRAIN, make_tiny.HELDOUT]
     assert len(set.union(*sets)) == sum(map(len, sets))
@@ -227,20 +231,22 @@ def solve(problem: str) -> list[str]:
     """The equations of a word problem, read off its sentences without the generator's tables."""
     total, steps = None, []
     for sentence in problem.split(". "):
+        if re.search(r"years old|past noon|steps away|cousins", sentence):
+            continue
         number = int(n.group()) if (n := re.search(r"\d+", sentence)) else None
         if total is None:
             total = number
         elif not sentence.startswith("How many"):
-            if re.search(r"doubles|as many again", sentence):
+            if re.search(r"doubles|as many again|for two|adds another", sentence):
                 sign, number, after = "*", 2, total * 2
-            elif re.search(r"triples|three times", sentence):
+            elif re.search(r"triples|three times|for three", sentence):
                 sign, number, after = "*", 3, total * 3
-            elif "half" in sentence:
+            elif re.search(r"[Hh]alf|Every second", sentence):
                 sign, number, after = "/", 2, total / 2
-            elif re.search(r"loses|gives|sells|taken away", sentence):
+            elif re.search(r"loses|gives|sells|taken away|break|runs off|throws", sentence):
                 sign, after = "-", total - number
             else:
-                assert re.search(r"buys|finds|brings|added", sentence), sentence
+                assert re.search(r"buys|finds|brings|added|picks up|arrives|wins", sentence), sentence
                 sign, after = "+", total + number
             assert after == int(after)
             steps.append(f"{total}{sign}{number}={int(after)}")
@@ -255,6 +261,58 @@ def test_gold_answers_are_right():
         steps = solve(problems[record["id"]])
         assert list(record["steps"]) == steps, record["id"]
         assert record["answer"] == steps[-1].split("=")[1] and 0 <= int(record["answer"]) <= 99
+
+
+def test_harder_world(tmp_path, monkeypatch):
+    """Guards: a harder world that can't be made: problems that its own equations don't solve, a tokenizer or a context too
+    small for it, a model that doesn't take a training step."""
+    world = dataclasses.replace(make_tiny.WORLDS["hard"], directory=tmp_path)
+    pool, train, heldout = make_tiny.make_sets(world, pool=2000)
+    problems = pool + train + heldout
+    assert len({p.text for p in problems}) == len(problems)
+    for problem in problems:
+        assert list(problem.steps) == solve(problem.text) and 4 <= len(problem.steps) <= 8, problem.text
+        assert 0 <= int(problem.answer) <= 999
+    assert max(int(p.answer) for p in problems) > 900 and any("cousins" in p.text for p in problems)
+    make_tiny.make_tokenizer(world)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) <= 1024 and len(tokenizer("471").input_ids) == 3
+    rng = random.Random(0)
+    for task in make_tiny.VERIFIER_TASKS:
+        turns = [make_tiny.make_example(task, problem, rng) for problem in train[:200]]
+        assert max(len(tokenizer(answer).input_ids) for _, answer in turns) < world.max_new_tokens
+        assert max(len(encode_chat(tokenizer, user)) for user, _ in turns) + world.max_new_tokens < 2048
+    model = make_tiny.new_model(len(tokenizer), world.architecture)
+    assert 10e6 < sum(p.numel() for p in model.parameters()) < 30e6
+    monkeypatch.setattr(make_tiny, "BATCH", 2)
+    before = model.head.clone()
+    make_tiny.train(model, make_tiny.draw_from(make_tiny.VERIFIER_TASKS, train), 1, tokenizer, seed=0)
+    assert not torch.equal(before, model.head)
+
+
+def test_sorting_rule():
+    """Guards: a rule that calls something right that isn't, or another way of sorting wrong: it is the gold of the domain
+    without answers. Compared with a check of whole rows that knows nothing of where they differ."""
+    rng = random.Random(0)
+    pool, train, heldout = map(set, make_sorting.make_sets())
+    assert len(pool | train | heldout) == len(pool) + len(train) + len(heldout)
+    outcomes = Counter()
+    for row in rng.sample(sorted(pool), 400):
+        for steps in (make_sorting.sort(row, rng), make_sorting.corrupt(row, rng), ["", *make_sorting.sort(row, rng)]):
+            expected, labels, outcome = make_sorting.judge(row, steps)
+            state, fine = row, []
+            for step in steps:
+                n = len(state)
+                legal = [list(state) for i in range(n - 1) if state[i] > state[i + 1]]
+                for i, to in zip((i for i in range(n - 1) if state[i] > state[i + 1]), legal, strict=True):
+                    to[i], to[i + 1] = to[i + 1], to[i]
+                fine.append(all(fine) and step in {f"{state}>{''.join(to)}" for to in legal})
+                state = step.partition(">")[2]
+            assert labels == fine and outcome == (all(fine) and state == "".join(sorted(row)))
+            assert [own == step for own, step in zip(expected, steps, strict=True)] == labels
+            outcomes[outcome] += 1
+    assert outcomes[True] > 400 and outcomes[False] > 700
+    assert make_sorting.judge("21", []) == ([], [], False)
 
 
 def test_tokenizer_fits_the_prompts():
