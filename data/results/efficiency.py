@@ -1,0 +1,158 @@
+"""What each stage costs on this machine: seconds, tokens and peak memory against the number of solutions, of verifications,
+of rounds of critique, and the size of a group; and how each grows. Seven minutes on two cores, with nothing beside it.
+
+    python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, table and figure
+    python -m data.results.efficiency           # table and data/results/efficiency.png from data/results/efficiency.jsonl
+
+Each run is one of the five commands on the tiny world, by the clock, start included (the first row shows what that is);
+memory is the largest resident set of its process. A GRPO step is measured inside its run, the first one left out.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from evaluate import read_metrics, save_figure
+from generate import read_records, write_text
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/efficiency")
+SOLUTIONS, VERIFICATIONS, GROUPS = (2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (2, 4, 8, 16, 32)
+PROBLEMS = 25
+PANELS = {  # series -> the name of its axis
+    "generate": "solutions a problem, M",
+    "verify": "verifications a solution, N",
+    "critique": "rounds of critique",
+    "grpo": "responses a problem, G",
+}
+
+
+def run(*command: object) -> tuple[float, float]:
+    """(seconds, peak MiB) of a stage."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}: exit status {process.returncode}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def count_tokens(path: Path) -> int:
+    """Tokens of all records."""
+    return sum(record["tokens"] for record in read_records(path, ["tokens"]))
+
+
+def measure() -> list[dict]:
+    """A record for each run: series, x, seconds, MiB, tokens."""
+    shutil.rmtree(RUNS, ignore_errors=True)
+    found = []
+
+    def note(series: str, x: int, seconds: float, peak: float, tokens: int) -> None:
+        record = {"series": series, "x": x, "seconds": round(seconds, 2), "MiB": round(peak), "tokens": tokens}
+        print(record, flush=True)
+        found.append(record)
+
+    note("start", 0, *run("generate.py", "--help"), 0)
+    for M in SOLUTIONS:
+        path = RUNS / f"M{M}.jsonl"
+        cost = run("generate.py", "--num_samples", M, "--limit", PROBLEMS, "--out", path)
+        note("generate", M, *cost, count_tokens(path))
+    for N in VERIFICATIONS:
+        out = RUNS / f"N{N}"
+        cost = run("verify.py", "--solutions", RUNS / "M8.jsonl", "--num_verifications", N, "--out", out)
+        note("verify", N, *cost, count_tokens(out / "verifications.jsonl"))
+    for rounds in (1, 2, 3):  # meta-critique: of one verification, which is made beforehand
+        out = RUNS / f"rounds{rounds}"
+        common = ("verify.py", "--solutions", RUNS / "M8.jsonl", "--num_verifications", 1, "--out", out)
+        run(*common, "--method", "single")
+        cost = run(*common, "--method", "meta_critique", "--critique_rounds", rounds)
+        note("critique", rounds, *cost, count_tokens(out / "critiques.jsonl"))
+    for kind in ("orm", "prm", "prm_cot", "disc_prm"):
+        labels = RUNS / "N16" / "labels_step_consistency.jsonl"
+        cost = run("train_prm.py", "--kind", kind, "--labels", labels, "--epochs", 1, "--out", RUNS / kind)
+        note(f"train_prm {kind}", 1, *cost, 0)
+    for G in GROUPS:
+        out = RUNS / f"G{G}"
+        flags = ("--prm", RUNS / "prm_cot", "--heldout", "", "--steps", 4, "--batch_size", 8, "--group_size", G)
+        _, peak = run("grpo.py", *flags, "--out", out)
+        metrics = read_metrics(str(out))
+        steps, seconds, tokens = sorted(metrics["time/update"], key=int)[1:], 0.0, 0.0
+        for phase in ("sample", "score", "update"):
+            taken = [metrics[f"time/{phase}"][step] for step in steps]
+            seconds += float(np.mean(taken))
+            if phase != "update":  # which adds none
+                rates = [metrics[f"time/{phase}_tokens_per_second"][step] for step in steps]
+                tokens += float(np.mean(np.multiply(taken, rates)))
+        note("grpo", G, seconds, peak, round(tokens))
+    return found
+
+
+def print_table(records: list[dict]) -> None:
+    """A row for each run; at the end of a series, the power of x by which seconds (without the start) and memory grow."""
+    start = next(r for r in records if r["series"] == "start")
+    print("| run | x | seconds | tokens | tokens/s | peak MiB |\n|---|---|---|---|---|---|")
+    for r in records:
+        cells = [
+            r["x"],
+            f"{r['seconds']:.1f}",
+            f"{r['tokens']:,}",
+            f"{r['tokens'] / r['seconds']:,.0f}",
+            f"{r['MiB']:,}",
+        ]
+        print(f"| {r['series']} | {' | '.join(map(str, cells))} |")
+    for series in PANELS:
+        rows = [r for r in records if r["series"] == series]
+        begin = 0.0 if series == "grpo" else start["seconds"]
+        x = np.log([r["x"] for r in rows])
+        powers = [
+            np.polyfit(x, np.log([r[key] - less for r in rows]), 1)[0]
+            for key, less in (("seconds", begin), ("tokens", 0))
+        ]
+        memory = [rows[0]["MiB"], rows[-1]["MiB"]]
+        print(
+            f"{series}: seconds ~ x^{powers[0]:.2f}, tokens ~ x^{powers[1]:.2f}, memory {memory[0]:,} to {memory[1]:,} MiB"
+        )
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """A panel a series: seconds on the left, peak memory on the right, both from 0."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    for place, (series, label) in enumerate(PANELS.items(), 1):
+        rows = [r for r in records if r["series"] == series]
+        x = [r["x"] for r in rows]
+        left = figure.add_subplot(1, 4, place, xlabel=label, ylabel="seconds")
+        left.set_title("grpo, a step" if series == "grpo" else series, fontsize=10)
+        left.plot(x, [r["seconds"] for r in rows], "o-", color="C0", label="seconds")
+        right = left.twinx()
+        right.plot(x, [r["MiB"] for r in rows], "s:", color="C1", label="peak memory, MiB")
+        for axes in (left, right):
+            axes.set_ylim(0)
+    figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="measure; else only table and figure")
+    args = parser.parse_args()
+    path = HERE / "efficiency.jsonl"
+    if args.run:
+        records = measure()
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    records = read_records(path, ["series", "x", "seconds", "MiB", "tokens"])
+    print_table(records)
+    draw(records, HERE / "efficiency.png")
+
+
+if __name__ == "__main__":
+    main()
