@@ -4,13 +4,12 @@
     python -m data.make_sorting problems     # one part of them
     python -m data.make_sorting check --solutions runs/solutions.jsonl --out runs/gold.jsonl
 
-A problem is a row of digits. Each step of a solution exchanges two neighbours that stand in the wrong order, written
-`4132>1432`, until all are in order; then it says "done". Right and wrong solutions all say "done", so neither a reference
-answer nor a vote over answers can tell one from another. What is right is defined by the steps alone: each is a legal
-exchange of what the one before has left, and the last leaves the digits in order. Most problems have several right
-solutions, none of them canonical.
+A problem is a row of digits. Each step of a solution exchanges the first two neighbours that stand in the wrong order,
+written `4132>1432`, until all are in order; then it says "done". Right and wrong solutions all say "done", so neither a
+reference answer nor a vote over answers can tell one from another. What is right is defined by the steps alone: each does
+what the rule says with the row that the one before has left, and the last leaves the digits in order.
 
-The rule is `judge` below. The checkpoints learn it from examples; stages I to III never call it. `check` writes what it
+The rule is `sort` below. The checkpoints learn it from examples; stages I to III never call it. `check` writes what it
 says of solutions, as gold for `evaluate.py labels`, and prints how many are right.
 
 Policy and verifier go on from the tiny verifier, with its tokenizer: prompts and formats are the same. Then they are made
@@ -25,17 +24,17 @@ from pathlib import Path
 
 import torch
 
-from data.make_tiny import SEED, TINY, VERIFIER_TASKS, Problem, make_judgement, make_unsure, slip, train, write_lines
+from data.make_tiny import SEED, TINY, Problem, gold_labels, make_judgement, make_unsure, train, write_lines
 from generate import SOLVE_PROMPT, InputError, open_model, read_records, render_response, run_stage
 from kernels.transformer import save_model
 
 OUT = Path("runs/sorting")
-TEXT = "Sort {row} by exchanging neighbours."
+TEXT = "Sort {row} by exchanging the first neighbours in the wrong order."
 TRAIN, HELDOUT = 500, 300  # problems; the rest, 9,910, are for making the checkpoints
-MISTAKES = {"far": 3, "ordered": 2, "two": 3, "slip": 3, "skip": 2, "early": 3}
-TASKS = {task: share for task, share in VERIFIER_TASKS.items() if task != "reference"}
-STEPS, RATE = {"policy": 220, "verifier": 300}, 0.5  # of training; the rate is relative to that of make_tiny
-HOT = {"policy": 1.25, "verifier": 1.65}  # temperature of the samples that make a model unsure
+MISTAKES = {"wrong": 4, "far": 2, "two": 2, "still": 2, "slip": 5, "skip": 2, "early": 3}
+TASKS = {"verify": 0.6, "prm_cot": 0.3, "solve": 0.1}  # of the verifier; the other methods and kinds aren't used here
+STEPS, RATE = {"policy": 220, "verifier": 320}, 0.5  # of training; the rate is relative to that of make_tiny
+HOT = {"policy": 1.6, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS = 7_000, 110
 
 # --------------------------------------------------------------------------- the rule
@@ -51,21 +50,22 @@ def falls(row: str) -> list[int]:
     return [i for i in range(len(row) - 1) if row[i] > row[i + 1]]
 
 
-def judge(row: str, steps: list[str]) -> tuple[list[str], list[bool], bool]:
-    """What should be at each step, which steps are correct, and whether the solution is.
+def sort(row: str) -> list[str]:
+    """The right solution."""
+    steps = []
+    while where := falls(row):
+        after = exchange(row, where[0])
+        steps.append(f"{row}>{after}")
+        row = after
+    return steps
 
-    A step should be the exchange that it seems to mean: of the first digit that it changes with the next one, carried out
-    on what the step before left. "none" if that isn't legal, and after a mistake: mistakes propagate.
-    """
-    expected, labels, before = [], [], row
-    for step in steps:
-        after = step.partition(">")[2]
-        first = next((i for i in range(len(before)) if before[i] != after[i : i + 1]), None)
-        legal = all(labels) and first in falls(before)
-        expected.append(f"{before}>{exchange(before, first)}" if legal else "none")
-        labels.append(step == expected[-1])
-        before = after
-    return expected, labels, bool(steps) and all(labels) and not falls(before)
+
+def judge(row: str, steps: list[str]) -> tuple[list[str], list[bool], bool]:
+    """What should be at each step ("none" after the end), which steps are correct, and whether the solution is. Mistakes
+    propagate."""
+    right = sort(row)
+    expected = [right[k] if k < len(right) else "none" for k in range(len(steps))]
+    return expected, gold_labels(steps, right), steps == right
 
 
 # --------------------------------------------------------------------------- problems and solutions
@@ -79,48 +79,40 @@ def make_sets() -> tuple[list[str], list[str], list[str]]:
     return rows[HELDOUT + TRAIN :], rows[HELDOUT : HELDOUT + TRAIN], rows[:HELDOUT]
 
 
-def sort(row: str, rng: random.Random) -> list[str]:
-    """A right solution."""
-    steps = []
-    while where := falls(row):
-        after = exchange(row, rng.choice(where))
-        steps.append(f"{row}>{after}")
-        row = after
-    return steps
-
-
 def corrupt(row: str, rng: random.Random) -> list[str]:
-    """A solution with a mistake somewhere, mostly; it goes on from the mistake."""
-    right = sort(row, rng)
+    """A solution with a mistake somewhere; it goes on from the mistake."""
+    right = sort(row)
     kind = rng.choices(list(MISTAKES), list(MISTAKES.values()))[0]
-    where = rng.randrange(len(right))
-    before = right[where].partition(">")[0]
-    n = len(before)
+    where = rng.randrange(len(right) - (kind in ("skip", "two")))  # these need a step behind
     if kind == "early":
         return right[: max(1, where)]
-    if kind == "skip" and where + 1 < len(right):
+    if kind == "skip":
         return right[:where] + right[where + 1 :]
-    after = before
-    if kind == "far":
-        i = rng.randrange(n - 2)
+    before, after = right[where].split(">")
+    if kind == "wrong":
+        after = exchange(before, rng.choice([i for i in range(len(row) - 1) if i != falls(before)[0]]))
+    elif kind == "far":
+        i = rng.randrange(len(row) - 2)
         after = before[:i] + before[i + 2] + before[i + 1] + before[i] + before[i + 3 :]
-    elif kind == "ordered":
-        after = exchange(before, rng.choice([i for i in range(n - 1) if i not in falls(before)] or [0]))
     elif kind == "two":
-        after = right[min(where + 1, len(right) - 1)].partition(">")[2]
-    else:
-        i = rng.randrange(n)
-        after = before[:i] + str(slip(int(before[i]), rng) % 10) + before[i + 1 :]
-    return [*right[:where], f"{before}>{after}", *sort(after, rng)]
+        after = right[where + 1].partition(">")[2]
+    elif kind == "still":
+        after = before
+    step = f"{before}>{after}"
+    if kind == "slip":
+        i = rng.choice([i for i in range(len(step)) if step[i] != ">"])
+        step = step[:i] + rng.choice([digit for digit in "123456789" if digit != step[i]]) + step[i + 1 :]
+    return [*right[:where], step, *sort(step.partition(">")[2])]
 
 
 def make_example(task: str, row: str, rng: random.Random) -> tuple[str, str]:
     """(user turn, target) of one training sequence."""
     problem = Problem(TEXT.format(row=row), (), "done")
     if task == "solve":
-        return SOLVE_PROMPT.format(problem=problem.text), render_response(sort(row, rng), problem.answer)
-    steps = sort(row, rng) if rng.random() < 0.4 else corrupt(row, rng)
-    return make_judgement(task, problem, steps, problem.answer, *judge(row, steps), rng)
+        return SOLVE_PROMPT.format(problem=problem.text), render_response(sort(row), problem.answer)
+    steps = sort(row) if rng.random() < 0.4 else corrupt(row, rng)
+    shown = problem.answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
+    return make_judgement(task, problem, steps, shown, *judge(row, steps), rng)
 
 
 # --------------------------------------------------------------------------- the parts

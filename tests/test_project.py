@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 import evaluate
 import verify
 from data import make_sorting, make_tiny
+from data.results import noise
 from generate import SOLVE_PROMPT, encode_chat
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ def test_documented_commands_exist(helps, name):
     assert commands
     for words in commands:
         place = next((i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m"), None)
-        if "$@" in words:
+        if place is None and "$@" in words:
             continue  # the body of `stage`
         assert place is not None, " ".join(words)
         script, rest = words[place], words[place + 1 :]
@@ -291,28 +292,67 @@ def test_harder_world(tmp_path, monkeypatch):
 
 
 def test_sorting_rule():
-    """Guards: a rule that calls something right that isn't, or another way of sorting wrong: it is the gold of the domain
-    without answers. Compared with a check of whole rows that knows nothing of where they differ."""
+    """Guards: a rule that calls something right that isn't, or the other way round: it is the gold of the domain without
+    answers. Compared with a replay that knows of numbers only."""
     rng = random.Random(0)
     pool, train, heldout = map(set, make_sorting.make_sets())
     assert len(pool | train | heldout) == len(pool) + len(train) + len(heldout)
     outcomes = Counter()
     for row in rng.sample(sorted(pool), 400):
-        for steps in (make_sorting.sort(row, rng), make_sorting.corrupt(row, rng), ["", *make_sorting.sort(row, rng)]):
-            expected, labels, outcome = make_sorting.judge(row, steps)
-            state, fine = row, []
+        for steps in (make_sorting.sort(row), make_sorting.corrupt(row, rng), [*make_sorting.sort(row), "1>1"]):
+            numbers, fine = [int(digit) for digit in row], []
             for step in steps:
-                n = len(state)
-                legal = [list(state) for i in range(n - 1) if state[i] > state[i + 1]]
-                for i, to in zip((i for i in range(n - 1) if state[i] > state[i + 1]), legal, strict=True):
-                    to[i], to[i + 1] = to[i + 1], to[i]
-                fine.append(all(fine) and step in {f"{state}>{''.join(to)}" for to in legal})
-                state = step.partition(">")[2]
-            assert labels == fine and outcome == (all(fine) and state == "".join(sorted(row)))
-            assert [own == step for own, step in zip(expected, steps, strict=True)] == labels
+                before = "".join(map(str, numbers))
+                for i in range(1, len(numbers)):
+                    if numbers[i] < numbers[i - 1]:
+                        numbers[i - 1 : i + 1] = numbers[i], numbers[i - 1]
+                        break
+                after = "".join(map(str, numbers))
+                fine.append(all(fine) and before != after and step == f"{before}>{after}")
+            expected, labels, outcome = make_sorting.judge(row, steps)
+            assert labels == fine and outcome == (all(fine) and numbers == sorted(numbers)), steps
+            assert len(expected) == len(steps) and not any(
+                own == "none" for own, label in zip(expected, fine, strict=True) if label
+            )
             outcomes[outcome] += 1
-    assert outcomes[True] > 400 and outcomes[False] > 700
+    assert outcomes == {True: 400, False: 800}
     assert make_sorting.judge("21", []) == ([], [], False)
+
+
+def test_turned_labels_say_so():
+    """Guards: label noise that the reward model doesn't see, since it learns from the text that goes with a label; a label
+    called dropped or changed elsewhere."""
+    texts = {True: "correct", False: "incorrect"}
+    rng = random.Random(0)
+    for steps, outcome in (([True, True, True], True), ([True, False, False], False), ([True, True], False)):
+        sections = [f"## Step {k}: 1+1=2\nWritten: 2\n**This step is {texts[y]}.**" for k, y in enumerate(steps, 1)]
+        end = f"**Verification: Is the answer correct (Yes/No)? {'Yes' if outcome else 'No'}**"
+        label = {"id": "a/0", "steps": ["1+1=2"] * len(steps), "step_labels": steps, "outcome": outcome}
+        turned = noise.turn_over(label | {"text": "\n".join([*sections, end])}, rng)
+        parsed = verify.parse_verification(turned["text"], len(steps))
+        assert turned["outcome"] != outcome and parsed.verdict == turned["outcome"]
+        assert parsed.step_verdicts == turned["step_labels"] and turned["steps"] == label["steps"]
+        assert all(turned["step_labels"]) == turned["outcome"]
+        assert sorted(turned["step_labels"], reverse=True) == turned["step_labels"]  # mistakes propagate
+
+
+def test_sorting_gold(tmp_path):
+    """Guards: gold that scores a policy's solutions by something else than the rule, or in a form that ProcessBench's
+    measure can't read."""
+    rows = {"right": ["312>132", "132>123"], "short": ["312>132"], "wrong": ["312>321", "321>231"]}
+    solutions = [{"id": f"h/{name}", "problem": make_sorting.TEXT.format(row="312"), "steps": steps, "answer": "done"}
+                 for name, steps in rows.items()]  # fmt: skip
+    solutions.append({**solutions[0], "id": "h/undone", "answer": None})
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("".join(json.dumps(s | {"model": "m"}) + "\n" for s in solutions))
+    make_sorting.check(str(path), str(tmp_path / "gold.jsonl"), str(tmp_path / "cases.jsonl"))
+    gold = evaluate.read_gold(str(tmp_path / "gold.jsonl"), solutions)
+    assert gold == {"h/right": ([True, True], True), "h/short": ([True], False), "h/wrong": ([False, False], False),
+                    "h/undone": ([True, True], False)}  # fmt: skip
+    assert [(c["id"], c["label"]) for c in evaluate.read_cases(str(tmp_path / "cases.jsonl"))] == [
+        ("h/right", -1),
+        ("h/wrong", 0),
+    ]
 
 
 def test_tokenizer_fits_the_prompts():

@@ -1,5 +1,5 @@
 """What each stage costs on this machine: seconds, tokens and peak memory against the number of solutions, of verifications,
-of rounds of critique, and the size of a group; and how each grows. Seven minutes on two cores, with nothing beside it.
+of rounds of critique, and the size of a group; and how each grows. Seven minutes on two cores, with nothing beside it; one run each.
 
     python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, table and figure
     python -m data.results.efficiency           # table and data/results/efficiency.png from data/results/efficiency.jsonl
@@ -96,29 +96,18 @@ def measure() -> list[dict]:
 
 
 def print_table(records: list[dict]) -> None:
-    """A row for each run; at the end of a series, the power of x by which seconds (without the start) and memory grow."""
-    start = next(r for r in records if r["series"] == "start")
-    print("| run | x | seconds | tokens | tokens/s | peak MiB |\n|---|---|---|---|---|---|")
+    """A row for each run; then for each series the line through its seconds."""
+    print("| run | x | seconds | tokens | peak MiB |\n|---|---|---|---|---|")
     for r in records:
-        cells = [
-            r["x"],
-            f"{r['seconds']:.1f}",
-            f"{r['tokens']:,}",
-            f"{r['tokens'] / r['seconds']:,.0f}",
-            f"{r['MiB']:,}",
-        ]
-        print(f"| {r['series']} | {' | '.join(map(str, cells))} |")
+        tokens = f"{r['tokens']:,}" if r["tokens"] else "-"
+        print(f"| {r['series']} | {r['x'] or ''} | {r['seconds']:.1f} | {tokens} | {r['MiB']:,} |")
     for series in PANELS:
         rows = [r for r in records if r["series"] == series]
-        begin = 0.0 if series == "grpo" else start["seconds"]
-        x = np.log([r["x"] for r in rows])
-        powers = [
-            np.polyfit(x, np.log([r[key] - less for r in rows]), 1)[0]
-            for key, less in (("seconds", begin), ("tokens", 0))
-        ]
-        memory = [rows[0]["MiB"], rows[-1]["MiB"]]
+        x, y = np.array([r["x"] for r in rows]), np.array([r["seconds"] for r in rows])
+        slope, first = np.polyfit(x, y, 1)
+        off = np.abs(slope * x + first - y).max()
         print(
-            f"{series}: seconds ~ x^{powers[0]:.2f}, tokens ~ x^{powers[1]:.2f}, memory {memory[0]:,} to {memory[1]:,} MiB"
+            f"{series}: {first:.1f} s + {slope:.2f} s each, at most {off:.1f} s off; memory {rows[0]['MiB']:,} to {rows[-1]['MiB']:,} MiB"
         )
 
 

@@ -40,12 +40,15 @@ def main() -> None:
     records = read_records(path, ["seed"])
     print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
     print(
-        "| method | whole vector right, all | kept | yield | tokens | ORM, accuracy | PRM, F1 | PRM-CoT, F1 | disc. PRM, F1 |"
+        "| method | whole vector right, all | minus single, paired | kept | yield | tokens | ORM, accuracy | PRM, F1 | PRM-CoT, F1 | disc. PRM, F1 |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    base = [r["labels"]["single/all"]["exact"] for r in records]
     for method in METHODS:
         everything, kept = ([r["labels"][f"{method}/{on}"] for r in records] for on in ("all", "kept"))
-        cells = [over_seeds([x["exact"] for x in everything]), over_seeds([x["exact"] for x in kept])]
+        gain = [x["exact"] - b for x, b in zip(everything, base, strict=True)]
+        cells = [over_seeds([x["exact"] for x in everything]), "-" if method == "single" else over_seeds(gain, "+")]
+        cells.append(over_seeds([x["exact"] for x in kept]))
         cells += [over_seeds([x["yield"] for x in kept]), f"{np.mean([x['tokens'] for x in kept]) / 1000:,.0f}k"]
         cells += [over_seeds([r["scores"][f"{method}/{kind}"] for r in records]) for kind in KINDS]
         print(f"| {method} | {' | '.join(cells)} |")

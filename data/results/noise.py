@@ -16,11 +16,11 @@ import re
 from pathlib import Path
 
 from evaluate import draw_seeds, over_seeds, read_metrics, save_figure
-from generate import read_records, write_text
+from generate import InputError, read_records, run_stage, write_text
 from verify import parse_verification
 
 HERE = Path(__file__).parent
-RUNS, CLAIMS = Path("runs/noise"), Path("runs/claims")
+RUNS = Path("runs/noise")
 
 
 def turn_over(label: dict, rng: random.Random) -> dict:
@@ -36,40 +36,38 @@ def turn_over(label: dict, rng: random.Random) -> dict:
     text = re.sub(r"\*\*This step is (?:in)?correct\.\*\*", verdict, label["text"])
     text = re.sub(r"\(Yes/No\)\? (Yes|No)\*\*", f"(Yes/No)? {'Yes' if outcome else 'No'}**", text)
     parsed = parse_verification(text, n)
-    assert (parsed.step_verdicts, parsed.verdict) == (steps, outcome), text
+    if (parsed.step_verdicts, parsed.verdict) != (steps, outcome):
+        raise InputError(
+            f"{label['id']}: its text doesn't say its label, so it can't be turned over; use labels of verify.py"
+        )
     return {**label, "step_labels": steps, "outcome": outcome, "text": text}
 
 
 def collect(seed: int) -> dict:
     """One seed: share of labels turned over, in percent -> F1 of the reward model, accuracy of the policy, reward."""
-    runs = {"0": CLAIMS / str(seed)} | {
-        d.name: d for d in (RUNS / str(seed)).iterdir() if (d / "benchmark.jsonl").exists()
-    }
     found = {}
-    for share, run in sorted(runs.items(), key=lambda pair: int(pair[0])):
+    for run in sorted((RUNS / str(seed)).iterdir(), key=lambda directory: int(directory.name)):
+        if not (run / "benchmark.jsonl").exists():
+            continue
         f1 = {r["metric"]: r["value"] for r in read_records(run / "processbench.jsonl", [])}["f1"]
-        policy = [
-            r for r in read_records(run / "benchmark.jsonl", []) if r["settings"]["model"].endswith("/process_aware")
-        ]
-        accuracy = {r["metric"]: r["value"] for r in policy}
+        accuracy = {r["metric"]: r["value"] for r in read_records(run / "benchmark.jsonl", [])}
         metrics = read_metrics(str(run / "process_aware"))
-        found[share] = {"f1": f1, "avg@4": accuracy["avg@4"], "greedy": accuracy["greedy"]}
-        curves = {name: metrics[f"{name}"] for name in ("reward/mean", "heldout/accuracy")}
-        found[share] |= {name: {str(k): round(v, 4) for k, v in curve.items()} for name, curve in curves.items()}
-    start = [
-        r
-        for r in read_records(CLAIMS / str(seed) / "benchmark.jsonl", [])
-        if r["settings"]["model"] == "data/tiny/policy"
-    ]
-    return {"seed": seed, "start": {r["metric"]: r["value"] for r in start}["avg@4"], "shares": found}
+        curves = {name: metrics[name] for name in ("reward/mean", "heldout/accuracy")}
+        curves = {name: {str(k): round(v, 4) for k, v in curve.items()} for name, curve in curves.items()}
+        found[run.name] = {"f1": f1, "avg@4": accuracy["avg@4"], "greedy": accuracy["greedy"], **curves}
+    return {"seed": seed, "shares": found}
+
+
+def common_shares(records: list[dict]) -> list[str]:
+    """The shares that all seeds have, in order."""
+    return sorted(set.intersection(*(set(r["shares"]) for r in records)), key=int)
 
 
 def print_table(records: list[dict]) -> None:
     """A row for each share of labels turned over."""
-    start = over_seeds([r["start"] for r in records])
-    print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent; start {start}")
+    print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
     print("| labels turned over | PRM-CoT, F1 | reward at the end | avg@4 | greedy |\n|---|---|---|---|---|")
-    for share in records[0]["shares"]:
+    for share in common_shares(records):
         runs = [r["shares"][share] for r in records]
         last = [list(run["reward/mean"].values())[-10:] for run in runs]
         cells = [over_seeds([run["f1"] for run in runs]), over_seeds([sum(x) / len(x) for x in last])]
@@ -84,7 +82,7 @@ def draw(records: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(ylim=(0, 1), xlabel="step", ylabel="held-out accuracy")
     axes.grid(alpha=0.3)
-    for colour, share in enumerate(records[0]["shares"]):
+    for colour, share in enumerate(common_shares(records)):
         curves = [r["shares"][share]["heldout/accuracy"] for r in records]
         draw_seeds(axes, curves, "-", f"C{colour}", f"{share} % of the labels turned over")
     axes.legend(fontsize=8)
@@ -103,11 +101,13 @@ def main() -> None:
     if args.turn is not None:
         rng = random.Random(f"{args.seed}/{args.turn}")
         labels = read_records(args.labels, ["steps", "text", "step_labels", "outcome", "dropped"])
-        turned = [turn_over(x, rng) if x["dropped"] is None and rng.random() < args.turn / 100 else x for x in labels]
+        kept = [i for i, label in enumerate(labels) if label["dropped"] is None]
+        chosen = set(rng.sample(kept, round(args.turn / 100 * len(kept))))
+        turned = [turn_over(label, rng) if i in chosen else label for i, label in enumerate(labels)]
         write_text(args.out, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in turned))
         return
     if args.collect:
-        seeds = sorted(int(d.name) for d in RUNS.iterdir())
+        seeds = sorted({int(file.parts[-3]) for file in RUNS.glob("*/*/benchmark.jsonl")})
         write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
     records = read_records(path, ["seed"])
     print_table(records)
@@ -115,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

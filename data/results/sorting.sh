@@ -33,15 +33,15 @@ for seed in ${SEEDS:-0 1 2}; do
   python evaluate.py labels --seed "$seed" --verifications "$out/verify/verifications.jsonl" \
     --labels "$out/verify/labels_step_consistency.jsonl" --gold "$out/solutions.gold.jsonl" --out "$out/labels.json"
   python train_prm.py --seed "$seed" --model $world/verifier --labels "$out/verify/labels_step_consistency.jsonl" \
-    --out "$out/prm_cot" --lr 2e-4 --epochs 3 --batch_size 32
+    --out "$out/prm_cot" --lr 2e-4 --epochs 3 --batch_size 32 --save_every 50
   python evaluate.py processbench --seed "$seed" --model "$out/prm_cot" --data "$out/start.cases.jsonl" \
-    --max_new_tokens 200 --slots 256 --out "$out/processbench.jsonl"
+    --max_new_tokens 260 --slots 256 --out "$out/processbench.jsonl"
   run() {  # name, further flags
     local name=$1
     shift
     [[ -f "$out/$name.gold.jsonl" ]] && return
     python grpo.py --seed "$seed" --policy $world/policy --prm "$out/prm_cot" --problems $world/problems.jsonl --out "$out/$name" \
-      --steps 60 --batch_size 16 --group_size 8 --lr 1.5e-4 --max_new_tokens 120 --prm_max_new_tokens 200 --slots 128 \
+      --steps 60 --batch_size 16 --group_size 8 --lr 1.5e-4 --max_new_tokens 160 --prm_max_new_tokens 260 --slots 128 \
       --sample_every 1000 "$@"
     solve "$out/$name" $world/heldout.jsonl "$out/$name" --num_samples 4
   }
@@ -52,6 +52,6 @@ for seed in ${SEEDS:-0 1 2}; do
   run global_step --reward global_step --min_steps 2
   run majority --reward majority
   run random --reward random
-  python -m data.results.sorting --rescore --seed "$seed"
+  [[ -f $out/rescored.json ]] || python -m data.results.sorting --rescore --seed "$seed"
 done
 python -m data.results.sorting --collect
