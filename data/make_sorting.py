@@ -34,7 +34,10 @@ TRAIN, HELDOUT = 500, 300  # problems; the rest, 9,910, are for making the check
 MISTAKES = {"wrong": 4, "far": 2, "two": 2, "still": 2, "slip": 5, "skip": 2, "early": 3}
 TASKS = {"verify": 0.6, "prm_cot": 0.3, "solve": 0.1}  # of the verifier; the other methods and kinds aren't used here
 STEPS, RATE = {"policy": 220, "verifier": 420}, 0.5  # of training; the rate is relative to that of make_tiny
-HOT, HOT_SAMPLES, HOT_STEPS = 1.6, 7_000, 110  # of the policy: temperature, samples and steps that make it unsure
+HOT, HOT_SAMPLES, HOT_STEPS = 1.7, 7_000, 110  # of the policy: temperature, samples and steps that make it unsure
+SOLUTION = (
+    r"<think>(<step>\d+>\d+</step> ?)+</think><answer>\\boxed{done}</answer>"  # right or wrong, it looks like this
+)
 
 # --------------------------------------------------------------------------- the rule
 
@@ -137,7 +140,7 @@ def make_model(name: str) -> None:
 
     train(model, draw, STEPS[name], tokenizer, SEED, RATE)
     if name == "policy":
-        make_unsure(model, draw, HOT, tokenizer, num_samples=HOT_SAMPLES, steps=HOT_STEPS)
+        make_unsure(model, draw, HOT, tokenizer, num_samples=HOT_SAMPLES, steps=HOT_STEPS, solution=SOLUTION)
     save_model(model, OUT / name, TINY)
 
 

@@ -476,9 +476,11 @@ def make_unsure(
     num_samples: int = HOT_SAMPLES,
     steps: int = HOT_STEPS,
     max_new_tokens: int = 200,
+    solution: str = ".*",
 ) -> None:
     """Let a model imitate its own samples at a high temperature, in place: solutions and verifications that keep the
-    format, right or wrong. The short answers of the other tasks stay as they are."""
+    format, right or wrong; solutions have to match a pattern, too. The short answers of the other tasks stay as they
+    are."""
     rng = random.Random(SEED)
     examples = [draw(rng) for _ in range(num_samples)]
     groups = Sampler(model.requires_grad_(False), 256).sample(
@@ -494,7 +496,7 @@ def make_unsure(
     for (user, target), (sample,) in zip(examples, groups, strict=True):
         text = tokenizer.decode(sample.ids, skip_special_tokens=True)
         if "<think>" in target:
-            fine = format_valid(text, "strict", sample.finish == "stop")
+            fine = format_valid(text, "strict", sample.finish == "stop") and re.fullmatch(solution, text, re.DOTALL)
         elif "## Step " in target:
             judged = verify.parse_verification(text, target.count("## Step "))
             fine = None not in (judged.step_verdicts, judged.verdict)
