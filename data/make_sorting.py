@@ -35,9 +35,8 @@ MISTAKES = {"wrong": 4, "far": 2, "two": 2, "still": 2, "slip": 5, "skip": 2, "e
 TASKS = {"verify": 0.6, "prm_cot": 0.3, "solve": 0.1}  # of the verifier; the other methods and kinds aren't used here
 STEPS, RATE = {"policy": 220, "verifier": 420}, 0.5  # of training; the rate is relative to that of make_tiny
 HOT, HOT_SAMPLES, HOT_STEPS = 1.7, 7_000, 110  # of the policy: temperature, samples and steps that make it unsure
-SOLUTION = (
-    r"<think>(<step>\d+>\d+</step> ?)+</think><answer>\\boxed{done}</answer>"  # right or wrong, it looks like this
-)
+# What it imitates looks like this, right or wrong:
+SOLUTION = r"<think>(<step>\d+>\d+</step> ?)+</think><answer>\\boxed{done}</answer>"
 
 # --------------------------------------------------------------------------- the rule
 

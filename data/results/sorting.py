@@ -28,8 +28,6 @@ NAMES = {  # file of solutions -> how the table calls the policy that wrote them
     "process_aware-none": "process_aware, none",
     "process_aware-paper": "process_aware, paper",
     "process_aware-strict": "process_aware, strict",
-    "step_augmented": "step_augmented, paper",
-    "global_step": "global_step, paper, 2 to 20 steps",
     "majority": "majority",
     "random": "random",
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A domain without an answer to check (data/make_sorting.py), by the same five stages: labels, reward model, GRPO with
-# other rewards and other format constraints, and what the policies do on held-out problems.
+# other format constraints and two other rewards, and what the policies do on held-out problems.
 #
 #   bash data/results/sorting.sh                # runs/sorting/<seed>/..., then data/results/sorting.jsonl and the tables
 #   python -m data.results.sorting              # the tables from data/results/sorting.jsonl
@@ -41,15 +41,13 @@ for seed in ${SEEDS:-0 1 2}; do
     shift
     [[ -f "$out/$name.gold.jsonl" ]] && return
     python grpo.py --seed "$seed" --policy $world/policy --prm "$out/prm_cot" --problems $world/problems.jsonl --out "$out/$name" \
-      --steps 60 --batch_size 16 --group_size 8 --lr 1.5e-4 --max_new_tokens 160 --prm_max_new_tokens 260 --slots 128 \
+      --steps 40 --batch_size 16 --group_size 8 --lr 1.5e-4 --max_new_tokens 160 --prm_max_new_tokens 260 --slots 128 \
       --sample_every 1000 "$@"
     solve "$out/$name" $world/heldout.jsonl "$out/$name" --num_samples 4
   }
   for constraints in none paper strict; do
     run process_aware-$constraints --format_constraints $constraints
   done
-  run step_augmented --reward step_augmented
-  run global_step --reward global_step --min_steps 2
   run majority --reward majority
   run random --reward random
   [[ -f $out/rescored.json ]] || python -m data.results.sorting --rescore --seed "$seed"
