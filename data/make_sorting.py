@@ -1,6 +1,6 @@
 """Another domain for the same five stages, one without an answer that anybody could check: sorting by exchanges.
 
-    python -m data.make_sorting              # problems, heldout, policy, verifier: into runs/sorting
+    python -m data.make_sorting              # problems, heldout, policy, verifier, blind: into runs/sorting
     python -m data.make_sorting problems     # one part of them
     python -m data.make_sorting check --solutions runs/solutions.jsonl --out runs/gold.jsonl
 
@@ -13,7 +13,8 @@ The rule is `sort` below. The checkpoints learn it from examples; stages I to II
 says of solutions, as gold for `evaluate.py labels`, and prints how many are right.
 
 Policy and verifier go on from the tiny verifier, with its tokenizer: prompts and formats are the same. The policy is then
-made unsure as in data/make_tiny.py; the verifier is unsure enough.
+made unsure as in data/make_tiny.py; the verifier is unsure enough. `blind` is a verifier that has never seen a step too
+many: what will a policy make of that?
 """
 
 import argparse
@@ -31,9 +32,9 @@ from kernels.transformer import save_model
 OUT = Path("runs/sorting")
 TEXT = "Sort {row} by exchanging the first neighbours in the wrong order."
 TRAIN, HELDOUT = 500, 300  # problems; the rest, 9,910, are for making the checkpoints
-MISTAKES = {"wrong": 4, "far": 2, "two": 2, "still": 2, "slip": 5, "skip": 2, "early": 3}
+MISTAKES = {"wrong": 4, "far": 2, "two": 2, "still": 2, "slip": 5, "skip": 2, "early": 3, "surplus": 3}
 TASKS = {"verify": 0.6, "prm_cot": 0.3, "solve": 0.1}  # of the verifier; the other methods and kinds aren't used here
-STEPS, RATE = {"policy": 220, "verifier": 420}, 0.5  # of training; the rate is relative to that of make_tiny
+STEPS, RATE = {"policy": 220, "verifier": 420, "blind": 420}, 0.5  # of training; the rate is relative to make_tiny's
 HOT, HOT_SAMPLES, HOT_STEPS = 1.7, 7_000, 110  # of the policy: temperature, samples and steps that make it unsure
 # What it imitates looks like this, right or wrong:
 SOLUTION = r"<think>(<step>\d+>\d+</step> ?)+</think><answer>\\boxed{done}</answer>"
@@ -80,15 +81,18 @@ def make_sets() -> tuple[list[str], list[str], list[str]]:
     return rows[HELDOUT + TRAIN :], rows[HELDOUT : HELDOUT + TRAIN], rows[:HELDOUT]
 
 
-def corrupt(row: str, rng: random.Random) -> list[str]:
-    """A solution with a mistake somewhere; it goes on from the mistake."""
+def corrupt(row: str, rng: random.Random, mistakes: dict[str, int] = MISTAKES) -> list[str]:
+    """A solution with a mistake of one of these kinds somewhere; it goes on from the mistake."""
     right = sort(row)
-    kind = rng.choices(list(MISTAKES), list(MISTAKES.values()))[0]
+    kind = rng.choices(list(mistakes), list(mistakes.values()))[0]
     where = rng.randrange(len(right) - (kind in ("skip", "two")))  # these need a step behind
     if kind == "early":
         return right[: max(1, where)]
     if kind == "skip":
         return right[:where] + right[where + 1 :]
+    if kind == "surplus":
+        end = right[-1].partition(">")[2]
+        return [*right, f"{end}>{rng.choice([end, exchange(end, rng.randrange(len(row) - 1))])}"]
     before, after = right[where].split(">")
     if kind == "wrong":
         after = exchange(before, rng.choice([i for i in range(len(row) - 1) if i != falls(before)[0]]))
@@ -106,12 +110,12 @@ def corrupt(row: str, rng: random.Random) -> list[str]:
     return [*right[:where], step, *sort(step.partition(">")[2])]
 
 
-def make_example(task: str, row: str, rng: random.Random) -> tuple[str, str]:
+def make_example(task: str, row: str, rng: random.Random, mistakes: dict[str, int] = MISTAKES) -> tuple[str, str]:
     """(user turn, target) of one training sequence."""
     problem = Problem(TEXT.format(row=row), (), "done")
     if task == "solve":
         return SOLVE_PROMPT.format(problem=problem.text), render_response(sort(row), problem.answer)
-    steps = sort(row) if rng.random() < 0.4 else corrupt(row, rng)
+    steps = sort(row) if rng.random() < 0.4 else corrupt(row, rng, mistakes)
     shown = problem.answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
     return make_judgement(task, problem, steps, shown, *judge(row, steps), rng)
 
@@ -128,14 +132,15 @@ def write_problems() -> None:
 
 
 def make_model(name: str) -> None:
-    """The policy or the verifier."""
+    """The policy, the verifier, or one that has never seen a surplus step."""
     model, tokenizer, _ = open_model(str(TINY / "verifier"), torch.device("cpu"), torch.float32)
     pool, _, _ = make_sets()
     tasks = {"solve": 1.0} if name == "policy" else TASKS
     names, shares = list(tasks), list(tasks.values())
+    mistakes = {kind: share for kind, share in MISTAKES.items() if not (name == "blind" and kind == "surplus")}
 
     def draw(rng: random.Random) -> tuple[str, str]:
-        return make_example(rng.choices(names, shares)[0], rng.choice(pool), rng)
+        return make_example(rng.choices(names, shares)[0], rng.choice(pool), rng, mistakes)
 
     train(model, draw, STEPS[name], tokenizer, SEED, RATE)
     if name == "policy":

@@ -25,20 +25,23 @@ RUNS = Path("runs/sorting")
 CONSTRAINTS = ("none", "paper", "strict")
 NAMES = {  # file of solutions -> how the table calls the policy that wrote them
     "start": "start",
-    "process_aware-none": "process_aware, none",
-    "process_aware-paper": "process_aware, paper",
-    "process_aware-strict": "process_aware, strict",
+    "verifier-none": "process_aware, none",
+    "verifier-paper": "process_aware, paper",
+    "verifier-strict": "process_aware, strict",
+    "blind-none": "process_aware, none, blind judge",
+    "blind-paper": "process_aware, paper, blind judge",
     "majority": "majority",
     "random": "random",
 }
+JUDGES = ("verifier", "blind")
 METHODS = ("single", "outcome_consistency", "step_consistency")
 
 
 def rescore(seed: int) -> dict[str, dict[str, float]]:
-    """policy -> what its solutions of held-out problems are: right, accepted by the seed's PRM-CoT under each set of
-    constraints, and shorter or longer than the right one; fractions."""
+    """policy -> what its solutions of held-out problems are: right, accepted by each of the seed's two PRM-CoTs under each
+    set of constraints, and shorter or longer than the right one; fractions."""
     out = RUNS / str(seed)
-    prm, tokenizer, stops = open_sampler(str(out / "prm_cot"), torch.device("cpu"), 256)
+    judges = {name: open_sampler(str(out / name / "prm_cot"), torch.device("cpu"), 256) for name in JUDGES}
     result = {}
     for name in NAMES:
         solutions = read_records(out / f"{name}.jsonl", ["id", "problem", "text", "finish"])
@@ -49,12 +52,15 @@ def rescore(seed: int) -> dict[str, dict[str, float]]:
             {"problem": s["problem"], "steps": steps, "answer": answer}
             for s, (steps, answer) in zip(solutions, shown, strict=True)
         ]
-        scored = score_solutions(prm, tokenizer, stops, "prm_cot", asked, max_new_tokens=260)
-        verdicts = np.array([s.verdict is True for s in scored])
-        numbers = {"right": right.mean(), "false_yes": (verdicts & ~right).sum() / max((~right).sum(), 1)}
-        for constraints in CONSTRAINTS:
-            valid = [format_valid(s["text"], constraints, s["finish"] == "stop") for s in solutions]
-            numbers[constraints] = (verdicts & np.array(valid)).mean()
+        numbers = {"right": right.mean()}
+        valid = {
+            c: np.array([format_valid(s["text"], c, s["finish"] == "stop") for s in solutions]) for c in CONSTRAINTS
+        }
+        for judge_name, (prm, tokenizer, stops) in judges.items():
+            scored = score_solutions(prm, tokenizer, stops, "prm_cot", asked, max_new_tokens=260)
+            verdicts = np.array([s.verdict is True for s in scored])
+            numbers[f"{judge_name}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
+            numbers |= {f"{judge_name}/{c}": (verdicts & valid[c]).mean() for c in CONSTRAINTS}
         rows = [s["problem"].split()[1] for s in solutions]
         needed = np.array([len(sort(row)) for row in rows])
         made = np.array([len(steps) for steps, _ in shown])
@@ -72,24 +78,27 @@ def rescore(seed: int) -> dict[str, dict[str, float]]:
 def collect(seed: str) -> dict:
     """One seed's record."""
     out = RUNS / seed
-    rows = json.loads((out / "labels.json").read_text())["rows"]
-    labels = {r["method"]: round(r["exact"], 4) for r in rows if r["on"] == "all" and r["N"] == 16}
-    processbench = {r["metric"]: r["value"] for r in read_records(out / "processbench.jsonl", [])}
+    judged = {}
+    for name in JUDGES:
+        rows = json.loads((out / name / "labels.json").read_text())["rows"]
+        judged[name] = {r["method"]: round(r["exact"], 4) for r in rows if r["on"] == "all" and r["N"] == 16}
+        judged[name] |= {r["metric"]: r["value"] for r in read_records(out / name / "processbench.jsonl", [])}
     curves = {}
     for name in list(NAMES)[1:]:
         reward = read_metrics(str(out / name))["reward/mean"]
         curves[name] = {str(step): round(value, 4) for step, value in reward.items()}
     rescored = json.loads((out / "rescored.json").read_text())
-    return {"seed": int(seed), "labels": labels, "processbench": processbench, "reward": curves, "policies": rescored}
+    return {"seed": int(seed), "judges": judged, "reward": curves, "policies": rescored}
 
 
 def print_tables(records: list[dict]) -> None:
     """Labels and reward model, then a row for each policy."""
     print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
-    print("| one of 16 | voted by outcome | voted by step | PRM-CoT, F1 |\n|---|---|---|---|")
-    cells = [over_seeds([r["labels"][method] for r in records]) for method in METHODS]
-    cells.append(over_seeds([r["processbench"]["f1"] for r in records]))
-    print(f"| {' | '.join(cells)} |\n")
+    print("| verifier | one of 16 | voted by outcome | voted by step | PRM-CoT, F1 |\n|---|---|---|---|---|")
+    for name in JUDGES:
+        cells = [over_seeds([r["judges"][name][key] for r in records]) for key in (*METHODS, "f1")]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print()
     print(
         "| policy | reward in training | right | accepted: none / paper / strict | wrong, but accepted | one step |",
         end="",
@@ -99,8 +108,9 @@ def print_tables(records: list[dict]) -> None:
         found = [r["policies"][name] for r in records]
         last = [np.mean(list(r["reward"][name].values())[-10:]) for r in records if name in r["reward"]]
         cells = [f"{100 * np.mean(last):.0f}" if last else "-", over_seeds([x["right"] for x in found])]
-        cells.append(" / ".join(f"{100 * np.mean([x[constraints] for x in found]):.0f}" for constraints in CONSTRAINTS))
-        cells.append(over_seeds([x["false_yes"] for x in found]))
+        own = "blind" if name.startswith("blind") else "verifier"
+        cells.append(" / ".join(f"{100 * np.mean([x[f'{own}/{c}'] for x in found]):.0f}" for c in CONSTRAINTS))
+        cells.append(over_seeds([x[f"{own}/false_yes"] for x in found]))
         keys = ("one", "stopped", "left_out", "inflated", "appended")
         cells += [f"{100 * np.mean([x[key] for x in found]):.0f}" for key in keys]
         print(f"| {title} | {' | '.join(cells)} |")
