@@ -26,10 +26,8 @@ CONSTRAINTS = ("none", "paper", "strict")
 NAMES = {  # file of solutions -> how the table calls the policy that wrote them
     "start": "start",
     "verifier-none": "process_aware, none",
-    "verifier-paper": "process_aware, paper",
     "verifier-strict": "process_aware, strict",
     "blind-none": "process_aware, none, blind judge",
-    "blind-paper": "process_aware, paper, blind judge",
     "majority": "majority",
     "random": "random",
 }

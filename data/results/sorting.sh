@@ -52,12 +52,9 @@ for seed in ${SEEDS:-0 1 2}; do
   solve $world/policy $world/heldout.jsonl "$out/start" --num_samples 4
   judge verifier
   judge blind
-  for constraints in none paper strict; do
-    run verifier-$constraints verifier --format_constraints $constraints
-  done
-  for constraints in none paper; do
-    run blind-$constraints blind --format_constraints $constraints
-  done
+  run verifier-none verifier --format_constraints none
+  run verifier-strict verifier --format_constraints strict
+  run blind-none blind --format_constraints none
   run majority verifier --reward majority
   run random verifier --reward random
   [[ -f $out/rescored.json ]] || python -m data.results.sorting --rescore --seed "$seed"
