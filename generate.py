@@ -631,8 +631,8 @@ class Sampler:
                 cache.arrange([places[row.prompt] for row in rows])
 
     def _decode(self, cache: SlotCache, rows: list[Row], uniform: list[list[float]], stop_ids: list[int]) -> list:
-        """What `SlotCache.decode` draws; again without a CUDA graph if a row's nucleus was larger than a graph's window,
-        unless that was after its end."""
+        """What `SlotCache.decode` draws; again without a CUDA graph if a row's nucleus was larger than a graph's
+        window, unless that was after its end."""
         tokens, lengths = [row.sample.ids[-1] for row in rows], [row.length for row in rows]
         drawn = cache.decode(tokens, lengths, uniform)
         self.graphs = cache.graphs is not None  # where capturing one has failed, it isn't tried again

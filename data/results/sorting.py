@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data.make_sorting import judge, sort
-from evaluate import over_seeds, read_metrics
+from evaluate import read_metrics
 from generate import open_sampler, read_records, write_json, write_text
 from grpo import format_valid, shown_solution
 from verify import score_solutions
@@ -89,12 +89,17 @@ def collect(seed: str) -> dict:
     return {"seed": int(seed), "judges": judged, "reward": curves, "policies": rescored}
 
 
+def show(values: list[float]) -> str:
+    """The value of each seed, in percent: they are too few for an interval."""
+    return ", ".join(f"{100 * value:.1f}" for value in values)
+
+
 def print_tables(records: list[dict]) -> None:
     """Labels and reward model, then a row for each policy."""
-    print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
+    print(f"{len(records)} seeds, one behind the other, or their mean, in percent")
     print("| verifier | one of 16 | voted by outcome | voted by step | PRM-CoT, F1 |\n|---|---|---|---|---|")
     for name in JUDGES:
-        cells = [over_seeds([r["judges"][name][key] for r in records]) for key in (*METHODS, "f1")]
+        cells = [show([r["judges"][name][key] for r in records]) for key in (*METHODS, "f1")]
         print(f"| {name} | {' | '.join(cells)} |")
     print()
     print(
@@ -105,10 +110,10 @@ def print_tables(records: list[dict]) -> None:
     for name, title in NAMES.items():
         found = [r["policies"][name] for r in records]
         last = [np.mean(list(r["reward"][name].values())[-10:]) for r in records if name in r["reward"]]
-        cells = [f"{100 * np.mean(last):.0f}" if last else "-", over_seeds([x["right"] for x in found])]
+        cells = [f"{100 * np.mean(last):.0f}" if last else "-", show([x["right"] for x in found])]
         own = "blind" if name.startswith("blind") else "verifier"
         cells.append(" / ".join(f"{100 * np.mean([x[f'{own}/{c}'] for x in found]):.0f}" for c in CONSTRAINTS))
-        cells.append(over_seeds([x[f"{own}/false_yes"] for x in found]))
+        cells.append(show([x[f"{own}/false_yes"] for x in found]))
         keys = ("one", "stopped", "left_out", "inflated", "appended")
         cells += [f"{100 * np.mean([x[key] for x in found]):.0f}" for key in keys]
         print(f"| {title} | {' | '.join(cells)} |")
