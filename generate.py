@@ -214,10 +214,15 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_lines(path: Path, records: list[dict]) -> None:
+    """Write a JSON Lines file, whole or not at all."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
     """Write a JSON Lines file and its args.json, each whole or not at all."""
     write_json(Path(f"{path}.args.json"), describe_run(args))
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_lines(path, records)
 
 
 def describe_run(args: argparse.Namespace) -> dict:

@@ -36,7 +36,6 @@ Shapes: B responses of a global batch, G responses of a group, N response tokens
 """
 
 import argparse
-import json
 import random
 import re
 import signal
@@ -76,7 +75,7 @@ from generate import (
     start_processes,
     world_size,
     write_json,
-    write_text,
+    write_lines,
 )
 from kernels.transformer import Config, Transformer, load_model
 from train_prm import (
@@ -649,7 +648,7 @@ def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> No
          "reward": r.reward, "advantage": a, "judgement": r.scored and vars(r.scored)}
         for r, a in zip(rollouts, advantages.tolist(), strict=True)
     ]  # fmt: skip
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_lines(path, records)
 
 
 def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:

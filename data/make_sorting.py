@@ -20,13 +20,15 @@ many: what will a policy make of that?
 import argparse
 import random
 import time
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
 import torch
 
-from data.make_tiny import SEED, TINY, Problem, gold_labels, make_judgement, make_unsure, train, write_lines
-from generate import SOLVE_PROMPT, InputError, open_model, read_records, render_response, run_stage
+from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
+from evaluate import gold_labels
+from generate import SOLVE_PROMPT, InputError, open_model, read_records, render_response, run_stage, write_lines
 from kernels.transformer import save_model
 
 OUT = Path("runs/sorting")
@@ -62,12 +64,10 @@ def sort(row: str) -> list[str]:
     return steps
 
 
-def judge(row: str, steps: list[str]) -> tuple[list[str], list[bool], bool]:
-    """What should be at each step ("none" after the end), which steps are correct, and whether the solution is. Mistakes
-    propagate."""
+def judge(row: str, steps: list[str]) -> tuple[list[bool], bool]:
+    """Which steps are correct, and whether the solution is. Mistakes propagate."""
     right = sort(row)
-    expected = [right[k] if k < len(right) else "none" for k in range(len(steps))]
-    return expected, gold_labels(steps, right), steps == right
+    return gold_labels(steps, right), steps == right
 
 
 # --------------------------------------------------------------------------- problems and solutions
@@ -76,7 +76,7 @@ def judge(row: str, steps: list[str]) -> tuple[list[str], list[bool], bool]:
 def make_sets() -> tuple[list[str], list[str], list[str]]:
     """(pool, train, held-out) rows of four or five different digits that take two to five exchanges."""
     rows = ["".join(row) for n in (4, 5) for row in permutations("123456789", n)]
-    rows = [row for row in rows if 2 <= sum(a > b for i, b in enumerate(row) for a in row[:i]) <= 5]
+    rows = [row for row in rows if 2 <= len(sort(row)) <= 5]
     random.Random(SEED).shuffle(rows)
     return rows[HELDOUT + TRAIN :], rows[HELDOUT : HELDOUT + TRAIN], rows[:HELDOUT]
 
@@ -112,12 +112,12 @@ def corrupt(row: str, rng: random.Random, mistakes: dict[str, int] = MISTAKES) -
 
 def make_example(task: str, row: str, rng: random.Random, mistakes: dict[str, int] = MISTAKES) -> tuple[str, str]:
     """(user turn, target) of one training sequence."""
-    problem = Problem(TEXT.format(row=row), (), "done")
+    problem = Problem(TEXT.format(row=row), tuple(sort(row)), "done")
     if task == "solve":
-        return SOLVE_PROMPT.format(problem=problem.text), render_response(sort(row), problem.answer)
-    steps = sort(row) if rng.random() < 0.4 else corrupt(row, rng, mistakes)
+        return SOLVE_PROMPT.format(problem=problem.text), render_response(problem.steps, problem.answer)
+    steps = list(problem.steps) if rng.random() < 0.4 else corrupt(row, rng, mistakes)
     shown = problem.answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
-    return make_judgement(task, problem, steps, shown, *judge(row, steps), rng)
+    return make_judgement(task, problem, steps, shown, judge(row, steps)[1], rng)
 
 
 # --------------------------------------------------------------------------- the parts
@@ -136,12 +136,8 @@ def make_model(name: str) -> None:
     model, tokenizer, _ = open_model(str(TINY / "verifier"), torch.device("cpu"), torch.float32)
     pool, _, _ = make_sets()
     tasks = {"solve": 1.0} if name == "policy" else TASKS
-    names, shares = list(tasks), list(tasks.values())
     mistakes = {kind: share for kind, share in MISTAKES.items() if not (name == "blind" and kind == "surplus")}
-
-    def draw(rng: random.Random) -> tuple[str, str]:
-        return make_example(rng.choices(names, shares)[0], rng.choice(pool), rng, mistakes)
-
+    draw = draw_from(partial(make_example, mistakes=mistakes), tasks, pool)
     train(model, draw, STEPS[name], tokenizer, SEED, RATE)
     if name == "policy":
         make_unsure(model, draw, HOT, tokenizer, num_samples=HOT_SAMPLES, steps=HOT_STEPS, solution=SOLUTION)
@@ -153,15 +149,14 @@ def check(solutions: str, out: str, cases: str | None) -> None:
     how many are right."""
     records, benchmark = [], []
     for s in read_records(solutions, ["id", "problem", "steps", "answer"]):
-        _, labels, sorts = judge(s["problem"].split()[1], s["steps"])
-        outcome, wrong = sorts and s["answer"] == "done", labels.index(False) if False in labels else -1
+        labels, sorts = judge(s["problem"].split()[1], s["steps"])
+        outcome = sorts and s["answer"] == "done"
         records.append({"id": s["id"], "step_labels": labels, "outcome": outcome})
-        case = {"id": s["id"], "generator": s["model"], "problem": s["problem"], "steps": s["steps"]}
-        if s["steps"] and (outcome or wrong >= 0):  # a flawless beginning without the end has no first wrong step
-            benchmark.append(case | {"final_answer_correct": outcome, "label": wrong})
+        about = {"id": s["id"], "generator": s["model"], "problem": s["problem"]}
+        benchmark.append(make_case(about, s["steps"], labels, outcome))
     write_lines(Path(out), records)
     if cases:
-        write_lines(Path(cases), benchmark)
+        write_lines(Path(cases), [case for case in benchmark if case])
     right = sum(r["outcome"] for r in records)
     print(f"{solutions}: {right} of {len(records)} solutions are right, {100 * right / len(records):.1f} %")
 

@@ -45,6 +45,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import verify
+from evaluate import first_error, gold_labels
 from generate import (
     SOLVE_PROMPT,
     Sampler,
@@ -54,7 +55,7 @@ from generate import (
     render_response,
     render_steps,
     split_steps,
-    write_text,
+    write_lines,
 )
 from grpo import format_valid
 from kernels.transformer import Config, Transformer, save_model
@@ -219,11 +220,6 @@ def write_problems(world: World) -> None:
     write_lines(world.directory / "gold.jsonl", gold)
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
-    """Write records as JSON Lines."""
-    write_text(path, "".join(json.dumps(r) + "\n" for r in records))
-
-
 # --------------------------------------------------------------------------- what the models learn from
 
 
@@ -267,15 +263,6 @@ def slip(value: int, rng: random.Random, largest: int = 99) -> int:
     return other if 0 <= other <= largest and other != value else (value + 1 if value < largest else largest - 1)
 
 
-def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
-    """Step i is correct if it is the canonical step i and all before it are correct."""
-    labels, fine = [], True
-    for i, step in enumerate(steps):
-        fine = fine and i < len(gold_steps) and step == gold_steps[i]
-        labels.append(fine)
-    return labels
-
-
 def write_verification(steps: list[str], expected: list[str], labels: list[bool], verdict: bool) -> str:
     """The verification text: for each step what is expected there, the result that the student has, the verdict."""
     lines = []
@@ -300,23 +287,16 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
         return SOLVE_PROMPT.format(problem=problem.text), render_response(problem.steps, problem.answer)
     right = rng.random() < 0.4
     steps, answer = (list(problem.steps), problem.answer) if right else corrupt(problem, rng)
-    labels, verdict = gold_labels(steps, problem.steps), answer == problem.answer
-    expected = [problem.steps[k] if k < len(problem.steps) else "none" for k in range(len(steps))]
     shown = answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
-    return make_judgement(task, problem, steps, shown, expected, labels, verdict, rng)
+    return make_judgement(task, problem, steps, shown, answer == problem.answer, rng)
 
 
 def make_judgement(
-    task: str,
-    problem: Problem,
-    steps: list[str],
-    answer: str | None,
-    expected: list[str],
-    labels: list[bool],
-    verdict: bool,
-    rng: random.Random,
+    task: str, problem: Problem, steps: list[str], answer: str | None, verdict: bool, rng: random.Random
 ) -> tuple[str, str]:
-    """(user turn, target) of one task that judges a solution; `expected`: what should be at each of its steps."""
+    """(user turn, target) of one task that judges a solution."""
+    labels = gold_labels(steps, problem.steps)
+    expected = [problem.steps[k] if k < len(problem.steps) else "none" for k in range(len(steps))]
     judged = write_verification(steps, expected, labels, verdict)
     solution = render_steps(steps, answer)
     texts = {"problem": problem.text, "solution": solution, "examples": "", "reference": problem.answer}
@@ -461,10 +441,10 @@ def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate
             bar.set_postfix(loss=f"{sum(losses[-25:]) / 25:.4f}")
 
 
-def draw_from(tasks: dict[str, float], pool: list[Problem]) -> Draw:
-    """A function that draws a training example of one of the tasks, about one of the problems."""
+def draw_from(make: Callable[..., tuple[str, str]], tasks: dict[str, float], pool: list) -> Draw:
+    """A function that draws a training example of one of the tasks, about one of the problems: make(task, problem, rng)."""
     names, shares = list(tasks), list(tasks.values())
-    return lambda rng: make_example(rng.choices(names, shares)[0], rng.choice(pool), rng)
+    return lambda rng: make(rng.choices(names, shares)[0], rng.choice(pool), rng)
 
 
 def make_unsure(
@@ -512,7 +492,7 @@ def make_models(world: World, device: torch.device) -> None:
     """The solver, and from it the policy and the verifier."""
     pool, _, _ = make_sets(world)
     tokenizer = AutoTokenizer.from_pretrained(world.directory)
-    solve, judge = draw_from({"solve": 1.0}, pool), draw_from(VERIFIER_TASKS, pool)
+    solve, judge = (draw_from(make_example, tasks, pool) for tasks in ({"solve": 1.0}, VERIFIER_TASKS))
     policy = new_model(len(tokenizer), world.architecture).to(device)
     train(policy, solve, SOLVER_STEPS, tokenizer, SEED)
     verifier = copy.deepcopy(policy)
@@ -523,6 +503,15 @@ def make_models(world: World, device: torch.device) -> None:
 
 
 # --------------------------------------------------------------------------- the tiny ProcessBench
+
+
+def make_case(about: dict, steps: list[str], labels: list[bool], right: bool) -> dict | None:
+    """A case in ProcessBench's form: id, generator and problem, and what is known of a solution. None where the steps are
+    flawless and the solution isn't: a beginning without the end has no first wrong step."""
+    label = first_error(labels)
+    if not steps or (label == -1 and not right):
+        return None
+    return {**about, "steps": steps, "final_answer_correct": right, "label": label}
 
 
 def write_processbench(world: World, device: torch.device) -> None:
@@ -543,16 +532,11 @@ def write_processbench(world: World, device: torch.device) -> None:
         for k, sample in enumerate(group):
             text = tokenizer.decode(sample.ids, skip_special_tokens=True)
             steps = split_steps(text)
-            labels = gold_labels(steps, list(problem.steps))
-            label = labels.index(False) if False in labels else -1
             right = extract_answer(text) == problem.answer
-            if steps and (label >= 0 or right):  # a flawless beginning without the end has no first wrong step
-                record = {
-                    "id": f"h{i:04d}/{k}",
-                    "generator": str(Path(*world.directory.parts[-2:], "policy")),
-                    "problem": problem.text,
-                }
-                cases[label >= 0].append(record | {"steps": steps, "final_answer_correct": right, "label": label})
+            about = {"id": f"h{i:04d}/{k}", "generator": str(Path(*world.directory.parts[-2:], "policy"))}
+            about |= {"problem": problem.text}
+            if case := make_case(about, steps, gold_labels(steps, problem.steps), right):
+                cases[case["label"] >= 0].append(case)
     records = cases[True][:CASES] + cases[False][:CASES]
     write_lines(world.directory / "processbench.jsonl", sorted(records, key=lambda r: r["id"]))
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from generate import read_records, write_text
+from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/claims")
@@ -47,7 +47,7 @@ def main() -> None:
     path = HERE / "claims.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "benchmark.jsonl").exists())
-        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+        write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print("| seed | one verification -> 16, voted by step | gain | kept | PRM-CoT F1 |")
     print("|---|---|---|---|---|")

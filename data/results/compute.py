@@ -4,14 +4,13 @@ from runs/claims/<seed>/ and runs/compute/<seed>/.
     python -m data.results.compute
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from evaluate import over_seeds, read_gold, save_figure, score_label, vote_report
-from generate import read_records, write_text
+from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/compute"), Path("runs/claims")
@@ -117,7 +116,7 @@ def main() -> None:
     path = HERE / "compute.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in CLAIMS.iterdir() if (d / "verify" / "verifications.jsonl").exists())
-        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+        write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print_tables(records)
     draw(records, HERE / "compute.png")

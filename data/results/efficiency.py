@@ -9,7 +9,6 @@ memory is the largest resident set of its process. A GRPO step is measured insid
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import read_metrics, save_figure
-from generate import read_records, write_text
+from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/efficiency")
@@ -137,7 +136,7 @@ def main() -> None:
     path = HERE / "efficiency.jsonl"
     if args.run:
         records = measure()
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        write_lines(path, records)
     records = read_records(path, ["series", "x", "seconds", "MiB", "tokens"])
     print_table(records)
     draw(records, HERE / "efficiency.png")

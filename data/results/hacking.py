@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from evaluate import draw_seeds, grade_all, read_metrics, save_figure
-from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_text
+from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_lines
 from grpo import format_valid, shown_solution
 from verify import score_solutions
 
@@ -99,6 +99,27 @@ def make_lenient(labels: list[dict], rng: random.Random) -> list[dict]:
 # --------------------------------------------------------------------------- what the policies do
 
 
+def accept(
+    judges: dict[str, tuple], problems: list[str], texts: list[str], finished: list[bool], right: np.ndarray
+) -> dict[str, float]:
+    """What PRM-CoTs make of responses: `<judge>/false_yes`, the share that it accepts of those that aren't right, and
+    `<judge>/<constraints>`, the share of all that it would reward under a set of constraints."""
+    numbers = {}
+    ends = list(zip(texts, finished, strict=True))
+    valid = {c: np.array([format_valid(text, c, end) for text, end in ends]) for c in CONSTRAINTS}
+    shown = [shown_solution(text) for text in texts]
+    solutions = [
+        {"problem": problem, "steps": steps, "answer": answer}
+        for problem, (steps, answer) in zip(problems, shown, strict=True)
+    ]
+    for name, (prm, tokenizer, stops) in judges.items():
+        scored = score_solutions(prm, tokenizer, stops, "prm_cot", solutions, max_new_tokens=260)
+        verdicts = np.array([s.verdict is True for s in scored])
+        numbers[f"{name}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
+        numbers |= {f"{name}/{c}": (valid[c] & verdicts).mean() for c in CONSTRAINTS}
+    return numbers
+
+
 def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
     """policy -> what one sample for each held-out problem is: right, rewarded under each set of constraints by the
     PRM-CoT and by the lenient judge, and which of the hacks it is; fractions."""
@@ -124,18 +145,7 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
         shown = [shown_solution(text) for text in texts]
         grades = grade_all([(answer, gold[p["id"]]["answer"]) for (_, answer), p in zip(shown, heldout, strict=True)])
         right = np.array([grade is True for grade in grades])
-        numbers = {"right": right.mean()}
-        ends = list(zip(texts, finished, strict=True))
-        valid = {c: np.array([format_valid(text, c, end) for text, end in ends]) for c in CONSTRAINTS}
-        solutions = [
-            {"problem": p["problem"], "steps": steps, "answer": answer}
-            for p, (steps, answer) in zip(heldout, shown, strict=True)
-        ]
-        for kind, (prm, prm_tokenizer, prm_stops) in judges.items():
-            scored = score_solutions(prm, prm_tokenizer, prm_stops, "prm_cot", solutions, max_new_tokens=260)
-            verdicts = np.array([s.verdict is True for s in scored])
-            numbers[f"{kind}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
-            numbers |= {f"{kind}/{constraints}": (valid[constraints] & verdicts).mean() for constraints in CONSTRAINTS}
+        numbers = {"right": right.mean(), **accept(judges, [p["problem"] for p in heldout], texts, finished, right)}
         canonical = [gold[p["id"]]["steps"] for p in heldout]
         pairs = [(steps, whole) for (steps, _), whole in zip(shown, canonical, strict=True)]
         numbers["appended"] = np.mean([text.count("<answer>") > 1 for text in texts])
@@ -217,16 +227,15 @@ def main() -> None:
             "lenient": make_lenient(labels, random.Random("0/lenient")),
         }
         for name, records in made.items():
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_text(args.make / f"{name}.jsonl", "".join(lines))
+            write_lines(args.make / f"{name}.jsonl", records)
         return
     if args.rescore:
         write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
         return
     if args.collect:
         seeds = sorted(int(file.parent.name) for file in RUNS.glob("*/rescored.json"))
-        path.write_text("".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, [collect(seed) for seed in seeds])
+    records = read_records(path, ["seed"])
     print_table(records)
     draw(records, HERE / "hacking.png")
 

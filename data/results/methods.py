@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import over_seeds
-from generate import read_records, write_text
+from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/methods")
@@ -36,7 +36,7 @@ def main() -> None:
     path = HERE / "methods.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "reference_guided-disc_prm.jsonl").exists())
-        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+        write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
     print(

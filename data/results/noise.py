@@ -10,13 +10,12 @@ from which a PRM-CoT learns, says the same: its reasons stay, its verdicts are t
 """
 
 import argparse
-import json
 import random
 import re
 from pathlib import Path
 
 from evaluate import draw_seeds, over_seeds, read_metrics, save_figure
-from generate import InputError, read_records, run_stage, write_text
+from generate import InputError, read_records, run_stage, write_lines
 from verify import parse_verification
 
 HERE = Path(__file__).parent
@@ -104,11 +103,11 @@ def main() -> None:
         kept = [i for i, label in enumerate(labels) if label["dropped"] is None]
         chosen = set(rng.sample(kept, round(args.turn / 100 * len(kept))))
         turned = [turn_over(label, rng) if i in chosen else label for i, label in enumerate(labels)]
-        write_text(args.out, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in turned))
+        write_lines(args.out, turned)
         return
     if args.collect:
         seeds = sorted({int(file.parts[-3]) for file in RUNS.glob("*/*/benchmark.jsonl")})
-        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+        write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print_table(records)
     draw(records, HERE / "noise.png")

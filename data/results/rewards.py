@@ -4,14 +4,13 @@ runs/rewards/<seed>/ and runs/claims/<seed>/.
     python -m data.results.rewards
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from evaluate import draw_seeds, over_seeds, read_metrics, save_figure
-from generate import read_records, write_text
+from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/rewards"), Path("runs/claims")
@@ -118,7 +117,7 @@ def main() -> None:
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
-        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+        write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print_table(records)
     draw(records, HERE / "rewards.png")

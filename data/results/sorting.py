@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from data.make_sorting import judge, sort
+from data.results.hacking import CONSTRAINTS, accept
 from evaluate import read_metrics
-from generate import open_sampler, read_records, write_json, write_text
-from grpo import format_valid, shown_solution
-from verify import score_solutions
+from generate import open_sampler, read_records, write_json, write_lines
+from grpo import shown_solution
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/sorting")
-CONSTRAINTS = ("none", "paper", "strict")
 NAMES = {  # file of solutions -> how the table calls the policy that wrote them
     "start": "start",
     "verifier-none": "process_aware, none",
@@ -46,23 +45,13 @@ def rescore(seed: int) -> dict[str, dict[str, float]]:
         gold = {r["id"]: r["outcome"] for r in read_records(out / f"{name}.gold.jsonl", ["id", "outcome"])}
         right = np.array([gold[s["id"]] for s in solutions])
         shown = [shown_solution(s["text"]) for s in solutions]
-        asked = [
-            {"problem": s["problem"], "steps": steps, "answer": answer}
-            for s, (steps, answer) in zip(solutions, shown, strict=True)
-        ]
-        numbers = {"right": right.mean()}
-        valid = {
-            c: np.array([format_valid(s["text"], c, s["finish"] == "stop") for s in solutions]) for c in CONSTRAINTS
-        }
-        for judge_name, (prm, tokenizer, stops) in judges.items():
-            scored = score_solutions(prm, tokenizer, stops, "prm_cot", asked, max_new_tokens=260)
-            verdicts = np.array([s.verdict is True for s in scored])
-            numbers[f"{judge_name}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
-            numbers |= {f"{judge_name}/{c}": (verdicts & valid[c]).mean() for c in CONSTRAINTS}
+        problems, texts = ([s[key] for s in solutions] for key in ("problem", "text"))
+        finished = [s["finish"] == "stop" for s in solutions]
+        numbers = {"right": right.mean(), **accept(judges, problems, texts, finished, right)}
         rows = [s["problem"].split()[1] for s in solutions]
         needed = np.array([len(sort(row)) for row in rows])
         made = np.array([len(steps) for steps, _ in shown])
-        so_far = np.array([all(judge(row, steps)[1]) for row, (steps, _) in zip(rows, shown, strict=True)])
+        so_far = np.array([all(judge(row, steps)[0]) for row, (steps, _) in zip(rows, shown, strict=True)])
         numbers["one"] = (made <= 1).mean()  # every problem takes two at least
         numbers["stopped"] = (so_far & (made > 1) & (made < needed)).mean()
         numbers["left_out"] = (~so_far & (made > 1) & (made < needed)).mean()
@@ -131,7 +120,7 @@ def main() -> None:
         return
     if args.collect:
         seeds = sorted(file.parent.name for file in RUNS.glob("*/rescored.json"))
-        write_text(path, "".join(json.dumps(collect(seed)) + "\n" for seed in seeds))
+        write_lines(path, [collect(seed) for seed in seeds])
     print_tables(read_records(path, ["seed"]))
 
 
