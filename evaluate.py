@@ -636,7 +636,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
 # --------------------------------------------------------------------------- the labels of Stage I
 
 LABEL_METRICS = ("step", "exact", "first_error", "outcome")  # each step, all of them, the first wrong one, the outcome
-PREFIXES = (1, 2, 4, 8, 16)
+PREFIXES = (1, 2, 4, 8, 16, 32)
 Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a solution, each None where not known
 
 

@@ -1,5 +1,5 @@
 """The README's tables and figure of what labels cost, from data/results/compute.jsonl; with --collect, first that file
-from runs/claims/<seed>/ and runs/compute/<seed>/.
+from the runs of claims.sh, methods.sh and compute.sh.
 
     python -m data.results.compute
 """
@@ -13,30 +13,33 @@ from evaluate import over_seeds, read_gold, save_figure, score_label, vote_repor
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
-RUNS, CLAIMS = Path("runs/compute"), Path("runs/claims")
+RUNS, CLAIMS, SINGLE = Path("runs/compute"), Path("runs/claims"), Path("runs/methods")
 METHODS = ("single", "outcome_consistency", "step_consistency")
 STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
 
 
 def collect(seed: str) -> dict:
-    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; and voting by number of
-    steps."""
-    claims = CLAIMS / seed
-    solutions, verifications = (
-        read_records(claims / name, ["id"]) for name in ("solutions.jsonl", "verify/verifications.jsonl")
-    )
+    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; voting by number of steps; F1
+    of the PRM-CoTs that learnt from N votes by step."""
+    claims, most = CLAIMS / seed, RUNS / seed / "votes-32"
+    files = claims / "solutions.jsonl", claims / "verify" / "verifications.jsonl", most / "verifications.jsonl"
+    solutions, verifications, voters = (read_records(file, ["id"]) for file in files)
     solutions = [s for s in solutions if s["steps"]]
     gold = read_gold("data/tiny/gold.jsonl", solutions)
     votes: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
-    for row in vote_report(solutions, verifications, gold, int(seed)):
+    for row in vote_report(solutions, voters, gold, int(seed)):
         if row["on"] == "all":
             votes[row["method"]][str(row["N"])] = [row["tokens"], row["exact"]]
     by_steps = {}
     for low, high in STEPS:
         some = [s for s in solutions if low <= len(s["steps"]) <= high]
-        rows = vote_report(some, verifications, gold, int(seed))
+        rows = vote_report(some, voters, gold, int(seed))
         found = {row["method"]: row["exact"] for row in rows if (row["on"], row["N"]) == ("all", 16)}
         by_steps[f"{low}-{high}"] = {"solutions": len(some), **found}
+    f1 = {}
+    for N, directory in {"1": SINGLE / seed, "16": claims, "32": most}.items():
+        results = read_records(directory / ("single-prm_cot.jsonl" if N == "1" else "processbench.jsonl"), [])
+        f1[N] = next(r["value"] for r in results if r["metric"] == "f1")
     first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
@@ -52,16 +55,17 @@ def collect(seed: str) -> dict:
             "kept": len(labels) / len(solutions),
         }
         rounds[directory.name[-1]] = {"tokens": tokens, **of}
-    return {"seed": int(seed), "votes": votes, "by_steps": by_steps, "rounds": rounds}
+    return {"seed": int(seed), "votes": votes, "by_steps": by_steps, "f1": f1, "rounds": rounds}
 
 
 def print_tables(records: list[dict]) -> None:
     """By N, by rounds, by number of steps."""
     print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
-    print("| verifications | tokens | " + " | ".join(METHODS) + " |\n|---|---|---|---|---|")
+    print("| verifications | tokens | " + " | ".join(METHODS) + " | PRM-CoT, F1 |\n|---|---|---|---|---|---|")
     for N in records[0]["votes"]["single"]:
         tokens = np.mean([r["votes"]["single"][N][0] for r in records])
         cells = [over_seeds([r["votes"][method][N][1] for r in records]) for method in METHODS]
+        cells.append(over_seeds([r["f1"][N] for r in records]) if N in records[0]["f1"] else "")
         print(f"| {N} | {tokens / 1000:,.0f}k | {' | '.join(cells)} |")
     with_rounds = [r for r in records if len(r["rounds"]) == 3]
     if with_rounds:
@@ -115,7 +119,7 @@ def main() -> None:
     """Collect if asked to; print the tables, draw the figure."""
     path = HERE / "compute.jsonl"
     if "--collect" in sys.argv[1:]:
-        seeds = sorted(d.name for d in CLAIMS.iterdir() if (d / "verify" / "verifications.jsonl").exists())
+        seeds = sorted(d.name for d in RUNS.iterdir() if (d / "votes-32" / "processbench.jsonl").exists())
         write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print_tables(records)

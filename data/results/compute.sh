@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Label accuracy against what the labels cost: voting over 1 to 16 verifications, and one to three rounds of critique, on the
-# tiny world, five seeds, after claims.sh. About five minutes a seed on one core.
+# Label accuracy, and F1 of the PRM-CoTs, against what the labels cost: voting over 1 to 32 verifications, and one to three
+# rounds of critique, on the tiny world, five seeds, after claims.sh and methods.sh. About a quarter of an hour a seed on one core.
 #
 #   bash data/results/compute.sh                # runs/compute/<seed>/..., then data/results/compute.jsonl, tables, figure
 #   python -m data.results.compute              # the tables and data/results/compute.png from data/results/compute.jsonl
@@ -19,5 +19,10 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     cp "$claims"/verify/verifications.jsonl{,.args.json} "$out/"  # the first of each is what the critique is about
     python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --method meta_critique --critique_rounds $rounds --out "$out"
   done
+  out=runs/compute/$seed/votes-32
+  [[ -f $out/processbench.jsonl ]] && continue
+  python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --num_verifications 32 --out "$out"
+  python train_prm.py --seed "$seed" --labels "$out/labels_step_consistency.jsonl" --out "$out/prm_cot"
+  python evaluate.py processbench --seed "$seed" --model "$out/prm_cot" --out "$out/processbench.jsonl"
 done
 python -m data.results.compute --collect

@@ -1,7 +1,7 @@
 """How noisy may labels be? The noise of noise.sh, its table and its figure.
 
     python -m data.results.noise                                                          # table and figure
-    python -m data.results.noise --collect                                                # first noise.jsonl, from runs/noise
+    python -m data.results.noise --collect                                                # first noise.jsonl, from the runs
     python -m data.results.noise --turn 20 --seed 0 --labels labels.jsonl --out F.jsonl   # labels, 20 % turned over
 
 A label is turned over as a whole. Of a solution that it calls right, a step is called incorrect and with it all that follow,
@@ -14,12 +14,12 @@ import random
 import re
 from pathlib import Path
 
-from evaluate import draw_seeds, over_seeds, read_metrics, save_figure
+from evaluate import draw_seeds, over_seeds, read_gold, read_metrics, save_figure
 from generate import InputError, read_records, run_stage, write_lines
 from verify import parse_verification
 
 HERE = Path(__file__).parent
-RUNS = Path("runs/noise")
+RUNS, CLAIMS = Path("runs/noise"), Path("runs/claims")
 
 
 def turn_over(label: dict, rng: random.Random) -> dict:
@@ -43,17 +43,30 @@ def turn_over(label: dict, rng: random.Random) -> dict:
 
 
 def collect(seed: int) -> dict:
-    """One seed: share of labels turned over, in percent -> F1 of the reward model, accuracy of the policy, reward."""
+    """One seed: share of labels turned over, in percent -> share of right outcomes among the labels, F1 of the reward model,
+    accuracy of the policy, reward."""
+    runs = {int(file.parent.name): file.parent for file in RUNS.glob(f"{seed}/*/benchmark.jsonl")}
     found = {}
-    for run in sorted((RUNS / str(seed)).iterdir(), key=lambda directory: int(directory.name)):
-        if not (run / "benchmark.jsonl").exists():
-            continue
+    for share, run in sorted({0: CLAIMS / str(seed), **runs}.items()):
+        labels = run / "labels.jsonl" if share else run / "verify" / "labels_step_consistency.jsonl"
+        labels = [x for x in read_records(labels, ["id", "steps", "answer", "outcome"]) if x["dropped"] is None]
+        gold = read_gold("data/tiny/gold.jsonl", labels)
+        right = sum(x["outcome"] == gold[x["id"]][1] for x in labels) / len(labels)
         f1 = {r["metric"]: r["value"] for r in read_records(run / "processbench.jsonl", [])}["f1"]
-        accuracy = {r["metric"]: r["value"] for r in read_records(run / "benchmark.jsonl", [])}
+        of_policy = [
+            r for r in read_records(run / "benchmark.jsonl", []) if r["settings"]["model"].endswith("process_aware")
+        ]
+        accuracy = {r["metric"]: r["value"] for r in of_policy}
         metrics = read_metrics(str(run / "process_aware"))
         curves = {name: metrics[name] for name in ("reward/mean", "heldout/accuracy")}
         curves = {name: {str(k): round(v, 4) for k, v in curve.items()} for name, curve in curves.items()}
-        found[run.name] = {"f1": f1, "avg@4": accuracy["avg@4"], "greedy": accuracy["greedy"], **curves}
+        found[str(share)] = {
+            "labels": round(right, 4),
+            "f1": f1,
+            "avg@4": accuracy["avg@4"],
+            "greedy": accuracy["greedy"],
+            **curves,
+        }
     return {"seed": seed, "shares": found}
 
 
@@ -65,11 +78,14 @@ def common_shares(records: list[dict]) -> list[str]:
 def print_table(records: list[dict]) -> None:
     """A row for each share of labels turned over."""
     print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
-    print("| labels turned over | PRM-CoT, F1 | reward at the end | avg@4 | greedy |\n|---|---|---|---|---|")
+    print(
+        "| labels turned over | outcome right | PRM-CoT, F1 | reward at the end | avg@4 | greedy |\n|---|---|---|---|---|---|"
+    )
     for share in common_shares(records):
         runs = [r["shares"][share] for r in records]
         last = [list(run["reward/mean"].values())[-10:] for run in runs]
-        cells = [over_seeds([run["f1"] for run in runs]), over_seeds([sum(x) / len(x) for x in last])]
+        cells = [over_seeds([run[key] for run in runs]) for key in ("labels", "f1")]
+        cells += [over_seeds([sum(x) / len(x) for x in last])]
         cells += [over_seeds([run[key] for run in runs]) for key in ("avg@4", "greedy")]
         print(f"| {share} % | {' | '.join(cells)} |")
 
