@@ -1,4 +1,4 @@
-"""The README's table and figure of rewards, from data/results/rewards.jsonl; with --collect, first that file from
+"""The README's tables and figure of rewards, from data/results/rewards.jsonl; with --collect, first that file from
 runs/rewards/<seed>/ and runs/claims/<seed>/.
 
     python -m data.results.rewards
@@ -14,6 +14,7 @@ from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/rewards"), Path("runs/claims")
+VOTES = ("1", "2", "4", "8")
 NAMES = {
     "process_aware": "process_aware, PRM-CoT",
     "process_aware-votes4": "process_aware, PRM-CoT, 4 votes",
@@ -47,7 +48,23 @@ def collect(seed: str) -> dict:
         runs[name] = record
     start = {r["metric"]: r["value"] for r in read_records(CLAIMS / seed / "benchmark.jsonl", [])
              if r["settings"]["model"] == "data/tiny/policy"}  # fmt: skip
-    return {"seed": int(seed), "start": {key: start[key] for key in ("avg@4", "greedy")}, "runs": runs}
+    start = {key: start[key] for key in ("avg@4", "greedy")}
+    return {"seed": int(seed), "start": start, "runs": runs, "votes": collect_votes(seed, runs)}
+
+
+def collect_votes(seed: str, runs: dict) -> dict:
+    """votes -> F1 of the seed's PRM-CoT on the tiny ProcessBench with so many votes, and tokens; avg@4 of the policy that
+    such votes have trained, where there is one."""
+    found = {}
+    for votes in VOTES:
+        row = next(r for r in read_records(RUNS / seed / f"votes-{votes}.jsonl", []) if r["metric"] == "f1")
+        found[votes] = {"f1": row["value"], "tokens": row["tokens"]}
+        name = "process_aware" if votes == "1" else f"process_aware-votes{votes}"
+        if name in runs:
+            found[votes]["avg@4"] = runs[name]["avg@4"]
+        elif (path := RUNS / seed / f"{name}.jsonl").exists():
+            found[votes]["avg@4"] = next(r["value"] for r in read_records(path, []) if r["metric"] == "avg@4")
+    return found
 
 
 def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
@@ -93,6 +110,20 @@ def print_table(records: list[dict]) -> None:
         print(f"| {title} | {' | '.join(cells)} |")
 
 
+def print_votes(records: list[dict]) -> None:
+    """What votes at reward time cost and bring."""
+    print("\n| votes | PRM-CoT, F1 | minus one | tokens | avg@4 of the policy (seeds) |\n|---|---|---|---|---|")
+    base = [r["votes"]["1"]["f1"] for r in records]
+    for votes in VOTES:
+        found = [r["votes"][votes] for r in records]
+        gain = [x["f1"] - b for x, b in zip(found, base, strict=True)]
+        cells = [over_seeds([x["f1"] for x in found]), "-" if votes == "1" else over_seeds(gain, "+")]
+        cells.append(f"{np.mean([x['tokens'] for x in found]) / 1000:,.0f}k")
+        trained = [x["avg@4"] for x in found if "avg@4" in x]
+        cells.append(f"{over_seeds(trained)} ({len(trained)})" if len(trained) > 1 else f"{100 * trained[0]:.1f} (1)")
+        print(f"| {votes} | {' | '.join(cells)} |")
+
+
 def draw(records: list[dict], path: Path) -> None:
     """Held-out accuracy by step: mean over seeds, and from the least to the greatest."""
     from matplotlib.figure import Figure
@@ -112,7 +143,7 @@ def draw(records: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Collect if asked to; print the table, draw the figure."""
+    """Collect if asked to; print the tables, draw the figure."""
     path = HERE / "rewards.jsonl"
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
@@ -120,6 +151,7 @@ def main() -> None:
         write_lines(path, [collect(seed) for seed in seeds])
     records = read_records(path, ["seed"])
     print_table(records)
+    print_votes(records)
     draw(records, HERE / "rewards.png")
 
 

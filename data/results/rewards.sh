@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Which reward trains the best policy? Eleven rewards of GRPO on the tiny world, five seeds, after claims.sh, which has
-# trained with three of them. About forty minutes a seed on one core.
+# trained with three of them. And is a vote of several judgements a better reward? About forty minutes a seed on one core.
 #
-#   bash data/results/rewards.sh                # runs/rewards/<seed>/..., then data/results/rewards.jsonl, table, figure
-#   python -m data.results.rewards              # the table and data/results/rewards.png from data/results/rewards.jsonl
+#   bash data/results/rewards.sh                # runs/rewards/<seed>/..., then data/results/rewards.jsonl, tables, figure
+#   python -m data.results.rewards              # the tables and data/results/rewards.png from data/results/rewards.jsonl
 #
 # SEEDS="0 1" limits it; what is there isn't made again. Policy, problems, steps and learning rate are those of claims.sh,
 # and so are the labels from which the ORM and the PRM are trained; the checkpoint that counts is the last one.
@@ -31,6 +31,13 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     run $reward --prm "$claims/prm_cot" --reward $reward
   done
   run process_aware-votes4 --prm "$claims/prm_cot" --prm_votes 4
+  for votes in 1 2 4 8; do
+    python evaluate.py processbench --seed "$seed" --model "$claims/prm_cot" --votes $votes --out "$out/votes-$votes.jsonl"
+  done
+  if [[ $seed == 0 ]]; then  # eight votes take as long as all others together
+    run process_aware-votes2 --prm "$claims/prm_cot" --prm_votes 2
+    run process_aware-votes8 --prm "$claims/prm_cot" --prm_votes 8
+  fi
   run majority --reward majority
   run self_certainty --reward self_certainty
 done
