@@ -197,6 +197,19 @@ def test_documented_commands_exist(helps, name):
         assert used <= flags | {"--help"}, f"{sorted(used - flags)} in: {' '.join(words)}"
 
 
+def test_documents_lead_somewhere():
+    """Guards: a link to a file, or a function in the table "Where is what", that has been renamed or is gone."""
+    for path in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")):
+        for target in re.findall(r"\]\(([^):#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+    table = (ROOT / "README.md").read_text().partition("## Where is what")[2].partition("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", table)
+    assert len(places) > 20
+    for script, names in places:
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(def |class )?{name}\b", (ROOT / script).read_text(), re.M), f"{script}: {name}"
+
+
 def test_top_level_holds_nothing_else():
     """Guards: a sixth stage, a utils.py, a stray output."""
     listing = ["git", "ls-files", "-co", "--exclude-standard"]
