@@ -322,15 +322,12 @@ class RecordFile:
 
 def start_processes(device: str | None = None) -> torch.device:
     """Join the process group if torchrun started us; returns this process's device."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    found = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if found.type == "cuda":
-        torch.cuda.set_device(found)  # streams and graphs belong to the current one
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", found.index or 0)))
+        torch.cuda.set_device(found)  # streams, graphs and NCCL go by the current one
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     return found
 
 
