@@ -39,6 +39,7 @@ from generate import (
     SOLVE_PROMPT,
     InputError,
     Sampler,
+    check_counts,
     describe_run,
     encode_chat,
     extract_answer,
@@ -346,9 +347,7 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Nam
     given = parser.parse_args()
     missing = [name for name in inputs if getattr(given, name) is None]
     args = parse_args(parser, TINY[given.command], key=(missing or inputs)[0])
-    for name in ("limit", "num_samples", "votes", "slots"):
-        if vars(args).get(name) is not None and vars(args)[name] < 1:
-            raise InputError(f"--{name} {vars(args)[name]}: it must be at least 1")
+    check_counts(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
     if vars(args).get("out", "") is None:
         raise InputError("--out is missing; say where to write the result")
     return args
@@ -453,7 +452,7 @@ def heldout_accuracy(
     """Sample k solutions of each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
 
     Returns accuracy, low, high (mean and 95 % interval), per_problem (P,) means, correct (P, k) bool; answers and texts
-    as P lists of k; the counts unknown (can't be graded, so not right), truncated and tokens. Under torchrun every rank
+    as P lists of k; cut, how many of the k were truncated, for each problem; the counts unknown (can't be graded, so not right), truncated and tokens. Under torchrun every rank
     calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without a
     gold answer or too long for the context.
     """
@@ -478,7 +477,7 @@ def heldout_accuracy(
     everything = gather(list(zip(texts, answers, grades, cut, tokens, strict=True)))
     texts, answers, grades, cut, tokens = (list(column) for column in zip(*everything, strict=True))
     counts = {"truncated": sum(cut), "tokens": sum(tokens)}
-    return {**accuracy_of(grades, seed), "answers": answers, "texts": texts, **counts}
+    return {**accuracy_of(grades, seed), "answers": answers, "texts": texts, "cut": cut, **counts}
 
 
 def accuracy_of(grades: list[list[bool | None]], seed: int) -> dict:
@@ -777,11 +776,6 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     gold = read_gold(args.gold, list(solutions.values()))
     fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
     verifications = read_records(args.verifications, fields, "python verify.py")
-    for r in verifications:
-        verdicts, solution = r["step_verdicts"], solutions.get(r["solution_id"])
-        if verdicts is not None and solution is not None and len(verdicts) != len(solution["steps"]):
-            about = f"{len(verdicts)} step_verdicts for the {len(solution['steps'])} steps of {solution['id']}"
-            raise InputError(f"{args.verifications}: {about}; both files must come from the same solutions")
     spent = {"": verifications}  # what else was sampled, if it lies beside the verifications
     for name in ("critiques", "verifications_reference"):
         beside = Path(args.verifications).with_name(f"{name}.jsonl")
@@ -822,7 +816,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
 # --------------------------------------------------------------------------- curves
 
-PANELS = {  # key in metrics.jsonl -> title; the last row shows a policy that games its reward
+PANELS = {  # key in metrics.jsonl -> title; the last two rows show a policy that games its reward
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy, 95 % interval",
     "format/valid": "valid format",
@@ -832,6 +826,9 @@ PANELS = {  # key in metrics.jsonl -> title; the last row shows a policy that ga
     "format/boxes": "boxes per response",
     "format/text_after_answer": "text after the answer",
     "reward/count_mismatch": "verdicts for another number of steps",
+    "heldout/reward_minus_accuracy": "held-out reward minus accuracy",
+    "format/answers": "answers per response",
+    "gap/mean": "sampler against trainer, nats a token",
 }
 
 

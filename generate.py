@@ -62,6 +62,7 @@ SOLVE_PROMPT = r"""Solve the problem step by step. Write your reasoning as <thin
 Problem: {problem}"""
 
 # One class per run of blanks and marks: two that overlap would make a line of blanks take quadratic time.
+STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
 STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+\d+[ \t*]*[:.)]\**[ \t]*")
 ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
@@ -72,8 +73,7 @@ def split_steps(text: str) -> list[str]:
     Three layouts: `<step>…</step>` (the policy's format), "Step 1: …" headings (instruct models), and
     paragraphs separated by blank lines (the last resort). Empty steps are dropped.
     """
-    tagged = [part.partition("</step>") for part in text.split("<step>")[1:]]
-    steps = [step for step, closed, _ in tagged if closed]
+    steps = STEP_TAG.findall(text)
     if not steps:
         body = re.sub(r"</?think>|<answer>.*?(</answer>|$)", "", text, flags=re.DOTALL)
         answers = list(ANSWER_LINE.finditer(body))
@@ -126,7 +126,8 @@ def extract_answer(text: str) -> str | None:
 def defuse(tokenizer, text: str) -> str:
     """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must
     not end its judge's prompt and begin the verdict."""
-    for token in tokenizer.all_special_tokens:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]):  # the former has only those with a role
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
@@ -173,8 +174,9 @@ def run_stage(main: Callable[[], None]) -> None:
 def read_records(
     path: str | Path, fields: list[str], made_by: str = "", unique: tuple[str, ...] = ("id",)
 ) -> list[dict]:
-    """All records of a JSON Lines file. Raises InputError for a missing or empty file, for a line that is not
-    an object with these fields (with its number), and for a repeated id."""
+    """All records of a JSON Lines file; an id that is a number is read as text, since longer ids are made from it.
+    Raises InputError for a missing or empty file, for a line that is not an object with these fields (with its number),
+    and for a repeated id."""
     path, advice = Path(path), f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file{advice}")
@@ -190,6 +192,8 @@ def read_records(
         missing = [f for f in fields if not isinstance(record, dict) or f not in record]
         if missing:
             raise InputError(f"{path}:{number}: no field {missing[0]!r}; every line needs {', '.join(fields)}")
+        if "id" in record:
+            record["id"] = str(record["id"])
         name = tuple(record.get(field) for field in unique)
         if set(unique) <= set(fields) and name in seen:
             twice = f"{', '.join(unique)} {', '.join(map(repr, name))}"
@@ -228,7 +232,10 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
 def describe_run(args: argparse.Namespace) -> dict:
     """What `<output>.args.json` holds: resolved arguments, package versions, git commit."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"arguments": vars(args), "versions": packages, "commit": commit or None}
 
@@ -245,6 +252,13 @@ def check_arguments(output: Path, run: dict, free: set[str]) -> None:
                 f"{output}: made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}; "
                 "choose another --out or remove it"
             )
+
+
+def check_counts(args: argparse.Namespace, *flags: str) -> None:
+    """Raise InputError for the first of these flags that has a value less than 1."""
+    for flag in flags:
+        if vars(args).get(flag) is not None and vars(args)[flag] < 1:
+            raise InputError(f"--{flag} {vars(args)[flag]}: it must be at least 1")
 
 
 def take_lock(path: Path, taken: str) -> IO:
@@ -288,7 +302,13 @@ class RecordFile:
             if self.path.exists() and self.path.stat().st_size:
                 check_arguments(self.path, self.run, self.free)
                 with open(self.path, "rb+") as file:
-                    file.truncate(file.read().rfind(b"\n") + 1)
+                    data = file.read()
+                    whole = data.rfind(b"\n") + 1
+                    try:
+                        json.loads(data[whole:])
+                        file.write(b"\n")  # a record that lacks nothing but the end of its line
+                    except ValueError:
+                        file.truncate(whole)
         if dist.is_initialized():
             dist.barrier()
         if self.path.exists() and self.path.stat().st_size:
@@ -733,6 +753,7 @@ def main() -> None:
     for flag in ("problems", "out"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; it goes with --model")
+    check_counts(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = start_processes(args.device)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     with RecordFile(args.out, args) as output:
@@ -764,8 +785,8 @@ def main() -> None:
                 about |= {"finish": sample.finish, "tokens": len(sample.ids), "model": args.model, "seed": args.seed}
                 records.append(about)
             output.append(records)
-        seconds = time.time() - started
-        log(f"{args.out}: {len(output.done)} solutions, {sampler.tokens / seconds:,.0f} tokens/s")
+    speed = sampler.tokens * world_size() / (time.time() - started)
+    log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -51,13 +51,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import grade_all, heldout_accuracy, majority_answer
+from evaluate import gather, grade_all, heldout_accuracy, majority_answer
 from generate import (
     PREFILL_TOKENS,
     SOLVE_PROMPT,
+    STEP_TAG,
     InputError,
     Sampler,
     check_arguments,
+    check_counts,
     describe_run,
     encode_chat,
     extract_answer,
@@ -80,7 +82,6 @@ from generate import (
 from kernels.transformer import Config, Transformer, load_model
 from train_prm import (
     MetricsFile,
-    check_counts,
     clip_and_step,
     deal,
     export,
@@ -213,15 +214,16 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
 
 def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
     """The half-open token range of each step of a response in its sampled ids, which decode to text; nothing is encoded
-    again. [] if a step isn't in the text as it stands. A token that holds the end of one step and the beginning of the
+    again. Tagged steps are looked for inside their tags, as the same words may stand outside. [] if a step isn't in the text as it stands. A token that holds the end of one step and the beginning of the
     next belongs to the first; a step's range may then be empty."""
 
     def characters(n: int) -> int:  # that the first n tokens make up; of a character of several tokens the last counts
         return len(tokenizer.decode(ids[:n], skip_special_tokens=True).rstrip("\ufffd"))
 
+    tagged = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
     spans, place, token = [], 0, 0
-    for step in steps:
-        start = text.find(step, place)
+    for k, step in enumerate(steps):
+        start = text.find(step, max(place, tagged[k] if k < len(tagged) else 0))
         if start < 0:
             return []
         place = start + len(step)
@@ -543,10 +545,11 @@ def update_policy(
     }
 
 
-def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int) -> dict[str, float]:
+def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
     """What a reader watches: the reward and its parts, and the indicators of reward hacking; means over the batch."""
     judged = [r for r in rollouts if r.scored is not None]
-    mismatched = [r.scored.verdict is not None and r.scored.step_verdicts is None for r in judged]
+    stepwise = prm_kind != "orm"  # which judges no steps
+    mismatched = [stepwise and r.scored.verdict is not None and r.scored.step_verdicts is None for r in judged]
     steps = [split_steps(r.text) for r in rollouts]
 
     def mean(values: list) -> float:
@@ -564,7 +567,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
         "format/answers": mean([r.text.count("<answer>") for r in rollouts]),
-        "format/text_after_answer": mean([bool(r.text.rpartition("</answer>")[2].strip()) for r in rollouts]),
+        "format/text_after_answer": mean([bool(r.text.partition("</answer>")[2].strip()) for r in rollouts]),
         "response/steps": mean([len(s) for s in steps]),
         "response/length": mean([len(r.ids) for r in rollouts]),
         "response/penalised": mean([r.penalised for r in rollouts]),
@@ -738,9 +741,9 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     """Reference answers by problem id, those of --gold if there is such a file. Only --reward rlvr needs them, and only
     then those in the problems file count, too; InputError if it lacks one."""
     needed = args.reward == "rlvr"
-    gold = {p["id"]: p["answer"] for p in problems if needed and "answer" in p}
+    gold = {p["id"]: str(p["answer"]) for p in problems if needed and "answer" in p}
     if args.gold is not None and (needed or Path(args.gold).is_file()):
-        gold |= {record["id"]: record["answer"] for record in read_records(args.gold, ["id", "answer"])}
+        gold |= {record["id"]: str(record["answer"]) for record in read_records(args.gold, ["id", "answer"])}
     missing = [p["id"] for p in problems if needed and p["id"] not in gold]
     if missing:
         raise InputError(f"--reward rlvr: problem {missing[0]} has no reference answer; give --gold with all of them")
@@ -796,8 +799,9 @@ def run(args: argparse.Namespace) -> None:
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
-    def measure() -> dict[str, float]:
-        """avg@1 on the held-out problems, and among format-valid responses (what the format alone can't raise)."""
+    def measure(step: int) -> dict[str, float]:
+        """avg@1 on the held-out problems, and among responses that are valid under `paper` (what the format alone can't
+        raise). With a reward model also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
         result = heldout_accuracy(
             sampler, tokenizer, stops, heldout, gold,
             num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed,
@@ -808,6 +812,15 @@ def run(args: argparse.Namespace) -> None:
         numbers["valid"] = valid.float().mean().item()
         if valid.any():  # the accuracy of no response isn't a number
             numbers["accuracy_of_valid"] = right[valid].float().mean().item()
+        if judge:
+            ends = ["length" if cut else "stop" for cut in result["cut"]]
+            texts = [text for (text,) in result["texts"]]
+            responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
+            mine = responses[rank() :: world_size()]
+            score_rollouts(mine, heldout, args, step, tokenizer, judge, gold)
+            rewards = gather([r.reward for r in mine])
+            numbers["reward"] = sum(rewards) / len(rewards)
+            numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
         return {f"heldout/{name}": value for name, value in numbers.items()}
 
     # SIGTERM and Ctrl-C let the step end, save, and stop; the same command goes on from there.
@@ -816,7 +829,7 @@ def run(args: argparse.Namespace) -> None:
         signal.signal(number, lambda number, _: signals.append(number))
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
-            metrics.append({"step": 0, **measure()})
+            metrics.append({"step": 0, **measure(0)})
         todo = range(start, args.steps)
         bar = tqdm(todo, initial=start, total=args.steps, desc="grpo", unit="step", disable=rank() != 0)
         for step in bar:
@@ -836,7 +849,8 @@ def run(args: argparse.Namespace) -> None:
                 trained = update_policy(model, optimizer, reference, chosen, theirs, args)
             refresh(inference, model)
             t3 = time.perf_counter()
-            record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size), **trained}
+            record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
+            record |= trained
             record["loss/responses"] = len(kept)
             sampled, judged = sum(len(r.ids) for r in rollouts), sum(r.scored.tokens for r in rollouts if r.scored)
             for phase, tokens, seconds in (("sample", sampled, t1 - t0), ("score", judged, t2 - t1),
@@ -847,7 +861,7 @@ def run(args: argparse.Namespace) -> None:
                 warn_of_garbage(rollouts, step + 1)
             last, stopped = step + 1 == args.steps, max_over_ranks(len(signals)) > 0
             if heldout and (last or (step + 1) % args.heldout_every == 0):
-                record |= measure()
+                record |= measure(step + 1)
             if rank() == 0 and args.dump_rollouts:
                 dump_rollouts(out / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
             if last or stopped or (step + 1) % args.save_every == 0:

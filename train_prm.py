@@ -47,6 +47,7 @@ from generate import (
     SOLVE_PROMPT,
     InputError,
     check_arguments,
+    check_counts,
     describe_run,
     encode_chat,
     find_model,
@@ -366,13 +367,6 @@ def batch_at(step: int, sequences: list[Sequence], batch_size: int, seed: int) -
     random.Random(f"{seed}/{step // per_epoch}").shuffle(order)
     start = step % per_epoch * batch_size
     return [sequences[i] for i in order[start : start + batch_size]]
-
-
-def check_counts(args: argparse.Namespace, *flags: str) -> None:
-    """Raise InputError for the first of these flags that is less than 1."""
-    for flag in flags:
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: it must be at least 1")
 
 
 def main() -> None:

@@ -44,8 +44,8 @@ import torch
 from generate import (
     InputError,
     RecordFile,
-    Sample,
     Sampler,
+    check_counts,
     deal,
     defuse,
     encode_chat,
@@ -170,6 +170,13 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
         solution=render_steps(solution["steps"], solution["answer"]),
         reference=reference,
     )
+
+
+def decode_judgement(tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """What a judge has written, from its token ids. Some chat templates open the thought at the end of the prompt; then
+    `<think>` is put in front again, or a thought that was cut off would pass for a judgement."""
+    opened = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+    return ("<think>" if opened else "") + tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def without_thinking(text: str) -> str:
@@ -388,11 +395,12 @@ def score_solutions(
     scored = [Scored(None, None, "", 0)] * len(solutions)
     for place, group in with_progress(stream, sampler, title, len(turns), votes) if title else stream:
         i = where[place]
-        texts = [tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in group]
+        texts = [decode_judgement(tokenizer, turns[place], sample.ids) for sample in group]
         parsed = [parse(text, len(solutions[i]["steps"])) for text in texts]
-        verdicts = [p.verdict for p in parsed if p.verdict is not None]
-        # Among several, a verification votes on steps only if it has a verdict, too (as in Stage I).
-        stepwise = [p.step_verdicts for p in parsed if p.step_verdicts and (votes == 1 or p.verdict is not None)]
+        # Among several only those that parsed as a whole vote, as in Stage I; verdicts alone where none did (an ORM's).
+        whole = [p for p in parsed if p.step_verdicts and p.verdict is not None]
+        verdicts = [p.verdict for p in (whole if votes > 1 and whole else parsed) if p.verdict is not None]
+        stepwise = [p.step_verdicts for p in (whole if votes > 1 else parsed) if p.step_verdicts]
         columns = list(zip(*stepwise, strict=True))
         scored[i] = Scored(
             [majority(column) for column in columns] or None,
@@ -480,11 +488,17 @@ METHODS = [*AGGREGATES, "meta_critique", "hybrid", "reference_guided"]
 
 
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
-    """solution id -> its verifications in the order of their samples, for all solutions; others' are left out."""
+    """solution id -> its verifications in the order of their samples, for all solutions; others' are left out. Raises
+    InputError for a verification of another number of steps: it was made from another solution."""
     records: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
+    lengths = {s["id"]: len(s["steps"]) for s in solutions}
     for r in sorted(verifications, key=lambda r: r["sample"]):
-        if r["solution_id"] in records:
-            records[r["solution_id"]].append(r)
+        name, verdicts = r["solution_id"], r["step_verdicts"]
+        if name in records:
+            if verdicts is not None and len(verdicts) != lengths[name]:
+                about = f"{len(verdicts)} step_verdicts for the {lengths[name]} steps of solution {name}"
+                raise InputError(f"{about}: verifications and solutions don't belong together; make the former again")
+            records[name].append(r)
     return records
 
 
@@ -537,6 +551,8 @@ def verify_solutions(
         if len(ids) <= room:  # otherwise no verification, and the label says no_votes
             prompts.append(ids)
             judged.append(s)
+    if not prompts and output.done:
+        return  # the others are there
     if not prompts:
         raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
     stream = sampler.stream(
@@ -553,7 +569,7 @@ def verify_solutions(
     for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // world_size()), N):
         s, records = judged[i], []
         for j, sample in enumerate(samples):
-            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+            text = decode_judgement(tokenizer, prompts[i], sample.ids)
             parsed = asdict(parse_verification(text, len(s["steps"])))
             about = {"id": f"{s['id']}/{j}", "solution_id": s["id"], "sample": j, "text": text}
             records.append({**about, **parsed, "finish": sample.finish, "tokens": len(sample.ids)})
@@ -562,13 +578,13 @@ def verify_solutions(
 
 def critique_and_merge(
     args: argparse.Namespace, verifier: tuple, solutions: list[dict], texts: list[str]
-) -> Iterator[tuple[int, list[Sample | None]]]:
-    """Yield (index, [critique, merge]) for each solution and its verification text: two greedy samples, None where a
-    prompt leaves no room for the answer."""
+) -> Iterator[tuple[int, list[tuple[str, int] | None]]]:
+    """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or None
+    where a prompt leaves no room for the answer."""
     sampler, tokenizer, stops = verifier
     room = sampler.model.config.max_positions - args.max_new_tokens
 
-    def ask(turns: dict[int, str]) -> dict[int, Sample]:
+    def ask(turns: dict[int, str]) -> dict[int, tuple[str, int]]:
         encoded = {i: encode_chat(tokenizer, turn) for i, turn in turns.items()}
         fitting = {i: ids for i, ids in encoded.items() if len(ids) <= room}
         groups = sampler.sample(
@@ -578,14 +594,14 @@ def critique_and_merge(
             max_new_tokens=args.max_new_tokens,
             stop_ids=stops,
         )
-        return {i: sample for i, (sample,) in zip(fitting, groups, strict=True)}
+        answers = {i: sample.ids for i, (sample,) in zip(fitting, groups, strict=True)}
+        return {i: (decode_judgement(tokenizer, fitting[i], ids), len(ids)) for i, ids in answers.items()}
 
     chunk = 4 * args.slots  # what a killed run loses at most
     for start in range(0, len(solutions), chunk):
         here = range(start, min(start + chunk, len(solutions)))
         critiques = ask({i: critique_prompt(solutions[i], texts[i]) for i in here})
-        said = {i: tokenizer.decode(sample.ids, skip_special_tokens=True) for i, sample in critiques.items()}
-        merges = ask({i: critique_prompt(solutions[i], texts[i], said[i]) for i in critiques})
+        merges = ask({i: critique_prompt(solutions[i], texts[i], text) for i, (text, _) in critiques.items()})
         for i in here:
             yield i, [critiques.get(i), merges.get(i)]
 
@@ -612,17 +628,18 @@ def improve_labels(
                     texts.append(base.text)
             if not todo:
                 continue
-            sampler, tokenizer, _ = opened = verifier()
+            sampler, *_ = opened = verifier()
             stream = critique_and_merge(args, opened, todo, texts)
             for i, pair in with_progress(stream, sampler, f"critique {number}", len(todo), 2):
-                critique, merged = (x and tokenizer.decode(x.ids, skip_special_tokens=True) for x in pair)
+                (critique, of_critique), (merged, of_merge) = (x or (None, 0) for x in pair)
                 about = {"id": todo[i]["id"], "method": args.method, "round": number}
-                tokens = sum(len(x.ids) for x in pair if x)
-                output.append([{**about, "critique": critique, "merged": merged, "tokens": tokens}])
+                output.append([{**about, "critique": critique, "merged": merged, "tokens": of_critique + of_merge}])
     if rank() != 0 or not path.exists():
         return bases, 0
-    records = [r for r in read_records(path, [*name, "merged", "tokens"], unique=name) if r["method"] == args.method]
-    records = sorted((r for r in records if r["round"] <= args.critique_rounds), key=lambda r: r["round"])
+    ids = {s["id"] for s in solutions}
+    records = [r for r in read_records(path, [*name, "merged", "tokens"], unique=name) if r["id"] in ids]
+    records = [r for r in records if r["method"] == args.method and r["round"] <= args.critique_rounds]
+    records.sort(key=lambda r: r["round"])
     last = {r["id"]: r["merged"] for r in records}
     labels = [merged_label(base, last.get(s["id"]), len(s["steps"])) for s, base in pairs]
     return labels, sum(r["tokens"] for r in records)
@@ -658,9 +675,7 @@ def main() -> None:
     reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"
     if reads_answers != (args.answers is not None):
         raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
-    for flag in ("num_verifications", "critique_rounds"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: it must be at least 1")
+    check_counts(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
     device = start_processes(args.device)
     solutions = read_records(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
@@ -684,6 +699,8 @@ def main() -> None:
     if rank() != 0 and args.method not in ("meta_critique", "hybrid"):
         return
     verifications = read_records(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
+    ids = {s["id"] for s in solutions}  # --limit may be less than before
+    verifications = [r for r in verifications if r["solution_id"] in ids]
     aggregate = AGGREGATES.get(args.hybrid_from if args.method == "hybrid" else args.method, single)
     labels = label_solutions(solutions, verifications, aggregate, args.seed)
     critique_tokens = 0

@@ -105,7 +105,7 @@ def make_step(lengths: list[int], group_size: int = GROUP):
         advantages = group_advantages(torch.tensor([r.reward for r in rollouts]), group_size)
         of_tokens = token_advantages(rollouts, advantages, args.reward, group_size, 0.0)
         update_policy(model, optimizer, reference, rollouts, of_tokens, args)
-        rollout_metrics(rollouts, advantages, group_size)
+        rollout_metrics(rollouts, advantages, group_size, "prm_cot")
         ended = time.perf_counter()
         assert [len(r.ids) for r in rollouts] == lengths
         return sampled - started, ended - started

@@ -582,7 +582,8 @@ def open_output(path: Path, **changes) -> RecordFile:
 
 
 def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
-    """Guards: a torn line that swallows the next record, records twice, a second writer, and lines cut at U+2028."""
+    """Guards: a torn line that swallows the next record, a whole last line that is taken for a torn one, records twice, a
+    second writer, and lines cut at U+2028."""
     path = tmp_path / "deep" / "out.jsonl"
     records = [{"id": str(i), "text": "line\u2028\x85 one\r\n“two”"} for i in range(4)]
     with open_output(path) as output:
@@ -600,7 +601,18 @@ def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
     with pytest.raises(InputError, match=r"made with --temperature 0.7, this run has --temperature 0.9"):
         open_output(path, temperature=0.9).__enter__()
     assert read_records(path, ["id", "text"]) == records
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as another engine may write it
+    with open_output(path) as output:
+        assert output.done.keys() == {"0", "1", "2", "3"}
+        output.append([{"id": "4", "text": ""}])
+    assert read_records(path, ["id", "text"]) == [*records, {"id": "4", "text": ""}]
     assert not list(path.parent.glob(".*"))  # no temporary file is left
+
+
+def test_a_run_is_described_without_git(monkeypatch):
+    """Guards: stages that need a program which isn't in requirements.txt."""
+    monkeypatch.setenv("PATH", "")
+    assert generate.describe_run(Namespace(seed=1))["commit"] is None
 
 
 @pytest.mark.parametrize(
@@ -613,7 +625,8 @@ def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
         (b'{"id": 1, "problem": "a"}\n{"id": 2, "problem": "\xff"}\n', r"in.jsonl:2: not JSON"),
         (b'{"id": 1}\n', r"in.jsonl:1: no field 'problem'"),
         (b"[1]\n", r"in.jsonl:1: no field 'id'"),
-        (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id 1 is there twice"),
+        (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id '1' is there twice"),
+        (b'{"id": 1, "problem": "a"}\n{"id": "1", "problem": "b"}\n', r"in.jsonl:2: id '1' is there twice"),
     ],
 )
 def test_read_records_names_what_is_wrong(tmp_path, content, message):

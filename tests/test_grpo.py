@@ -119,9 +119,13 @@ def test_judgements_reach_their_own_response():
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     assert seen == [("problem 0", "1"), ("problem 0", "2"), ("problem 1", "3"), ("problem 2", "5")]
     assert grpo.process_aware_reward(False, Scored(None, True, "", 0)) == 0.0
-    metrics = grpo.rollout_metrics(rollouts, torch.zeros(6), 2)
+    metrics = grpo.rollout_metrics(rollouts, torch.zeros(6), 2, "prm_cot")
     assert metrics["reward/unparsed"] == metrics["reward/count_mismatch"] / 3 == 1 / 4
     assert metrics["format/valid"] == 4 / 6 and metrics["format/text_after_answer"] == 1 / 6
+    assert grpo.rollout_metrics(rollouts, torch.zeros(6), 2, "orm")["reward/count_mismatch"] == 0
+    for text, expected in ((GOOD + GOOD, 1), ("<think>cut off", 0)):  # an appended solution, and no answer at all
+        r = grpo.Rollout("p", [1], [2], [0.0], text, "stop")
+        assert grpo.rollout_metrics([r], torch.zeros(1), 1, "prm_cot")["format/text_after_answer"] == expected
 
 
 def test_random_reward_sees_nothing_but_the_format():
@@ -143,7 +147,7 @@ def test_verifiable_reward_needs_every_answer(tmp_path):
     problems = [{"id": "a", "problem": "", "answer": "1"}, {"id": "b", "problem": ""}]
     with pytest.raises(InputError, match="problem b"):
         grpo.load_gold(make_args(reward="rlvr", gold=None), problems)
-    path = write_jsonl(tmp_path / "gold.jsonl", [{"id": "b", "answer": "2"}])
+    path = write_jsonl(tmp_path / "gold.jsonl", [{"id": "b", "answer": 2}])  # as AIME's are
     assert grpo.load_gold(make_args(reward="rlvr", gold=path), problems) == {"a": "1", "b": "2"}
     assert grpo.load_gold(make_args(gold=None), problems) == {}
     rollouts = [grpo.Rollout("b", [1], [2], [0.0], GOOD.replace("{4}", f"{{{k}}}"), "stop") for k in (2, 3)]
@@ -209,7 +213,7 @@ def test_global_step_advantage_by_hand():
 
 def test_steps_are_located_on_the_sampled_tokens():
     """Guards: spans of a text encoded again, half a character in a step, a token counted for two steps, text of the
-    answer taken for a step, and what the step designs do on a mismatch or a penalty."""
+    answer or of a preamble taken for a step, and what the step designs do on a mismatch or a penalty."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     text = "<think><step>1+1=2</step> <step>é→ \\frac{1}{2}</step><step>1+1=2</step></think><answer>\\boxed{2}</answer>"
     steps = ["1+1=2", "é→ \\frac{1}{2}", "1+1=2"]
@@ -220,7 +224,11 @@ def test_steps_are_located_on_the_sampled_tokens():
     spans = grpo.locate_steps(tokenizer, whole, text, steps)
     assert [tokenizer.decode(whole[a:b]) for a, b in spans] == steps
     assert grpo.locate_steps(tokenizer, whole, text, ["1+1=2", "another"]) == []
-    (_a, b), (c, d) = grpo.locate_steps(tokenizer, whole, text, ["1", "+1"])
+    twice = tokenizer(f"1+1=2 and {text}", add_special_tokens=False).input_ids
+    spans = grpo.locate_steps(tokenizer, twice, f"1+1=2 and {text}", steps)
+    assert [tokenizer.decode(twice[:a]).count("<step>") for a, _ in spans] == [1, 2, 3]
+    plain = tokenizer("1+1=2", add_special_tokens=False).input_ids
+    (_a, b), (c, d) = grpo.locate_steps(tokenizer, plain, "1+1=2", ["1", "+1"])
     assert (b, d) == (c, c + 2)
     word = tokenizer(" Paul", add_special_tokens=False).input_ids
     assert len(word) == 1 and grpo.locate_steps(tokenizer, word, " Paul", ["Pa", "ul"]) == [(0, 1), (1, 1)]

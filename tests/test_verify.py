@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,6 +401,7 @@ def test_bad_input_is_status_2(tmp_path, world):
         (["--max_new_tokens", 500], "no prompt leaves room for --max_new_tokens 500"),
         (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python generate.py"),
         (["--temperature", -1], "temperature=-1.0"),
+        (["--limit", 0], "--limit 0: it must be at least 1"),
     ):
         status, stderr = run_script("verify.py", tmp_path, *world, "--out", out, *change)
         assert status == 2 and stderr.startswith("error: ") and message in stderr, stderr
@@ -470,6 +472,46 @@ def test_a_solution_cannot_end_its_judges_prompt():
         ]
         assert ids[-1] == generate.encode_chat(tokenizer, "")[-1]
     assert len(verify.mark_steps(tokenizer, solution)[1]) == 3
+    assert "<|im_start|>" not in generate.defuse(tokenizer, attack)  # a control token without a role of its own
+
+
+def test_a_thought_that_the_prompt_opens_is_a_thought():
+    """Guards: a draft that passes for a judgement, where the chat template opens the thought and the limit cuts it off."""
+    _, tokenizer, _ = generate.open_model(str(ROOT / "data/tiny/verifier"), torch.device("cpu"), torch.float32)
+    draft = tokenizer(f"## Step 1: a\n**This step is correct.**\n{YES}\nWait", add_special_tokens=False).input_ids
+    for opening, expected in (
+        ("<think>\n", (None, None)),
+        ("<think>\n\n</think>\n\n", ([True], True)),
+        ("", ([True], True)),
+    ):
+        prompt = tokenizer(f"<|im_start|>assistant\n{opening}", add_special_tokens=False).input_ids
+        parsed = verify.parse_verification(verify.decode_judgement(tokenizer, prompt, draft), 1)
+        assert (parsed.step_verdicts, parsed.verdict) == expected, opening
+
+
+def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
+    """Guards: verdicts of judgements with another number of steps than the solution, which a policy could provoke."""
+    section = "## Step {}: a\n**This step is {}.**\n"
+    no = section.format(1, "incorrect") + YES.replace("Yes**", "No**")
+    two = section.format(1, "correct") + section.format(2, "correct") + YES
+    texts = {"prm_cot": [no, two, two], "orm": ["Yes", "No", "Yes"]}
+
+    class Stub:
+        model = SimpleNamespace(config=SimpleNamespace(max_positions=10_000))
+
+        def stream(self, prompts, *, num_samples, **_):
+            yield 0, [generate.Sample(ids=text) for text in texts[kind][:num_samples]]
+
+    monkeypatch.setattr(verify, "encode_chat", lambda *_: [0])
+    monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
+    solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
+    found = {}
+    for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
+        (scored,) = verify.score_solutions(Stub(), None, [], kind, solution, max_new_tokens=10, votes=votes)
+        found[kind, votes] = (scored.step_verdicts, scored.verdict, scored.score)
+    assert found == {
+        ("prm_cot", 3): ([False], False, 0.0), ("prm_cot", 1): ([False], False, 0.0), ("orm", 3): (None, True, 2 / 3),
+    }  # fmt: skip
 
 
 def test_references_are_read_by_those_who_may(tmp_path, judged):
@@ -520,6 +562,26 @@ def test_prompts_of_critique_and_merge():
     shown = verify.critique_prompt(solution, "TEXT", "<think>hm</think>SAID")
     assert shown.endswith("Critique: SAID") and "hm" not in shown and "Step 2: b\nAnswer: 3" in shown
     assert "Expected Answer: 7" in verify.verification_prompt(solution, 0, reference="7")
+
+
+def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
+    """Guards: labels made from the verifications of other solutions; costs of solutions beyond --limit; an output that is
+    of no use any more because one solution doesn't fit the context."""
+    path, arguments = judged
+    solutions = read_records(path / "solutions.jsonl", ["id"])[:2]
+    mine = tmp_path / "solutions.jsonl"
+    long = {**solutions[1], "id": "long/0", "steps": ["1+1=2"] * 300}
+    mine.write_text("".join(json.dumps(s) + "\n" for s in [*solutions, long]))
+    arguments = [*arguments, "--solutions", mine, "--out", tmp_path]
+    assert run_script("verify.py", tmp_path, *arguments)[0] == 0
+    assert run_script("verify.py", tmp_path, *arguments, "--method", "single")[0] == 0
+    labels = {r["id"]: r["dropped"] for r in read_records(tmp_path / "labels_single.jsonl", ["id"])}
+    assert labels["long/0"] == "no_votes" and labels["q0/0"] is None
+    assert run_script("verify.py", tmp_path, *arguments, "--limit", 1)[0] == 0
+    assert json.loads((tmp_path / "report.json").read_text())["verifications"] == 4
+    mine.write_text(json.dumps({**solutions[0], "steps": ["1+1=2"]}) + "\n")
+    status, stderr = run_script("verify.py", tmp_path, *arguments)
+    assert status == 2 and "the 1 steps of solution q0/0" in stderr
 
 
 def test_two_ranks_write_the_records_of_one(tmp_path, judged):
