@@ -24,9 +24,10 @@ from transformers import AutoTokenizer
 
 import evaluate
 import grpo
-from generate import run_stage
+from generate import open_sampler, read_records, run_stage
 from kernels.transformer import load_model
 from train_prm import load_checkpoint, save_checkpoint
+from verify import score_solutions
 
 STEPS = 8
 FEW = 20  # resamples of a bootstrap: two thousand would take most of the time of so small a run
@@ -225,6 +226,26 @@ def test_another_number_of_processes_goes_on(world, tmp_path):
         assert (f", resumed after step {before}\n" in lives[0].said("stdout")) == (before > 0)
     for one, two in zip(read_metrics(whole), read_metrics(tmp_path / "out"), strict=True):
         assert one == pytest.approx(two, abs=1e-4), one["step"]
+
+
+def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
+    """Guards: a distance between reward and accuracy, the sign of a gamed reward, that isn't one: responses of other
+    problems judged, or some of them twice or by no rank."""
+    flags = [*judged, "--steps", 1, "--out", tmp_path / "out"]
+    lives = start_ranks(2, tmp_path, *flags)
+    assert [life.end() for life in lives] == [0, 0], lives[0].said("stderr")
+    heldout = read_records(judged[judged.index("--heldout") + 1], ["id", "problem"])
+    gold = {r["id"]: r["answer"] for r in read_records(TINY / "gold.jsonl", ["id", "answer"])}
+    world = [open_sampler(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
+    result = evaluate.heldout_accuracy(*world[0], heldout, gold, 1, 1.0, 120, seed=3)
+    texts = [text for (text,) in result["texts"]]
+    shown = [grpo.shown_solution(text) for text in texts]
+    asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
+    scored = score_solutions(*world[1], "prm_cot", asked, max_new_tokens=200)
+    rewards = [grpo.format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
+    first = read_metrics(tmp_path / "out")[0]
+    assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0
+    assert first["heldout/reward_minus_accuracy"] == pytest.approx(sum(rewards) / 3 - result["accuracy"])
 
 
 def test_signals_save_and_stop(world, tmp_path, monkeypatch, capsys):
