@@ -15,12 +15,13 @@ from generate import read_records, write_lines
 HERE = Path(__file__).parent
 RUNS, CLAIMS, SINGLE = Path("runs/compute"), Path("runs/claims"), Path("runs/methods")
 METHODS = ("single", "outcome_consistency", "step_consistency")
+TEMPERATURES = ("0.4", "1.2")  # of the verifier, beside the 0.8 of claims.sh
 STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
 
 
 def collect(seed: str) -> dict:
-    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; voting by number of steps; F1
-    of the PRM-CoTs that learnt from N votes by step."""
+    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; voting by number of steps, and
+    by the verifier's temperature; F1 of the PRM-CoTs that learnt from N votes by step."""
     claims, most = CLAIMS / seed, RUNS / seed / "votes-32"
     files = claims / "solutions.jsonl", claims / "verify" / "verifications.jsonl", most / "verifications.jsonl"
     solutions, verifications, voters = (read_records(file, ["id"]) for file in files)
@@ -30,12 +31,21 @@ def collect(seed: str) -> dict:
     for row in vote_report(solutions, voters, gold, int(seed)):
         if row["on"] == "all":
             votes[row["method"]][str(row["N"])] = [row["tokens"], row["exact"]]
+
+    def of_sixteen(some: list[dict], votes: list[dict]) -> dict:
+        rows = vote_report(some, votes, gold, int(seed))
+        found = {row["method"]: row["exact"] for row in rows if (row["on"], row["N"]) == ("all", 16)}
+        return {"solutions": len(some), **found}
+
     by_steps = {}
     for low, high in STEPS:
-        some = [s for s in solutions if low <= len(s["steps"]) <= high]
-        rows = vote_report(some, voters, gold, int(seed))
-        found = {row["method"]: row["exact"] for row in rows if (row["on"], row["N"]) == ("all", 16)}
-        by_steps[f"{low}-{high}"] = {"solutions": len(some), **found}
+        by_steps[f"{low}-{high}"] = of_sixteen([s for s in solutions if low <= len(s["steps"]) <= high], voters)
+    by_temperature = {}
+    others = {t: RUNS / seed / f"temperature-{t}" for t in TEMPERATURES}
+    if all((directory / "report.json").exists() for directory in others.values()):
+        by_temperature = {"0.8": of_sixteen(solutions, verifications)}
+        for t, directory in others.items():
+            by_temperature[t] = of_sixteen(solutions, read_records(directory / "verifications.jsonl", ["id"]))
     f1 = {}
     for N, directory in {"1": SINGLE / seed, "16": claims, "32": most}.items():
         results = read_records(directory / ("single-prm_cot.jsonl" if N == "1" else "processbench.jsonl"), [])
@@ -55,7 +65,14 @@ def collect(seed: str) -> dict:
             "kept": len(labels) / len(solutions),
         }
         rounds[directory.name[-1]] = {"tokens": tokens, **of}
-    return {"seed": int(seed), "votes": votes, "by_steps": by_steps, "f1": f1, "rounds": rounds}
+    return {
+        "seed": int(seed),
+        "votes": votes,
+        "by_steps": by_steps,
+        "by_temperature": by_temperature,
+        "f1": f1,
+        "rounds": rounds,
+    }
 
 
 def print_tables(records: list[dict]) -> None:
@@ -81,16 +98,19 @@ def print_tables(records: list[dict]) -> None:
                 over_seeds(gain)
             ]
             print(f"| {n} | {' | '.join(cells)} |")
-    print("\n| steps | solutions | " + " | ".join(METHODS) + " | step minus outcome |\n|---|---|---|---|---|---|")
-    for low, high in STEPS:
-        found = [r["by_steps"][f"{low}-{high}"] for r in records]
-        gain = [x["step_consistency"] - x["outcome_consistency"] for x in found]
-        cells = [
-            f"{np.mean([x['solutions'] for x in found]):.0f}",
-            *(over_seeds([x[m] for x in found]) for m in METHODS),
-            over_seeds(gain),
-        ]
-        print(f"| {low} to {high} | {' | '.join(cells)} |")
+    for title, key in (("steps", "by_steps"), ("temperature", "by_temperature")):
+        having = [r[key] for r in records if r[key]]
+        if not having:
+            continue
+        print(
+            f"\n{len(having)} seeds\n| {title} | solutions | {' | '.join(METHODS)} | step minus outcome |\n|---|---|---|---|---|---|"
+        )
+        for name in sorted(having[0]):
+            found = [x[name] for x in having]
+            gain = [x["step_consistency"] - x["outcome_consistency"] for x in found]
+            cells = [f"{np.mean([x['solutions'] for x in found]):.0f}"]
+            cells += [over_seeds([x[m] for x in found]) for m in METHODS]
+            print(f"| {name} | {' | '.join(cells)} | {over_seeds(gain, '+')} |")
 
 
 def draw(records: list[dict], path: Path) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Label accuracy, and F1 of the PRM-CoTs, against what the labels cost: voting over 1 to 32 verifications, and one to three
-# rounds of critique, on the tiny world, five seeds, after claims.sh and methods.sh. About a quarter of an hour a seed on one core.
+# rounds of critique; and against the verifier's noise, its temperature. On the tiny world, five seeds (of noise three), after
+# claims.sh and methods.sh. About twenty minutes a seed on one core.
 #
 #   bash data/results/compute.sh                # runs/compute/<seed>/..., then data/results/compute.jsonl, tables, figure
 #   python -m data.results.compute              # the tables and data/results/compute.png from data/results/compute.jsonl
@@ -18,6 +19,10 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     mkdir -p "$out"
     cp "$claims"/verify/verifications.jsonl{,.args.json} "$out/"  # the first of each is what the critique is about
     python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --method meta_critique --critique_rounds $rounds --out "$out"
+  done
+  for temperature in 0.4 1.2; do  # claims.sh has 0.8
+    [[ $seed -gt 2 ]] && continue
+    python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --temperature $temperature --out "runs/compute/$seed/temperature-$temperature"
   done
   out=runs/compute/$seed/votes-32
   [[ -f $out/processbench.jsonl ]] && continue
