@@ -452,9 +452,9 @@ def heldout_accuracy(
     """Sample k solutions of each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
 
     Returns accuracy, low, high (mean and 95 % interval), per_problem (P,) means, correct (P, k) bool; answers and texts
-    as P lists of k; cut, how many of the k were truncated, for each problem; the counts unknown (can't be graded, so not right), truncated and tokens. Under torchrun every rank
-    calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without a
-    gold answer or too long for the context.
+    as P lists of k; cut, how many of the k were truncated, (P,); the counts unknown (can't be graded, so not right),
+    truncated and tokens. Under torchrun every rank calls it, does its share, and returns the same. A title shows progress.
+    Raises InputError for a problem without a gold answer or too long for the context.
     """
     mine = problems[rank() :: world_size()]
     prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]

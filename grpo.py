@@ -214,8 +214,9 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
 
 def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
     """The half-open token range of each step of a response in its sampled ids, which decode to text; nothing is encoded
-    again. Tagged steps are looked for inside their tags, as the same words may stand outside. [] if a step isn't in the text as it stands. A token that holds the end of one step and the beginning of the
-    next belongs to the first; a step's range may then be empty."""
+    again. Tagged steps are looked for inside their tags, as the same words may stand outside. [] if a step isn't in the
+    text as it stands. A token that holds the end of one step and the beginning of the next belongs to the first; a step's
+    range may then be empty."""
 
     def characters(n: int) -> int:  # that the first n tokens make up; of a character of several tokens the last counts
         return len(tokenizer.decode(ids[:n], skip_special_tokens=True).rstrip("\ufffd"))
