@@ -298,6 +298,12 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
     log(PAPER[args.command])
 
 
+def read_results(path: str | Path, model: str | None = None) -> dict[str, dict]:
+    """metric -> its row in a results file; of one model, where the file has several."""
+    rows = read_records(path, ["metric", "value", "settings"])
+    return {row["metric"]: row for row in rows if model in (None, row["settings"]["model"])}
+
+
 def over_seeds(values: list[float], sign: str = "") -> str:
     """Mean over up to ten seeds and half the width of its 95 % interval (Student's t), in percent; nan for one seed."""
     t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26][len(values) - 1]
@@ -453,8 +459,8 @@ def heldout_accuracy(
 
     Returns accuracy, low, high (mean and 95 % interval), per_problem (P,) means, correct (P, k) bool; answers and texts
     as P lists of k; cut, how many of the k were truncated, (P,); the counts unknown (can't be graded, so not right),
-    truncated and tokens. Under torchrun every rank calls it, does its share, and returns the same. A title shows progress.
-    Raises InputError for a problem without a gold answer or too long for the context.
+    truncated and tokens. Under torchrun every rank calls it, does its share, and returns the same. A title shows
+    progress. Raises InputError for a problem without a gold answer or too long for the context.
     """
     mine = problems[rank() :: world_size()]
     prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]

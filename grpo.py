@@ -43,6 +43,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -215,8 +216,8 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
 def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
     """The half-open token range of each step of a response in its sampled ids, which decode to text; nothing is encoded
     again. Tagged steps are looked for inside their tags, as the same words may stand outside. [] if a step isn't in the
-    text as it stands. A token that holds the end of one step and the beginning of the next belongs to the first; a step's
-    range may then be empty."""
+    text as it stands. A token that holds the end of one step and the beginning of the next belongs to the first; a
+    step's range may then be empty."""
 
     def characters(n: int) -> int:  # that the first n tokens make up; of a character of several tokens the last counts
         return len(tokenizer.decode(ids[:n], skip_special_tokens=True).rstrip("\ufffd"))
@@ -577,6 +578,32 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     }
 
 
+def heldout_metrics(
+    policy: tuple, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
+) -> dict[str, float]:
+    """avg@1 of a policy (sampler, tokenizer, stop ids) on the held-out problems, and among responses that are valid
+    under `paper` (what the format alone can't raise). With a reward model also the reward: where it goes up and the
+    accuracy doesn't, it is being gamed."""
+    result = heldout_accuracy(
+        *policy, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    texts, right = [text for (text,) in result["texts"]], torch.from_numpy(result["correct"][:, 0])
+    valid = torch.tensor([format_valid(text) for text in texts])
+    numbers = {name: result[name] for name in ("accuracy", "low", "high")}
+    numbers["valid"] = valid.float().mean().item()
+    if valid.any():  # the accuracy of no response isn't a number
+        numbers["accuracy_of_valid"] = right[valid].float().mean().item()
+    if judge:
+        ends = ["length" if cut else "stop" for cut in result["cut"]]
+        responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
+        mine = responses[rank() :: world_size()]
+        score_rollouts(mine, heldout, args, step, policy[1], judge, gold)
+        rewards = gather([r.reward for r in mine])
+        numbers["reward"] = sum(rewards) / len(rewards)
+        numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
+    return {f"heldout/{name}": value for name, value in numbers.items()}
+
+
 def gather_rollouts(mine: list[Rollout]) -> list[Rollout]:
     """The rollouts of all ranks, on every rank."""
     if world_size() == 1:
@@ -800,30 +827,7 @@ def run(args: argparse.Namespace) -> None:
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
-    def measure(step: int) -> dict[str, float]:
-        """avg@1 on the held-out problems, and among responses that are valid under `paper` (what the format alone can't
-        raise). With a reward model also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
-        result = heldout_accuracy(
-            sampler, tokenizer, stops, heldout, gold,
-            num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed,
-        )  # fmt: skip
-        valid = torch.tensor([format_valid(texts[0]) for texts in result["texts"]])
-        right = torch.from_numpy(result["correct"][:, 0])
-        numbers = {name: result[name] for name in ("accuracy", "low", "high")}
-        numbers["valid"] = valid.float().mean().item()
-        if valid.any():  # the accuracy of no response isn't a number
-            numbers["accuracy_of_valid"] = right[valid].float().mean().item()
-        if judge:
-            ends = ["length" if cut else "stop" for cut in result["cut"]]
-            texts = [text for (text,) in result["texts"]]
-            responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
-            mine = responses[rank() :: world_size()]
-            score_rollouts(mine, heldout, args, step, tokenizer, judge, gold)
-            rewards = gather([r.reward for r in mine])
-            numbers["reward"] = sum(rewards) / len(rewards)
-            numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
-        return {f"heldout/{name}": value for name, value in numbers.items()}
-
+    measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
     # SIGTERM and Ctrl-C let the step end, save, and stop; the same command goes on from there.
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

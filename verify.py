@@ -497,7 +497,7 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
         if name in records:
             if verdicts is not None and len(verdicts) != lengths[name]:
                 about = f"{len(verdicts)} step_verdicts for the {lengths[name]} steps of solution {name}"
-                raise InputError(f"{about}: verifications and solutions don't belong together; make the former again")
+                raise InputError(f"{about}; both files must come from the same solutions")
             records[name].append(r)
     return records
 
@@ -551,9 +551,9 @@ def verify_solutions(
         if len(ids) <= room:  # otherwise no verification, and the label says no_votes
             prompts.append(ids)
             judged.append(s)
-    if not prompts and output.done:
-        return  # the others are there
     if not prompts:
+        if output.done:
+            return  # the others are there
         raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
     stream = sampler.stream(
         prompts,
@@ -579,8 +579,8 @@ def verify_solutions(
 def critique_and_merge(
     args: argparse.Namespace, verifier: tuple, solutions: list[dict], texts: list[str]
 ) -> Iterator[tuple[int, list[tuple[str, int] | None]]]:
-    """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or None
-    where a prompt leaves no room for the answer."""
+    """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or
+    None where a prompt leaves no room for the answer."""
     sampler, tokenizer, stops = verifier
     room = sampler.model.config.max_positions - args.max_new_tokens
 

@@ -525,7 +525,7 @@ def test_labels_command(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no record"):
         run(monkeypatch, "labels", *files, "--gold", write_lines(tmp_path / "none.jsonl", [{"id": "z"}]), "--out", out)
     wrong = write_lines(tmp_path / "wrong.jsonl", verifications_of("p/0", ([T], T)))
-    with pytest.raises(InputError, match="belong together"):
+    with pytest.raises(InputError, match="same solutions"):
         gold = tmp_path / "problems.jsonl"
         run(monkeypatch, "labels", *files[:2], "--verifications", wrong, "--gold", gold, "--out", out)
 

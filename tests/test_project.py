@@ -326,6 +326,12 @@ def test_sorting_rule():
                 fine.append(all(fine) and before != after and step == f"{before}>{after}")
             labels, outcome = make_sorting.judge(row, steps)
             assert labels == fine and outcome == (all(fine) and numbers == sorted(numbers)), steps
+            problem = make_tiny.Problem("", tuple(make_sorting.sort(row)), "done")
+            _, text = make_tiny.make_judgement("verify", problem, steps, "done", outcome, rng)
+            expected = re.findall(r"## Step \d+: (.*)", text)
+            assert len(expected) == len(steps) and not any(
+                own == "none" for own, label in zip(expected, fine, strict=True) if label
+            )
             outcomes[outcome] += 1
     assert outcomes == {True: 400, False: 800}
     assert make_sorting.judge("21", []) == ([], False)

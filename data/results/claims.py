@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from evaluate import read_results
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ def collect(seed: str) -> dict:
             if "heldout/valid" in m
         ]
         of_valid[reward] = [curve[0], curve[-1]]
-    processbench = {r["metric"]: r["value"] for r in read_records(run / "processbench.jsonl", [])}
+    processbench = {m: row["value"] for m, row in read_results(run / "processbench.jsonl").items()}
     found = {"labels": labels, "processbench": processbench, "benchmark": measured, "accuracy_of_valid": of_valid}
     return {"seed": int(seed), **found}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import over_seeds, read_gold, save_figure, score_label, vote_report
+from evaluate import over_seeds, read_gold, read_results, save_figure, score_label, vote_report
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
@@ -46,10 +46,9 @@ def collect(seed: str) -> dict:
         by_temperature = {"0.8": of_sixteen(solutions, verifications)}
         for t, directory in others.items():
             by_temperature[t] = of_sixteen(solutions, read_records(directory / "verifications.jsonl", ["id"]))
-    f1 = {}
-    for N, directory in {"1": SINGLE / seed, "16": claims, "32": most}.items():
-        results = read_records(directory / ("single-prm_cot.jsonl" if N == "1" else "processbench.jsonl"), [])
-        f1[N] = next(r["value"] for r in results if r["metric"] == "f1")
+    files = {"1": SINGLE / seed / "single-prm_cot.jsonl", "16": claims / "processbench.jsonl"}
+    files |= {"32": most / "processbench.jsonl"}
+    f1 = {N: read_results(file)["f1"]["value"] for N, file in files.items()}
     first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
@@ -76,13 +75,13 @@ def collect(seed: str) -> dict:
 
 
 def print_tables(records: list[dict]) -> None:
-    """By N, by rounds, by number of steps."""
+    """By N, by rounds, by number of steps, by temperature."""
     print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
     print("| verifications | tokens | " + " | ".join(METHODS) + " | PRM-CoT, F1 |\n|---|---|---|---|---|---|")
     for N in records[0]["votes"]["single"]:
         tokens = np.mean([r["votes"]["single"][N][0] for r in records])
         cells = [over_seeds([r["votes"][method][N][1] for r in records]) for method in METHODS]
-        cells.append(over_seeds([r["f1"][N] for r in records]) if N in records[0]["f1"] else "")
+        cells.append(over_seeds([r["f1"][N] for r in records]) if N in records[0]["f1"] else "not run")
         print(f"| {N} | {tokens / 1000:,.0f}k | {' | '.join(cells)} |")
     with_rounds = [r for r in records if len(r["rounds"]) == 3]
     if with_rounds:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import over_seeds
+from evaluate import over_seeds, read_results
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ def collect(seed: str) -> dict:
     scores = {}
     for method in METHODS:
         for kind in KINDS:
-            found = {r["metric"]: r for r in read_records(run / f"{method}-{kind}.jsonl", [])}
+            found = read_results(run / f"{method}-{kind}.jsonl")
             scores[f"{method}/{kind}"] = found["outcome_acc" if kind == "orm" else "f1"]["value"]
     return {"seed": int(seed), "labels": labels, "scores": scores}
 

@@ -14,7 +14,7 @@ import random
 import re
 from pathlib import Path
 
-from evaluate import draw_seeds, over_seeds, read_gold, read_metrics, save_figure
+from evaluate import draw_seeds, over_seeds, read_gold, read_metrics, read_results, save_figure
 from generate import InputError, read_records, run_stage, write_lines
 from verify import parse_verification
 
@@ -52,21 +52,12 @@ def collect(seed: int) -> dict:
         labels = [x for x in read_records(labels, ["id", "steps", "answer", "outcome"]) if x["dropped"] is None]
         gold = read_gold("data/tiny/gold.jsonl", labels)
         right = sum(x["outcome"] == gold[x["id"]][1] for x in labels) / len(labels)
-        f1 = {r["metric"]: r["value"] for r in read_records(run / "processbench.jsonl", [])}["f1"]
-        of_policy = [
-            r for r in read_records(run / "benchmark.jsonl", []) if r["settings"]["model"].endswith("process_aware")
-        ]
-        accuracy = {r["metric"]: r["value"] for r in of_policy}
+        policy = read_results(run / "benchmark.jsonl", str(run / "process_aware"))
+        numbers = {"f1": read_results(run / "processbench.jsonl")["f1"], **{m: policy[m] for m in ("avg@4", "greedy")}}
         metrics = read_metrics(str(run / "process_aware"))
         curves = {name: metrics[name] for name in ("reward/mean", "heldout/accuracy")}
         curves = {name: {str(k): round(v, 4) for k, v in curve.items()} for name, curve in curves.items()}
-        found[str(share)] = {
-            "labels": round(right, 4),
-            "f1": f1,
-            "avg@4": accuracy["avg@4"],
-            "greedy": accuracy["greedy"],
-            **curves,
-        }
+        found[str(share)] = {"labels": round(right, 4), **{m: row["value"] for m, row in numbers.items()}, **curves}
     return {"seed": seed, "shares": found}
 
 

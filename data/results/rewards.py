@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import draw_seeds, over_seeds, read_metrics, save_figure
+from evaluate import draw_seeds, over_seeds, read_metrics, read_results, save_figure
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
@@ -36,19 +36,19 @@ def collect(seed: str) -> dict:
     for name in NAMES:
         claimed = name in ("process_aware", "rlvr", "random")
         directory = (CLAIMS if claimed else RUNS) / seed / name
-        results = read_records(CLAIMS / seed / "benchmark.jsonl" if claimed else RUNS / seed / f"{name}.jsonl", [])
-        own = {r["metric"]: r["value"] for r in results if r["settings"]["model"].endswith(f"/{name}")}
+        own = read_results(
+            CLAIMS / seed / "benchmark.jsonl" if claimed else RUNS / seed / f"{name}.jsonl", str(directory)
+        )
         metrics = read_metrics(str(directory))
-        record = {"avg@4": own["avg@4"], "greedy": own["greedy"]}
+        record = {key: own[key]["value"] for key in ("avg@4", "greedy")}
         record["heldout"] = {str(step): round(value, 4) for step, value in metrics["heldout/accuracy"].items()}
         if not claimed:  # the others ran before rates were logged
             for phase in ("sample", "score"):
                 rate, seconds = (metrics.get(f"time/{phase}{end}", {}) for end in ("_tokens_per_second", ""))
                 record[f"{phase} tokens"] = round(float(np.mean([rate.get(s, 0) * seconds[s] for s in seconds])))
         runs[name] = record
-    start = {r["metric"]: r["value"] for r in read_records(CLAIMS / seed / "benchmark.jsonl", [])
-             if r["settings"]["model"] == "data/tiny/policy"}  # fmt: skip
-    start = {key: start[key] for key in ("avg@4", "greedy")}
+    start = read_results(CLAIMS / seed / "benchmark.jsonl", "data/tiny/policy")
+    start = {key: start[key]["value"] for key in ("avg@4", "greedy")}
     return {"seed": int(seed), "start": start, "runs": runs, "votes": collect_votes(seed, runs)}
 
 
@@ -57,13 +57,13 @@ def collect_votes(seed: str, runs: dict) -> dict:
     such votes have trained, where there is one."""
     found = {}
     for votes in VOTES:
-        row = next(r for r in read_records(RUNS / seed / f"votes-{votes}.jsonl", []) if r["metric"] == "f1")
+        row = read_results(RUNS / seed / f"votes-{votes}.jsonl")["f1"]
         found[votes] = {"f1": row["value"], "tokens": row["tokens"]}
         name = "process_aware" if votes == "1" else f"process_aware-votes{votes}"
         if name in runs:
             found[votes]["avg@4"] = runs[name]["avg@4"]
         elif (path := RUNS / seed / f"{name}.jsonl").exists():
-            found[votes]["avg@4"] = next(r["value"] for r in read_records(path, []) if r["metric"] == "avg@4")
+            found[votes]["avg@4"] = read_results(path)["avg@4"]["value"]
     return found
 
 

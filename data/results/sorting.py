@@ -16,7 +16,7 @@ import torch
 
 from data.make_sorting import judge, sort
 from data.results.hacking import CONSTRAINTS, accept
-from evaluate import read_metrics
+from evaluate import read_metrics, read_results
 from generate import open_sampler, read_records, write_json, write_lines
 from grpo import shown_solution
 
@@ -69,7 +69,7 @@ def collect(seed: str) -> dict:
     for name in JUDGES:
         rows = json.loads((out / name / "labels.json").read_text())["rows"]
         judged[name] = {r["method"]: round(r["exact"], 4) for r in rows if r["on"] == "all" and r["N"] == 16}
-        judged[name] |= {r["metric"]: r["value"] for r in read_records(out / name / "processbench.jsonl", [])}
+        judged[name] |= {m: row["value"] for m, row in read_results(out / name / "processbench.jsonl").items()}
     curves = {}
     for name in list(NAMES)[1:]:
         reward = read_metrics(str(out / name))["reward/mean"]
