@@ -47,8 +47,8 @@ def collect(seed: str) -> dict:
         for t, directory in others.items():
             by_temperature[t] = of_sixteen(solutions, read_records(directory / "verifications.jsonl", ["id"]))
     files = {"1": SINGLE / seed / "single-prm_cot.jsonl", "16": claims / "processbench.jsonl"}
-    files |= {"32": most / "processbench.jsonl"}
-    f1 = {N: read_results(file)["f1"]["value"] for N, file in files.items()}
+    files |= {N: RUNS / seed / f"votes-{N}" / "processbench.jsonl" for N in ("2", "4", "8", "32")}
+    f1 = {N: read_results(file)["f1"]["value"] for N, file in files.items() if file.exists()}
     first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Label accuracy, and F1 of the PRM-CoTs, against what the labels cost: voting over 1 to 32 verifications, and one to three
 # rounds of critique; and against the verifier's noise, its temperature. On the tiny world, five seeds (of noise three), after
-# claims.sh and methods.sh. About twenty minutes a seed on one core.
+# claims.sh and methods.sh. About half an hour a seed on one core.
 #
 #   bash data/results/compute.sh                # runs/compute/<seed>/..., then data/results/compute.jsonl, tables, figure
 #   python -m data.results.compute              # the tables and data/results/compute.png from data/results/compute.jsonl
@@ -24,10 +24,12 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     [[ $seed -gt 2 ]] && continue
     python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --temperature $temperature --out "runs/compute/$seed/temperature-$temperature"
   done
-  out=runs/compute/$seed/votes-32
-  [[ -f $out/processbench.jsonl ]] && continue
-  python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --num_verifications 32 --out "$out"
-  python train_prm.py --seed "$seed" --labels "$out/labels_step_consistency.jsonl" --out "$out/prm_cot"
-  python evaluate.py processbench --seed "$seed" --model "$out/prm_cot" --out "$out/processbench.jsonl"
+  for votes in 2 4 8 32; do  # methods.sh has 1, claims.sh 16
+    out=runs/compute/$seed/votes-$votes
+    [[ -f $out/processbench.jsonl ]] && continue
+    python verify.py --seed "$seed" --solutions "$claims/solutions.jsonl" --num_verifications $votes --out "$out"
+    python train_prm.py --seed "$seed" --labels "$out/labels_step_consistency.jsonl" --out "$out/prm_cot"
+    python evaluate.py processbench --seed "$seed" --model "$out/prm_cot" --out "$out/processbench.jsonl"
+  done
 done
 python -m data.results.compute --collect

@@ -34,8 +34,8 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
   for votes in 1 2 4 8; do
     python evaluate.py processbench --seed "$seed" --model "$claims/prm_cot" --votes $votes --out "$out/votes-$votes.jsonl"
   done
-  if [[ $seed == 0 ]]; then  # eight votes take as long as all others together
-    run process_aware-votes2 --prm "$claims/prm_cot" --prm_votes 2
+  run process_aware-votes2 --prm "$claims/prm_cot" --prm_votes 2
+  if [[ $seed -le 2 ]]; then  # eight votes take as long as all others together
     run process_aware-votes8 --prm "$claims/prm_cot" --prm_votes 8
   fi
   run majority --reward majority

@@ -25,8 +25,11 @@ RUNS = Path("runs/sorting")
 NAMES = {  # file of solutions -> how the table calls the policy that wrote them
     "start": "start",
     "verifier-none": "process_aware, none",
+    "verifier-paper": "process_aware, paper",
     "verifier-strict": "process_aware, strict",
     "blind-none": "process_aware, none, blind judge",
+    "blind-paper": "process_aware, paper, blind judge",
+    "blind-strict": "process_aware, strict, blind judge",
     "majority": "majority",
     "random": "random",
 }
