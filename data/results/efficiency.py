@@ -1,5 +1,6 @@
 """What each stage costs on this machine: seconds, tokens and peak memory against the number of solutions, of verifications,
-of rounds of critique, and the size of a group; and how each grows. Seven minutes on two cores, with nothing beside it; one run each.
+of rounds of critique, and the size of a group, and how each grows; and a GRPO step by its reward. A quarter of an hour on two cores,
+with nothing beside it; one run each.
 
     python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, table and figure
     python -m data.results.efficiency           # table and data/results/efficiency.png from data/results/efficiency.jsonl
@@ -25,6 +26,19 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/efficiency")
 SOLUTIONS, VERIFICATIONS, GROUPS = (2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (2, 4, 8, 16, 32)
 PROBLEMS = 25
+REWARDS = {  # row of the table of rewards -> flags of grpo.py
+    "process_aware": "--prm runs/efficiency/prm_cot",
+    "process_aware-votes4": "--prm runs/efficiency/prm_cot --prm_votes 4",
+    "step_augmented": "--prm runs/efficiency/prm_cot --reward step_augmented",
+    "selective_advantage": "--prm runs/efficiency/prm_cot --reward selective_advantage",
+    "global_step": "--prm runs/efficiency/prm_cot --reward global_step",
+    "process_aware-orm": "--prm runs/efficiency/orm --prm_kind orm",
+    "process_aware-prm": "--prm runs/efficiency/prm --prm_kind prm",
+    "majority": "--reward majority",
+    "self_certainty": "--reward self_certainty",
+    "random": "--reward random",
+    "rlvr": "--reward rlvr",
+}
 PANELS = {  # series -> the name of its axis
     "generate": "solutions a problem, M",
     "verify": "verifications a solution, N",
@@ -47,6 +61,20 @@ def run(*command: object) -> tuple[float, float]:
 def count_tokens(path: Path) -> int:
     """Tokens of all records."""
     return sum(record["tokens"] for record in read_records(path, ["tokens"]))
+
+
+def run_steps(out: Path, steps: int, *flags: object) -> tuple[float, float, int]:
+    """(seconds, peak MiB, tokens) of a GRPO step: sampled, judged and learnt from; the first one left out."""
+    _, peak = run("grpo.py", *flags, "--heldout", "", "--steps", steps, "--out", out)
+    metrics = read_metrics(str(out))
+    seconds, tokens = 0.0, 0.0
+    for phase in ("sample", "score", "update"):
+        taken = list(metrics[f"time/{phase}"].values())[1:]
+        seconds += float(np.mean(taken))
+        if phase != "update":  # which adds none
+            rates = list(metrics[f"time/{phase}_tokens_per_second"].values())[1:]
+            tokens += float(np.mean(np.multiply(taken, rates)))
+    return seconds, peak, round(tokens)
 
 
 def measure() -> list[dict]:
@@ -79,18 +107,10 @@ def measure() -> list[dict]:
         cost = run("train_prm.py", "--kind", kind, "--labels", labels, "--epochs", 1, "--out", RUNS / kind)
         note(f"train_prm {kind}", 1, *cost, 0)
     for G in GROUPS:
-        out = RUNS / f"G{G}"
-        flags = ("--prm", RUNS / "prm_cot", "--heldout", "", "--steps", 4, "--batch_size", 8, "--group_size", G)
-        _, peak = run("grpo.py", *flags, "--out", out)
-        metrics = read_metrics(str(out))
-        steps, seconds, tokens = sorted(metrics["time/update"], key=int)[1:], 0.0, 0.0
-        for phase in ("sample", "score", "update"):
-            taken = [metrics[f"time/{phase}"][step] for step in steps]
-            seconds += float(np.mean(taken))
-            if phase != "update":  # which adds none
-                rates = [metrics[f"time/{phase}_tokens_per_second"][step] for step in steps]
-                tokens += float(np.mean(np.multiply(taken, rates)))
-        note("grpo", G, seconds, peak, round(tokens))
+        flags = ("--prm", RUNS / "prm_cot", "--batch_size", 8, "--group_size", G)
+        note("grpo", G, *run_steps(RUNS / f"G{G}", 4, *flags))
+    for name, flags in REWARDS.items():  # 16 x 8 responses, as in the table of rewards
+        note(f"reward {name}", 8, *run_steps(RUNS / name, 6, *flags.split()))
     return found
 
 

@@ -84,12 +84,15 @@ def accuracy_at(run: dict, step: float) -> float:
 def print_table(records: list[dict]) -> None:
     """A row for each reward; differences are paired by seed."""
     budget = 60 * sum(tokens_per_step(records, "majority"))
+    measured = read_records(HERE / "efficiency.jsonl", ["series", "seconds"])
+    seconds = {r["series"].removeprefix("reward "): r["seconds"] for r in measured}
     print(
         f"{len(records)} seeds; mean ± half the 95 % interval, in percent; start {over_seeds([r['start']['avg@4'] for r in records])}"
     )
     print("| reward | avg@4 at the last step | minus process_aware | greedy | held-out, mean of the curve ", end="")
     print(
-        f"| tokens a step: sampled + judged | held-out after {budget / 1000:,.0f}k tokens |\n|---|---|---|---|---|---|---|"
+        "| tokens a step: sampled + judged | seconds a step "
+        f"| held-out after {budget / 1000:,.0f}k tokens |\n|---|---|---|---|---|---|---|---|"
     )
     base = [r["runs"]["process_aware"]["avg@4"] for r in records]
     for name, title in NAMES.items():
@@ -105,6 +108,7 @@ def print_table(records: list[dict]) -> None:
             over_seeds([run["greedy"] for run in runs]),
             curve,
             f"{sampled:,.0f} + {judged:,.0f}",
+            f"{seconds[name]:.1f}",
             equal,
         ]
         print(f"| {title} | {' | '.join(cells)} |")
