@@ -47,6 +47,7 @@ from generate import (
     open_sampler,
     parse_args,
     rank,
+    read_answers,
     read_records,
     run_stage,
     start_processes,
@@ -61,16 +62,16 @@ from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, label_s
 TINY = {
     "processbench": {
         "model": "runs/tiny/prm_cot", "data": ["data/tiny/processbench.jsonl"], "out": "runs/tiny/processbench.jsonl",
-        "max_new_tokens": 200, "slots": 256,
+        "max_new_tokens": 200, "slots": 256, "device": "cpu",
     },
     "benchmark": {
         "model": ["runs/tiny/grpo", "data/tiny/policy"], "problems": ["data/tiny/heldout.jsonl"],
         "gold": ["data/tiny/gold.jsonl"], "out": "runs/tiny/benchmark.jsonl",
-        "max_new_tokens": 160, "limit": 500, "slots": 256,
+        "max_new_tokens": 160, "limit": 500, "slots": 256, "device": "cpu",
     },
     "best_of": {
         "model": "runs/tiny/prm_cot", "solutions": ["runs/tiny/solutions.jsonl"], "gold": ["data/tiny/gold.jsonl"],
-        "out": "runs/tiny/best_of.jsonl", "max_new_tokens": 200, "slots": 256,
+        "out": "runs/tiny/best_of.jsonl", "max_new_tokens": 200, "slots": 256, "device": "cpu",
     },
     "labels": {
         "labels": ["runs/tiny/verify/labels_step_consistency.jsonl"],
@@ -282,9 +283,7 @@ def print_table(header: list[str], rows: list[list]) -> None:
 
 
 def publish(rows: list[dict], args: argparse.Namespace) -> None:
-    """Write the results file, and print it: a line for each model and subset, and the paper's numbers below."""
-    if rank() == 0:
-        write_records(Path(args.out), rows, args)
+    """Print the results, a line for each model and subset with the paper's numbers below, and write their file."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     lines: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -296,6 +295,8 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
         table.append([*names, any_row["n"], *numbers, any_row["tokens"], any_row["seconds"]])
     print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
     log(PAPER[args.command])
+    if rank() == 0:
+        write_records(Path(args.out), rows, args)
 
 
 def read_results(path: str | Path, model: str | None = None) -> dict[str, dict]:
@@ -356,6 +357,8 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Nam
     check_counts(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
     if vars(args).get("out", "") is None:
         raise InputError("--out is missing; say where to write the result")
+    if "out" in args and Path(args.out).is_dir():  # before hours of work, rather than after them
+        raise InputError(f"--out {args.out} is a directory; name a file in it")
     return args
 
 
@@ -536,17 +539,6 @@ def benchmark_numbers(result: dict, others: dict[str, np.ndarray], seed: int) ->
     per_problem |= others
     numbers = {m: (float(values.mean()), P, bootstrap_interval(values, seed)) for m, values in per_problem.items()}
     return numbers | {name: (result[name] / correct.size, P, None) for name in ("unknown", "truncated")}
-
-
-def read_answers(paths: list[str]) -> dict[str, str]:
-    """id -> answer from gold files. Raises InputError if two of them disagree."""
-    gold: dict[str, str] = {}
-    for path in paths:
-        for record in read_records(path, ["id", "answer"], "python -m data.make_tiny problems"):
-            name, answer = record["id"], str(record["answer"])
-            if gold.setdefault(name, answer) != answer:
-                raise InputError(f"{path}: {name!r} has answer {answer!r}, before it was {gold[name]!r}; rename one id")
-    return gold
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:

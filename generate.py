@@ -16,6 +16,7 @@ sampler is part of what is to be read. Answers in the problems file are never op
 import argparse
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from operator import itemgetter
@@ -53,6 +55,7 @@ TINY = {
     "top_p": 1.0,
     "limit": 100,
     "slots": 256,
+    "device": "cpu",
 }
 
 # --------------------------------------------------------------------------- solutions as text
@@ -68,10 +71,10 @@ ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
 
 def split_steps(text: str) -> list[str]:
-    """The reasoning steps of a solution, in order, without their numbers, tags or the final answer.
+    """The reasoning steps of a solution, in order, without the final answer.
 
-    Three layouts: `<step>…</step>` (the policy's format), "Step 1: …" headings (instruct models), and
-    paragraphs separated by blank lines (the last resort). Empty steps are dropped.
+    Three layouts: `<step>…</step>` (the policy's format; what is inside stays), "Step 1: …" headings (instruct models;
+    they go), and paragraphs separated by blank lines (the last resort). Empty steps are dropped.
     """
     steps = STEP_TAG.findall(text)
     if not steps:
@@ -115,6 +118,14 @@ def find_boxes(text: str) -> list[tuple[int, int]]:
     return sorted(boxes)
 
 
+def open_boxes(text: str) -> str:
+    r"""The text with what each closed `\boxed{…}` holds in its place."""
+    while boxes := find_boxes(text):
+        start, end = boxes[-1]
+        text = text[: text.rindex("\\boxed", 0, start)] + text[start:end] + text[end + 1 :]
+    return text
+
+
 def extract_answer(text: str) -> str | None:
     r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line, else None."""
     if boxes := find_boxes(text):
@@ -151,7 +162,8 @@ class InputError(ValueError):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; an InputError, a full disk or a full GPU becomes one line on stderr and exit status 2."""
+    """Run a stage's main; an InputError, a path that can't be written, a full disk or a full GPU becomes one line on
+    stderr and exit status 2."""
     try:
         main()
     except InputError as error:
@@ -160,6 +172,9 @@ def run_stage(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         advice = "lower --slots (rows of the KV cache); in training --micro_tokens, or add --activation_checkpointing"
         print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        print(f"error: {error}; choose another path", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # libraries keep its text, not always its errno
         if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
@@ -174,9 +189,9 @@ def run_stage(main: Callable[[], None]) -> None:
 def read_records(
     path: str | Path, fields: list[str], made_by: str = "", unique: tuple[str, ...] = ("id",)
 ) -> list[dict]:
-    """All records of a JSON Lines file; an id that is a number is read as text, since longer ids are made from it.
-    Raises InputError for a missing or empty file, for a line that is not an object with these fields (with its number),
-    and for a repeated id."""
+    """All records of a JSON Lines file; ids and answers that are numbers are read as text. Raises InputError for a
+    missing or empty file, for a line that is not an object with these fields (with its number), for steps that aren't
+    a list of texts, and for a repeated id."""
     path, advice = Path(path), f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file{advice}")
@@ -192,8 +207,11 @@ def read_records(
         missing = [f for f in fields if not isinstance(record, dict) or f not in record]
         if missing:
             raise InputError(f"{path}:{number}: no field {missing[0]!r}; every line needs {', '.join(fields)}")
-        if "id" in record:
-            record["id"] = str(record["id"])
+        texts = [name for name in ("id", "problem_id", "solution_id", "answer") if record.get(name) is not None]
+        record |= {name: str(record[name]) for name in texts}
+        steps = record["steps"] if "steps" in fields else []
+        if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+            raise InputError(f"{path}:{number}: steps must be a list of texts, not {str(steps)[:60]}")
         name = tuple(record.get(field) for field in unique)
         if set(unique) <= set(fields) and name in seen:
             twice = f"{', '.join(unique)} {', '.join(map(repr, name))}"
@@ -203,6 +221,19 @@ def read_records(
     if not records:
         raise InputError(f"{path}: the file is empty{advice}")
     return records
+
+
+def read_answers(paths: list[str]) -> dict[str, str]:
+    """id -> reference answer from gold files. Raises InputError for an answer that is null, and if two disagree."""
+    gold: dict[str, str] = {}
+    for path in paths:
+        for record in read_records(path, ["id", "answer"], "python -m data.make_tiny problems"):
+            name, answer = record["id"], record["answer"]
+            if answer is None:
+                raise InputError(f"{path}: {name!r} has no answer (null); remove it or write one")
+            if gold.setdefault(name, answer) != answer:
+                raise InputError(f"{path}: {name!r} has answer {answer!r}, before it was {gold[name]!r}; rename one id")
+    return gold
 
 
 def write_text(path: Path, text: str) -> None:
@@ -238,6 +269,11 @@ def describe_run(args: argparse.Namespace) -> dict:
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"arguments": vars(args), "versions": packages, "commit": commit or None}
+
+
+def hash_file(path: str | Path) -> str:
+    """The beginning of a file's SHA-256, to know it again."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def check_arguments(output: Path, run: dict, free: set[str]) -> None:
@@ -341,13 +377,20 @@ class RecordFile:
 
 
 def start_processes(device: str | None = None) -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device."""
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if found.type == "cuda":
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", found.index or 0)))
-        torch.cuda.set_device(found)  # streams, graphs and NCCL go by the current one
+    """Join the process group if torchrun started us; returns this process's device. Raises InputError if there is none
+    of that name."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if found.type == "cuda":
+            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", found.index or 0)))
+            torch.cuda.set_device(found)  # streams, graphs and NCCL go by the current one
+    except (AssertionError, AttributeError, RuntimeError) as error:  # a build without CUDA raises any of them
+        raise InputError(
+            f"--device {device}: {str(error).splitlines()[0]}; say cpu, or cuda where there is one"
+        ) from None
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+        # By default a rank gives up after minutes; but one that is done with its share may have to wait for hours.
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return found
 
 
@@ -675,7 +718,7 @@ class Sampler:
                     continue
                 if math.isnan(logprob):
                     raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
-                                     "checkpoint; if it was in training, lower --lr")  # fmt: skip
+                                     "checkpoint; if it was in training, lower --lr, with another --out")  # fmt: skip
                 sample.ids.append(token)
                 sample.logprobs.append(logprob)
                 sample.full_logprobs.append(full_logprob)

@@ -36,6 +36,7 @@ Shapes: B responses of a global batch, G responses of a group, N response tokens
 """
 
 import argparse
+import os
 import random
 import re
 import signal
@@ -66,12 +67,14 @@ from generate import (
     extract_answer,
     find_boxes,
     find_model,
+    hash_file,
     log,
     open_config,
     open_model,
     open_sampler,
     parse_args,
     rank,
+    read_answers,
     read_records,
     run_stage,
     split_steps,
@@ -115,9 +118,10 @@ TINY = {
     "heldout_every": 10,
     "save_every": 20,
     "slots": 128,
+    "device": "cpu",
 }
 FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
-        "heldout_every", "heldout", "activation_checkpointing"}  # fmt: skip
+        "heldout_every", "heldout", "activation_checkpointing", "max_gap"}  # fmt: skip
 STEP_DESIGNS = {"selective_advantage": 4, "global_step": 3}  # and the fewest steps that they put up with
 JUDGED = ["process_aware", "step_augmented", *STEP_DESIGNS]  # these need a reward model
 REWARDS = [*JUDGED, "rlvr", "majority", "self_certainty", "random"]
@@ -255,7 +259,7 @@ def global_step_advantage(
 ) -> list[Tensor]:
     """A_step, (T_i,) for each response of one group: a step's reward stands at its last token, step_ends (inclusive),
     normalised by mean and std over all steps of the group, and a token gets the sum from itself to the end."""
-    pool = torch.tensor([reward for rewards in step_rewards for reward in rewards])
+    pool = torch.tensor([reward for rewards in step_rewards for reward in rewards], dtype=torch.float32)
     mean, scale = 0.0, 1.0
     if len(pool) > 1:
         mean, scale = pool.mean().item(), pool.std().item() + 1e-6
@@ -439,13 +443,13 @@ def score_rollouts(
             r.reward = 0.0 if r.finish == "length" else r.reward
 
 
-def in_loss(rollouts: list[Rollout], advantages: Tensor, args) -> list[int]:
+def in_loss(rollouts: list[Rollout], advantages: list[Tensor], args) -> list[int]:
     """Indices of the responses that the loss is over: all, but for those that --overlong mask and --drop_equal_groups
-    leave out. What is left out isn't in the loss's denominator either."""
+    (of which no token, (T_i,) each, has an advantage) leave out. These aren't in the loss's denominator either."""
     kept = []
     for i, r in enumerate(rollouts):
         start = i - i % args.group_size
-        equal = not advantages[start : start + args.group_size].any()
+        equal = not any(a.any() for a in advantages[start : start + args.group_size])
         if not (args.drop_equal_groups and equal) and not (args.overlong == "mask" and r.finish == "length"):
             kept.append(i)
     return kept
@@ -536,8 +540,8 @@ def update_policy(
             f"--max_gap {args.max_gap}: the sampled policy isn't the one being trained; stopped before the update"
         )
     norm = clip_and_step(model, optimizer, args.lr, args.max_grad_norm)
-    return {
-        "kl/k3": values["kl"] / weight,
+    measured = {"kl/k3": values["kl"] / weight} if reference is not None else {}  # from itself it would be 0
+    return measured | {
         "loss/clip_fraction": values["clip_fraction"] / weight,
         "loss/surrogate": values["surrogate"],
         "policy/entropy": values["entropy"],
@@ -721,7 +725,7 @@ def main() -> None:
     group.add_argument("--max_steps", type=int, default=20, help="more earn nothing, in these two")
     group.add_argument("--overlong", default="keep", choices=["keep", "mask", "penalise"],
                        help="responses cut by the length limit: left, out of the loss, or with reward 0")  # fmt: skip
-    group.add_argument("--drop_equal_groups", action="store_true", help="groups of equal reward leave the loss")
+    group.add_argument("--drop_equal_groups", action="store_true", help="groups without any advantage leave the loss")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=int, default=300, help="updates")
     group.add_argument("--batch_size", type=int, default=256, help="problems per step")
@@ -760,6 +764,14 @@ def main() -> None:
     for flag in ("problems", "out") + (("prm",) if args.reward in JUDGED else ()):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; it goes with --policy")
+    if args.reward in ("step_augmented", *STEP_DESIGNS) and args.prm_kind == "orm":
+        raise InputError(
+            f"--reward {args.reward} needs verdicts on steps, and --prm_kind orm gives none; take process_aware"
+        )
+    if args.min_steps > args.max_steps:
+        raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
+    if not args.temperature > 0:
+        raise InputError(f"--temperature {args.temperature}: it must be positive, a greedy group has no advantage")
     if Path(args.out).resolve() == Path(args.policy).resolve():
         raise InputError(f"--out {args.out} is the policy itself, which the KL term needs as it is; choose another")
     run(args)
@@ -769,9 +781,9 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     """Reference answers by problem id, those of --gold if there is such a file. Only --reward rlvr needs them, and only
     then those in the problems file count, too; InputError if it lacks one."""
     needed = args.reward == "rlvr"
-    gold = {p["id"]: str(p["answer"]) for p in problems if needed and "answer" in p}
-    if args.gold is not None and (needed or Path(args.gold).is_file()):
-        gold |= {record["id"]: str(record["answer"]) for record in read_records(args.gold, ["id", "answer"])}
+    gold = {p["id"]: p["answer"] for p in problems if needed and p.get("answer") is not None}
+    if args.gold is not None and (needed or args.gold != TINY["gold"] or Path(args.gold).is_file()):
+        gold |= read_answers([args.gold])
     missing = [p["id"] for p in problems if needed and p["id"] not in gold]
     if missing:
         raise InputError(f"--reward rlvr: problem {missing[0]} has no reference answer; give --gold with all of them")
@@ -783,6 +795,7 @@ def run(args: argparse.Namespace) -> None:
     device = start_processes(args.device)
     out = Path(args.out)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
+    args.problems_sha256 = hash_file(args.problems)  # a run that goes on must find the same problems
     gold = load_gold(args, problems)
     heldout = read_records(args.heldout, ["id", "problem"]) if args.heldout and gold else []
     if args.reward in JUDGED and not Path(args.prm).is_dir() and args.prm == TINY["prm"]:
@@ -830,8 +843,13 @@ def run(args: argparse.Namespace) -> None:
     measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
     # SIGTERM and Ctrl-C let the step end, save, and stop; the same command goes on from there.
     signals: list[int] = []
+
+    def stop(number: int, _) -> None:
+        signals.append(number)
+        os.write(2, b"\nstopping after this step\n")  # print() isn't safe here: it may have been interrupted
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, stop)
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
             metrics.append({"step": 0, **measure(0)})
@@ -848,7 +866,7 @@ def run(args: argparse.Namespace) -> None:
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)
             of_tokens = token_advantages(rollouts, advantages, args.reward, args.group_size, args.selective_discount)
-            trained, kept = {}, in_loss(rollouts, advantages, args)
+            trained, kept = {}, in_loss(rollouts, of_tokens, args)
             chosen, theirs = [rollouts[i] for i in kept], [of_tokens[i] for i in kept]
             for _ in range(args.updates if kept else 0):  # nothing kept, nothing learnt
                 trained = update_policy(model, optimizer, reference, chosen, theirs, args)

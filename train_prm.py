@@ -29,6 +29,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import time
 import warnings
@@ -50,8 +51,11 @@ from generate import (
     check_counts,
     describe_run,
     encode_chat,
+    find_boxes,
     find_model,
+    hash_file,
     log,
+    open_boxes,
     open_model,
     parse_args,
     rank,
@@ -77,6 +81,7 @@ TINY = {
     "epochs": 3,
     "batch_size": 32,
     "save_every": 50,
+    "device": "cpu",
 }
 KINDS = ["orm", "prm", "prm_cot", "disc_prm", "policy"]
 
@@ -100,7 +105,11 @@ def make_example(kind: str, label: dict) -> tuple[str, str] | None:
         return PRM_PROMPT.format(**texts), without_thinking(label["text"])
     if not label["outcome"] or label["answer"] is None:
         return None
-    return SOLVE_PROMPT.format(problem=label["problem"]), render_response(label["steps"], label["answer"])
+    # An instruct model often boxes its answer in the last step, too; GRPO will allow one box and no tag inside another.
+    response = render_response([open_boxes(step) for step in label["steps"]], label["answer"])
+    if len(find_boxes(response)) != 1 or len(re.findall(r"</?(?:think|answer)>", response)) != 4:
+        return None
+    return SOLVE_PROMPT.format(problem=label["problem"]), response
 
 
 def make_sequences(
@@ -239,8 +248,8 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
         # Saving a checkpoint would warn of it every time, but one process is what is meant.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         return model
-    if not dist.is_initialized():
-        raise InputError("training on a GPU needs torchrun, also for one: torchrun --nproc_per_node 1 <script> ...")
+    if not dist.is_initialized():  # one GPU without torchrun: a group of one
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy()
     if model.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -341,7 +350,8 @@ def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: floa
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if not torch.isfinite(norm):
-        raise InputError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; lower --lr")
+        raise InputError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; "
+                         "start again with a lower --lr and another --out")  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -398,6 +408,7 @@ def main() -> None:
     device = start_processes(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = read_records(args.labels, fields, "python verify.py")
+    args.labels_sha256 = hash_file(args.labels)  # a run that goes on must find the same labels
     model, tokenizer, stops = open_model(args.model, device, torch.float32)
     model = prepare_training(model, args.activation_checkpointing)
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]

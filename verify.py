@@ -53,6 +53,7 @@ from generate import (
     open_sampler,
     parse_args,
     rank,
+    read_answers,
     read_records,
     render_chat,
     render_steps,
@@ -73,6 +74,7 @@ TINY = {
     "max_new_tokens": 200,
     "worked_examples": 0,  # the tiny verifier was trained on the bare prompt
     "slots": 256,
+    "device": "cpu",
 }
 
 
@@ -365,7 +367,7 @@ def score_solutions(
 ) -> list[Scored]:
     """Judge solutions (problem, steps, answer; optional id) with a generative reward model, in order.
 
-    votes = 1 is one greedy pass. votes = K samples K at `temperature` and aggregates them as in Stage I: the labels are
+    votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the labels are
     majorities over the verifications that parsed (an ORM votes on its verdict alone). A solution without steps, or
     whose prompt leaves no room for max_new_tokens in the context, is unparsed. A disc_prm has no votes. A title shows
     progress.
@@ -607,23 +609,22 @@ def critique_and_merge(
 
 
 def improve_labels(
-    args: argparse.Namespace, solutions: list[dict], bases: list[Label], verifier: Callable
+    args: argparse.Namespace, method: str, solutions: list[dict], bases: list[Label], verifier: Callable
 ) -> tuple[list[Label], int]:
-    """(labels, tokens spent) of meta-critique: each kept base's text is criticised and merged with its critique,
+    """(labels, tokens spent) of meta-critique or a hybrid: each kept base's text is criticised and merged with its critique,
     --critique_rounds times, every round from the merge before; two calls a round and label. A merge that doesn't parse
     ends the rounds. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
-    with RecordFile(
-        path, args, free=("method", "critique_rounds", "balance", "answers"), name=name, keep="merged"
-    ) as output:
+    free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
+    with RecordFile(path, args, free, name, keep="merged") as output:
         for number in range(1, args.critique_rounds + 1):
             todo, texts = [], []
             for s, base in pairs[rank() :: world_size()]:
-                earlier = (s["id"], args.method, number - 1)
+                earlier = (s["id"], method, number - 1)
                 if number > 1:
                     base = merged_label(base, output.done[earlier], len(s["steps"])) if earlier in output.done else None
-                if base and base.text and (s["id"], args.method, number) not in output.done:
+                if base and base.text and (s["id"], method, number) not in output.done:
                     todo.append(s)
                     texts.append(base.text)
             if not todo:
@@ -632,13 +633,13 @@ def improve_labels(
             stream = critique_and_merge(args, opened, todo, texts)
             for i, pair in with_progress(stream, sampler, f"critique {number}", len(todo), 2):
                 (critique, of_critique), (merged, of_merge) = (x or (None, 0) for x in pair)
-                about = {"id": todo[i]["id"], "method": args.method, "round": number}
+                about = {"id": todo[i]["id"], "method": method, "round": number}
                 output.append([{**about, "critique": critique, "merged": merged, "tokens": of_critique + of_merge}])
     if rank() != 0 or not path.exists():
         return bases, 0
     ids = {s["id"] for s in solutions}
     records = [r for r in read_records(path, [*name, "merged", "tokens"], unique=name) if r["id"] in ids]
-    records = [r for r in records if r["method"] == args.method and r["round"] <= args.critique_rounds]
+    records = [r for r in records if r["method"] == method and r["round"] <= args.critique_rounds]
     records.sort(key=lambda r: r["round"])
     last = {r["id"]: r["merged"] for r in records}
     labels = [merged_label(base, last.get(s["id"]), len(s["steps"])) for s, base in pairs]
@@ -658,7 +659,8 @@ def main() -> None:
     group.add_argument("--limit", type=int, help="use the first so many solutions only")
     group = parser.add_argument_group("labels")
     group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--hybrid_from", default="step_consistency", choices=["step_consistency", "outcome_consistency"])
+    group.add_argument("--hybrid_from", default="step_consistency", choices=["step_consistency", "outcome_consistency"],
+                       help="what a hybrid improves; the latter's labels are named hybrid_outcome")  # fmt: skip
     group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
     group.add_argument("--balance", default="none", choices=["none", "consensus", "ground_truth"],
                        help="drop solutions until Yes and No are as many, by the labels or by the answers")  # fmt: skip
@@ -680,13 +682,16 @@ def main() -> None:
     solutions = read_records(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
     if reads_answers:
-        answers = {r["id"]: str(r["answer"]) for r in read_records(args.answers, ["id", "answer"])}
+        answers = read_answers([args.answers])
         missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
         if missing:
             raise InputError(f"{args.answers}: no answer for the problem of solution {missing[0]}; add it")
     started, verifier = time.time(), functools.cache(lambda: open_sampler(args.model, device, args.slots))
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
     guided = args.method == "reference_guided"
+    # Two hybrids may lie in one directory: what the one made isn't the other's.
+    by_outcome = args.method == "hybrid" and args.hybrid_from == "outcome_consistency"
+    method = "hybrid_outcome" if by_outcome else args.method
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
     free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
     with RecordFile(path, args, free) as output:
@@ -705,20 +710,20 @@ def main() -> None:
     labels = label_solutions(solutions, verifications, aggregate, args.seed)
     critique_tokens = 0
     if args.method in ("meta_critique", "hybrid"):
-        labels, critique_tokens = improve_labels(args, solutions, labels, verifier)
+        labels, critique_tokens = improve_labels(args, method, solutions, labels, verifier)
     if rank() != 0:
         return
     if args.balance != "none":
         right = [s["answer"] == answers.get(s["id"].rpartition("/")[0]) for s in solutions]  # compared as text
         truths = right if args.balance == "ground_truth" else [bool(label.outcome) for label in labels]
         labels = balance_labels(labels, truths, random.Random(f"{args.seed}/balance"))
-    about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": args.method} for s in solutions]
+    about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": method} for s in solutions]
     records = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
-    write_records(Path(args.out) / f"labels_{args.method}.jsonl", records, args)
+    write_records(Path(args.out) / f"labels_{method}.jsonl", records, args)
     kept = [label for label in labels if label.dropped is None]
     unparsed = sum(r["step_verdicts"] is None or r["verdict"] is None for r in verifications)
     report = {
-        "method": args.method,
+        "method": method,
         "solutions": len(labels),
         "kept": len(kept),
         "yield": len(kept) / len(labels),

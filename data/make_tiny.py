@@ -12,7 +12,7 @@ canonical step of its position and everything before it is correct (errors propa
 
 There are three disjoint sets: a pool for making the checkpoints (never written, remade from the seed),
 `problems.jsonl` for Stages I to III, `heldout.jsonl` for measuring. `gold.jsonl` has the answers of the last
-two; no stage opens it.
+two: for measuring, and for the methods and rewards that say that they read answers.
 
 A solver is trained first. The verifier goes on from it with every prompt that the stages send: verify, verify with
 the expected answer, critique, merge, and the turns of the reward models. The solutions and verifications that it

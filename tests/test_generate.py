@@ -35,6 +35,7 @@ from generate import (
     choose_tokens,
     extract_answer,
     find_boxes,
+    read_answers,
     read_records,
     render_response,
     render_steps,
@@ -638,6 +639,23 @@ def test_read_records_names_what_is_wrong(tmp_path, content, message):
         read_records(path, ["id", "problem"], "python x.py")
 
 
+def test_records_of_other_engines(tmp_path):
+    """Guards: ids and answers that are numbers, which match nothing or crash the grader; a text taken for a list of
+    one-letter steps; a reference answer that is null, graded against as "None"."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"id": 1, "problem_id": 2, "solution_id": 3, "answer": 8, "steps": ["a"]}\n{"id": 2, "answer": null}\n'
+    )
+    first, second = read_records(path, ["id"])
+    assert first == {"id": "1", "problem_id": "2", "solution_id": "3", "answer": "8", "steps": ["a"]}
+    assert second == {"id": "2", "answer": None}
+    with pytest.raises(InputError, match="'2' has no answer"):
+        read_answers([path])
+    path.write_text('{"id": 1, "steps": "ab"}\n')
+    with pytest.raises(InputError, match=r"in.jsonl:1: steps must be a list of texts, not ab"):
+        read_records(path, ["id", "steps"])
+
+
 # --------------------------------------------------------------------------- the command line
 
 # Processes are forked from a server that has imported torch once: a process costs milliseconds, and is still a process.
@@ -788,6 +806,7 @@ BAD_INPUT = [
     (lambda *_: ["--model", "/no/such/model"], "--model /no/such/model: neither a directory nor"),
     (lambda *_: ["--max_new_tokens", 250], r"p0: a prompt of \d+ tokens and --max_new_tokens 250 .* context of 256"),
     (lambda *_: ["--top_p", 0], "top_p=0.0"),
+    (lambda tmp_path, _: ["--out", tmp_path], "Is a directory"),
     (break_problems, r"broken.jsonl:2: not JSON"),
     (lambda tmp_path, _: ["--problems", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python"),
     (lambda *_: ["--problems", "/dev/null"], "/dev/null"),

@@ -150,6 +150,8 @@ def test_verifiable_reward_needs_every_answer(tmp_path):
     path = write_jsonl(tmp_path / "gold.jsonl", [{"id": "b", "answer": 2}])  # as AIME's are
     assert grpo.load_gold(make_args(reward="rlvr", gold=path), problems) == {"a": "1", "b": "2"}
     assert grpo.load_gold(make_args(gold=None), problems) == {}
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        grpo.load_gold(make_args(gold="nowhere.jsonl"), problems)
     rollouts = [grpo.Rollout("b", [1], [2], [0.0], GOOD.replace("{4}", f"{{{k}}}"), "stop") for k in (2, 3)]
     grpo.score_rollouts(rollouts, problems, make_args(reward="rlvr"), 0, None, None, {"b": "2"})
     assert [r.reward for r in rollouts] == [1.0, 0.0]
@@ -209,6 +211,7 @@ def test_global_step_advantage_by_hand():
         [0] * 2,
     ]
     assert grpo.global_step_advantage([[0.5], []], [[1], []], [3, 1])[0].tolist() == [0.5, 0.5, 0]  # mean 0, std 1
+    assert grpo.global_step_advantage([[1], []], [[0], []], [2, 1])[0].tolist() == [1, 0]  # whole numbers, too
 
 
 def test_steps_are_located_on_the_sampled_tokens():
@@ -268,12 +271,15 @@ def test_out_of_bounds_is_penalised_before_the_group_statistics():
 
 
 def test_what_leaves_the_loss():
-    """Guards: a masked response that still counts in the denominator, a group dropped for another's rewards."""
+    """Guards: a masked response that still counts in the denominator, a group dropped for another's rewards, or for
+    equal rewards although its steps differ."""
     rollouts = [grpo.Rollout("p", [1], [2], [0.0], "", finish) for finish in ("stop", "length", "stop", "stop")]
-    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    advantages = [torch.tensor(a) for a in ([1.0, 1.0], [-1.0], [0.0, 0.0], [0.0])]
     assert grpo.in_loss(rollouts, advantages, make_args()) == [0, 1, 2, 3]
     assert grpo.in_loss(rollouts, advantages, make_args(overlong="mask")) == [0, 2, 3]
     assert grpo.in_loss(rollouts, advantages, make_args(drop_equal_groups=True)) == [0, 1]
+    advantages[2][1] = 0.2
+    assert grpo.in_loss(rollouts, advantages, make_args(drop_equal_groups=True)) == [0, 1, 2, 3]
 
 
 def test_kl_gradients_over_a_whole_vocabulary():
@@ -590,6 +596,30 @@ def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
     with pytest.raises(InputError, match=r"--max_gap 0\.1.*stopped before the update"):
         run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "other")
     assert not (root / "other" / "training").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--temperature", 0], r"--temperature 0\.0: it must be positive"),
+        (["--min_steps", 9, "--max_steps", 8], "--min_steps 9 is more than --max_steps 8"),
+        (["--prm", TINY / "verifier", "--prm_kind", "orm", "--reward", "global_step"], "--prm_kind orm gives none"),
+        (["--device", "gpu"], "--device gpu: .*say cpu"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(world, monkeypatch, flags, message):
+    """Guards: rewards for steps from a judge of none, which was process_aware without a word; a reward that nobody can
+    get; tracebacks after the first rollouts."""
+    with pytest.raises(InputError, match=message):
+        run_main(monkeypatch, grpo, *world[1], "--out", world[0] / "refused", *flags)
+
+
+def test_no_reference_no_divergence(world, monkeypatch):
+    """Guards: a KL of exactly 0 in the curves of a run that has nothing to measure it from."""
+    root, flags = world
+    run_main(monkeypatch, grpo, *flags, "--steps", 1, "--kl_coef", 0, "--out", root / "free")
+    (record,) = read_metrics(root / "free")[1:]
+    assert "kl/k3" not in record and record["train/grad_norm"] > 0
 
 
 def test_learning_rate_zero_changes_nothing(world, monkeypatch):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_prm
-from generate import InputError, encode_chat, render_response, render_steps
+from generate import InputError, encode_chat, hash_file, render_response, render_steps
+from grpo import format_valid
 from kernels.transformer import Config, Transformer, load_model, save_model
 from verify import REWARD_MODELS, answer_tokens, mark_steps
 
@@ -100,7 +101,8 @@ def test_targets_are_found_by_position():
 
 def test_examples_of_each_kind():
     """Guards: a kind trained on another kind's prompt or on text its own parser rejects; thinking left in the target;
-    dropped or wrong solutions becoming examples; the end-of-turn token missing."""
+    dropped or wrong solutions becoming examples; the end-of-turn token missing; a policy taught a format that GRPO
+    gives nothing for."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     right, wrong = make_label(1), make_label(3)
     drafts = "<think>**This step is incorrect.**</think>\n\n" + right["text"]
@@ -131,6 +133,11 @@ def test_examples_of_each_kind():
     responses = [tokenizer.decode(targets[targets.count(-1) - 1 : -2]) for _, targets in sequences]
     assert responses == [render_response(label["steps"], label["answer"]) for label in (right, labels[2])]
     assert counts == {"dropped": 1, "unused": 2, "too_long": 0}  # unused: judged wrong, and without an answer
+    boxed = make_label(1, steps=["1+1=2", r"so it is $\boxed{\frac{4}{2}}$"], answer=r"\frac{4}{2}")
+    _, response = train_prm.make_example("policy", boxed)
+    assert response == render_response(["1+1=2", r"so it is $\frac{4}{2}$"], r"\frac{4}{2}")
+    assert format_valid(response, "strict") and all(format_valid(text, "strict") for text in responses)
+    assert train_prm.make_example("policy", make_label(1, steps=["a <answer> in", "b"])) is None
     longest = max(len(ids) for ids, _ in sequences)
     assert train_prm.make_sequences("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
 
@@ -266,7 +273,7 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
 
 
 def test_other_arguments_are_refused_on_resume(world, monkeypatch):
-    """Guards: a run continued with other numbers than it was begun with; a ZeroDivisionError."""
+    """Guards: a run continued with other numbers or other labels than it was begun with; a ZeroDivisionError."""
     root, flags = world
     with pytest.raises(InputError, match=r"--batch_size 0: it must be at least 1"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--batch_size", 0)
@@ -275,6 +282,10 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     before = (root / "whole" / "metrics.jsonl").read_text()
     run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--micro_tokens", 9)  # this may change
     assert (root / "whole" / "metrics.jsonl").read_text() == before
+    labels = Path(flags[flags.index("--labels") + 1])
+    monkeypatch.setattr(train_prm, "hash_file", lambda path: hash_file(path) if path != str(labels) else "other")
+    with pytest.raises(InputError, match=r"this run has --labels_sha256 other; choose another --out or remove it"):
+        run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
 
 
 def test_two_ranks_train_as_one(world):

@@ -432,7 +432,8 @@ def judged(tmp_path_factory) -> tuple[Path, list[object]]:
 
 def test_critique_and_merge(tmp_path, judged):
     """Guards: verifications sampled again for a critique, more than two calls a label, a critique of another text than
-    the selected one, rounds that start from the base again, and what one method or a kill leaves getting lost."""
+    the selected one, rounds that start from the base again, and what one method or a kill leaves getting lost; a second hybrid that
+    is refused, or takes the first one's critiques."""
     _, arguments = judged
     out = tmp_path / "out"
     assert run_script("verify.py", tmp_path, *arguments, "--out", out)[0] == 0
@@ -455,6 +456,10 @@ def test_critique_and_merge(tmp_path, judged):
     assert rounds[: len(critiques)] == critiques  # the first round stays
     assert {r["id"] for r in rounds[len(critiques) :]} == set(whole)
     assert {r["round"] for r in rounds[len(critiques) :]} == {2}
+    assert run_script("verify.py", tmp_path, *hybrid, "--hybrid_from", "outcome_consistency")[0] == 0
+    both = Counter(r["method"] for r in read_records(out / "critiques.jsonl", [*unique], unique=unique))
+    assert both["hybrid"] == len(rounds) - both["meta_critique"] and both["hybrid_outcome"] >= len(kept)
+    assert {r["method"] for r in read_records(out / "labels_hybrid_outcome.jsonl", ["method"])} == {"hybrid_outcome"}
 
 
 def test_a_solution_cannot_end_its_judges_prompt():
