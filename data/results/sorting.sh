@@ -5,7 +5,7 @@
 #   bash data/results/sorting.sh                # runs/sorting/<seed>/..., then data/results/sorting.jsonl and the tables
 #   python -m data.results.sorting              # the tables from data/results/sorting.jsonl
 #
-# About half an hour for the three checkpoints and twenty-five minutes a seed on two cores. SEEDS="0 1" limits it; what is
+# About half an hour for the three checkpoints and forty minutes a seed on one core. SEEDS="0 1" limits it; what is
 # there isn't made again. Gold is written by the rule of the domain, for measuring; no stage up to GRPO reads it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
