@@ -790,6 +790,21 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     return gold
 
 
+def note_signals() -> list[int]:
+    """A list in which SIGTERM and Ctrl-C are noted from now on, in place of ending the process: the step may end, save
+    and stop; the same command goes on from there."""
+    signals: list[int] = []
+
+    def note(number: int, _) -> None:
+        signals.append(number)
+        if rank() == 0:
+            os.write(2, b"\nstopping after this step\n")  # print() isn't safe here: it may have been interrupted
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return signals
+
+
 def run(args: argparse.Namespace) -> None:
     """The training loop."""
     device = start_processes(args.device)
@@ -841,15 +856,7 @@ def run(args: argparse.Namespace) -> None:
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
     measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
-    # SIGTERM and Ctrl-C let the step end, save, and stop; the same command goes on from there.
-    signals: list[int] = []
-
-    def stop(number: int, _) -> None:
-        signals.append(number)
-        os.write(2, b"\nstopping after this step\n")  # print() isn't safe here: it may have been interrupted
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    signals = note_signals()
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
             metrics.append({"step": 0, **measure(0)})

@@ -367,10 +367,10 @@ def score_solutions(
 ) -> list[Scored]:
     """Judge solutions (problem, steps, answer; optional id) with a generative reward model, in order.
 
-    votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the labels are
-    majorities over the verifications that parsed (an ORM votes on its verdict alone). A solution without steps, or
-    whose prompt leaves no room for max_new_tokens in the context, is unparsed. A disc_prm has no votes. A title shows
-    progress.
+    votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the
+    labels are majorities over the verifications that parsed (an ORM votes on its verdict alone). A solution without
+    steps, or whose prompt leaves no room for max_new_tokens in the context, is unparsed. A disc_prm has no votes. A
+    title shows progress.
     """
     prompt, parse = REWARD_MODELS[kind]
     if parse is None:
@@ -611,9 +611,9 @@ def critique_and_merge(
 def improve_labels(
     args: argparse.Namespace, method: str, solutions: list[dict], bases: list[Label], verifier: Callable
 ) -> tuple[list[Label], int]:
-    """(labels, tokens spent) of meta-critique or a hybrid: each kept base's text is criticised and merged with its critique,
-    --critique_rounds times, every round from the merge before; two calls a round and label. A merge that doesn't parse
-    ends the rounds. Under torchrun the result is rank 0's."""
+    """(labels, tokens spent) of meta-critique or a hybrid: each kept base's text is criticised and merged with its
+    critique, --critique_rounds times, every round from the merge before; two calls a round and label. A merge that
+    doesn't parse ends the rounds. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
     free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
