@@ -1,4 +1,4 @@
-"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands, five with a table and a file.
+"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands, of which four make a table and a file, one a figure, and one prints.
 
     python evaluate.py processbench   # does a reward model find the first wrong step?  -> runs/tiny/processbench.jsonl
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl
@@ -32,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from generate import (
@@ -56,7 +55,7 @@ from generate import (
     write_json,
     write_records,
 )
-from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, label_solutions, score_solutions
+from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
 
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {
@@ -82,7 +81,6 @@ TINY = {
     "show": {"labels": "runs/tiny/verify/labels_step_consistency.jsonl", "rollouts": "runs/tiny/grpo/rollouts"},
 }  # fmt: skip
 RESAMPLES = 2000  # of every bootstrap
-MADE_BY = {"runs/tiny/prm_cot": "train_prm.py", "runs/tiny/grpo": "grpo.py", "data/tiny/policy": "-m data.make_tiny"}
 PAPER = {  # in percent
     "best_of": "The paper has no such numbers.",
     "processbench": "Paper (not run here), average F1: PRM 67.5, PRM-CoT 65.7, reference-guided PRM 66.4, GPT-4o 61.9",
@@ -299,28 +297,6 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
         write_records(Path(args.out), rows, args)
 
 
-def read_results(path: str | Path, model: str | None = None) -> dict[str, dict]:
-    """metric -> its row in a results file; of one model, where the file has several."""
-    rows = read_records(path, ["metric", "value", "settings"])
-    return {row["metric"]: row for row in rows if model in (None, row["settings"]["model"])}
-
-
-def over_seeds(values: list[float], sign: str = "") -> str:
-    """Mean over up to ten seeds and half the width of its 95 % interval (Student's t), in percent; nan for one seed."""
-    t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26][len(values) - 1]
-    half = t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else t
-    return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
-
-
-def draw_seeds(axes, curves: list[dict[str, float]], style: str, colour: str, label: str) -> None:
-    """The mean of {step: value} over seeds, at the steps that all have, in a band from the least to the greatest."""
-    steps = sorted(set.intersection(*map(set, curves)), key=int)
-    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-    x = [int(step) for step in steps]
-    axes.plot(x, values.mean(0), style, color=colour, label=label)
-    axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-
-
 def save_figure(figure, out: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +307,7 @@ def save_figure(figure, out: Path) -> None:
 
 def gather(mine: list) -> list:
     """Undo `everything[rank()::world_size()]`: what all ranks have, in order, on every rank."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return mine
     parts: list[list] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, mine)
@@ -353,7 +329,7 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Nam
     """Parse the flags of one command. If an input isn't given, the tiny world's values take the place of defaults."""
     given = parser.parse_args()
     missing = [name for name in inputs if getattr(given, name) is None]
-    args = parse_args(parser, TINY[given.command], key=(missing or inputs)[0])
+    args = parse_args(parser, TINY[given.command], (missing or inputs)[0])
     check_counts(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
     if vars(args).get("out", "") is None:
         raise InputError("--out is missing; say where to write the result")
@@ -368,13 +344,6 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     if len(named) < len(paths):
         raise InputError(f"--{flag} {' '.join(paths)}: two files with one name, and results go by the name; rename one")
     return named
-
-
-def open_made(name: str, device: torch.device, slots: int):
-    """`open_sampler`; a missing model of the tiny world says which command makes it."""
-    if name in MADE_BY and not Path(name).is_dir():
-        raise InputError(f"--model {name}: no such directory; make it with: python {MADE_BY[name]}")
-    return open_sampler(name, device, slots)
 
 
 # --------------------------------------------------------------------------- ProcessBench
@@ -433,7 +402,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
     subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
-    sampler, tokenizer, stops = open_made(args.model, start_processes(args.device), args.slots)
+    sampler, tokenizer, stops = open_sampler(args.model, start_processes(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     rows = []
@@ -561,7 +530,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
     for model in args.model:
-        sampler, tokenizer, stops = open_made(model, device, args.slots)
+        sampler, tokenizer, stops = open_sampler(model, device, args.slots)
         mine = []
         for name, problems in files.items():
             started, world = time.time(), (sampler, tokenizer, stops, problems, gold)
@@ -601,7 +570,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         n: read_records(path, fields, "python generate.py")
         for n, path in name_files("solutions", args.solutions).items()
     }
-    sampler, tokenizer, stops = open_made(args.model, start_processes(args.device), args.slots)
+    sampler, tokenizer, stops = open_sampler(args.model, start_processes(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     for name, solutions in files.items():
@@ -719,7 +688,7 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
     rows = []
     for N in [n for n in PREFIXES if most >= n]:
         first = {i: [r for r in records if r["sample"] < N] for i, records in by_solution.items()}
-        parsed = {i: [r for r in rs if None not in (r["step_verdicts"], r["verdict"])] for i, rs in first.items()}
+        parsed = {i: keep_parsed(records) for i, records in first.items()}
         one: dict[str, np.ndarray] = {}  # what one verification is worth on average
         for i, voters in parsed.items():
             if voters:
@@ -788,9 +757,8 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
         judged = spent["verifications_reference" if method == "reference_guided" else ""]
         tokens = sum(r["tokens"] for r in judged if r["solution_id"] in labels and r["sample"] < needed)
         tokens += sum(r["tokens"] for r in spent["critiques"] if r["method"] == method)
-        rows += (
-            label_rows(scores, labels, {"method": f"{method} (file)", "N": None, "tokens": tokens}) if labels else []
-        )
+        if labels:
+            rows += label_rows(scores, labels, {"method": f"{method} (file)", "N": None, "tokens": tokens})
     rows += vote_report([s for s in solutions.values() if s["id"] in gold], verifications, gold, args.seed)
     counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold)}
     counts["unknown_outcomes"] = sum(outcome is None for _, outcome in gold.values())

@@ -29,7 +29,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -276,12 +275,12 @@ def hash_file(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def check_arguments(output: Path, run: dict, free: set[str]) -> None:
-    """Raise InputError if `<output>.args.json` has other arguments than this run, except for the `free` ones."""
+def check_arguments(output: Path, new: dict, free: set[str]) -> None:
+    """Raise InputError if `<output>.args.json` has other than these new arguments, except for the `free` ones."""
     earlier = Path(f"{output}.args.json")
     if not (earlier.exists() and output.exists()):
         return
-    old, new = json.loads(earlier.read_text())["arguments"], run["arguments"]
+    old = json.loads(earlier.read_text())["arguments"]
     for name in sorted((old.keys() | new.keys()) - free):
         if old.get(name) != new.get(name):
             raise InputError(
@@ -336,7 +335,7 @@ class RecordFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(Path(f"{self.path}.lock"), f"{self.path}: another run is writing to it")
             if self.path.exists() and self.path.stat().st_size:
-                check_arguments(self.path, self.run, self.free)
+                check_arguments(self.path, self.run["arguments"], self.free)
                 with open(self.path, "rb+") as file:
                     data = file.read()
                     whole = data.rfind(b"\n") + 1
@@ -420,21 +419,36 @@ def log(*values: object) -> None:
         print(*values, flush=True)
 
 
-def parse_args(parser: argparse.ArgumentParser, tiny: dict, key: str = "model") -> argparse.Namespace:
-    """Parse the command line; without `--<key>` the tiny world's numbers replace the paper's defaults."""
-    args = parser.parse_args()
+def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
+    """Parse the command line; without the first of the needed flags the tiny world's numbers replace the paper's
+    defaults. Raises InputError if another of them is missing."""
+    key, args = needed[0], parser.parse_args()
     if getattr(args, key) is None:
         parser.set_defaults(**tiny)
         args = parser.parse_args()
         if "RANK" not in os.environ or os.environ["RANK"] == "0":
             print(f"no --{key}: the tiny world, " + ", ".join(f"{k}={getattr(args, k)}" for k in tiny), flush=True)
+    for flag in needed:
+        if getattr(args, flag) is None:
+            raise InputError(f"--{flag} is missing; it goes with --{key}")
     return args
+
+
+# Checkpoints of the tiny world, and what makes them.
+MADE_BY = {
+    "data/tiny/policy": "-m data.make_tiny",
+    "data/tiny/verifier": "-m data.make_tiny",
+    "runs/tiny/prm_cot": "train_prm.py",
+    "runs/tiny/grpo": "grpo.py",
+}
 
 
 def find_model(name: str, flag: str = "--model") -> Path:
     """The directory of a model given as a directory or as a hub name (then downloaded or found in the hub's cache)."""
     if Path(name).is_dir():
         return Path(name)
+    if name in MADE_BY:
+        raise InputError(f"{flag} {name}: no such directory; make it with: python {MADE_BY[name]}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -622,18 +636,18 @@ class Sampler:
             if not prompt or len(prompt) + limit > context:
                 sizes = f"a prompt of {len(prompt)} tokens and --max_new_tokens {limit}"
                 raise InputError(f"{key}: {sizes} don't fit the model's context of {context}; lower the flag")
-        draw = partial(choose_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+
+        def choose(logits: Tensor, uniform: Tensor, window: int = 0) -> tuple[Tensor, ...]:
+            drawn = choose_tokens(logits, uniform, temperature, top_p, top_k, window)
+            return (*drawn, kl_to_uniform(logits)) if certainty else drawn
+
         turns = turns or iter([range(len(prompts))])
-        return self._run(prompts, keys, limits, num_samples, draw, stop_ids, seed, certainty, turns)
+        return self._run(prompts, keys, limits, num_samples, choose, stop_ids, seed, turns)
 
     @torch.no_grad()
     def _run(
-        self, prompts, keys, limits, num_samples, draw, stop_ids, seed, certainty, turns
+        self, prompts, keys, limits, num_samples, choose, stop_ids, seed, turns
     ) -> Iterator[tuple[int, list[Sample]]]:
-        def choose(logits: Tensor, uniform: Tensor, window: int = 0) -> tuple[Tensor, ...]:
-            drawn = draw(logits, uniform, window=window)
-            return (*drawn, kl_to_uniform(logits)) if certainty else drawn
-
         queue: deque[tuple[int, int]] = deque()  # (prompt, number of the sample)
         waiting: Counter[tuple[int, ...]] = Counter()  # how often each distinct prompt is in the queue
         held: dict[tuple[int, ...], Prefix] = {}  # what running a prompt left, while it is in the queue
@@ -792,16 +806,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use the first so many problems only")
     parser.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY)
-    for flag in ("problems", "out"):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag} is missing; it goes with --model")
+    args = parse_args(parser, TINY, "model", "problems", "out")
     check_counts(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = start_processes(args.device)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     with RecordFile(args.out, args) as output:
-        ids = [[f"{p['id']}/{k}" for k in range(args.num_samples)] for p in problems]
-        todo = [p for p, names in zip(problems, ids, strict=True) if not output.done.keys() >= set(names)]
+        todo = [p for p in problems if any(f"{p['id']}/{k}" not in output.done for k in range(args.num_samples))]
         if not todo:
             log(f"{args.out}: complete, {len(output.done)} solutions")
             return

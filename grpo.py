@@ -48,7 +48,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -87,11 +86,11 @@ from kernels.transformer import Config, Transformer, load_model
 from train_prm import (
     MetricsFile,
     clip_and_step,
-    deal,
     export,
     gather_weights,
     load_checkpoint,
     max_over_ranks,
+    own_share,
     prepare_training,
     save_checkpoint,
     split_micro_batches,
@@ -279,19 +278,20 @@ def token_advantages(
     """The advantage of every token, (T_i,) for each response, from A_process (B,). The step designs change it where the
     reward model judged just the steps that the response has, and their number isn't penalised; elsewhere A stays."""
     result = [a.expand(len(r.ids)) for r, a in zip(rollouts, advantages, strict=True)]
-    gated = [reward in STEP_DESIGNS and bool(r.spans) and not r.penalised for r in rollouts]
-    for i, r in enumerate(rollouts):
-        if reward == "selective_advantage" and gated[i]:
-            result[i] = selective_advantage(advantages[i].item(), r.scored.step_verdicts, r.spans, len(r.ids), discount)
-    for start in range(0, len(rollouts), group_size) if reward == "global_step" else ():
-        group = range(start, start + group_size)
-        verdicts = [rollouts[i].scored.step_verdicts if gated[i] else [] for i in group]
-        rewards = [[(1 if verdict else -1) / len(of_one) for verdict in of_one] for of_one in verdicts]
-        ends = [[end - 1 for _, end in rollouts[i].spans] if gated[i] else [] for i in group]
-        of_steps = global_step_advantage(rewards, ends, [len(rollouts[i].ids) for i in group])
-        for i, a_step in zip(group, of_steps, strict=True):
-            if gated[i]:
-                result[i] = 0.8 * advantages[i] + 0.2 * a_step
+    spans = [[] if r.penalised else r.spans for r in rollouts]
+    verdicts = [r.scored.step_verdicts if located else [] for r, located in zip(rollouts, spans, strict=True)]
+    if reward == "selective_advantage":
+        for i, r in enumerate(rollouts):
+            result[i] = selective_advantage(advantages[i].item(), verdicts[i], spans[i], len(r.ids), discount)
+    if reward == "global_step":
+        for start in range(0, len(rollouts), group_size):
+            group = range(start, start + group_size)
+            rewards = [[(1 if verdict else -1) / len(verdicts[i]) for verdict in verdicts[i]] for i in group]
+            ends = [[end - 1 for _, end in spans[i]] for i in group]
+            of_steps = global_step_advantage(rewards, ends, [len(rollouts[i].ids) for i in group])
+            for i, a_step in zip(group, of_steps, strict=True):
+                if spans[i]:
+                    result[i] = 0.8 * advantages[i] + 0.2 * a_step
     return result
 
 
@@ -496,7 +496,7 @@ def update_policy(
     weight = weights.sum().item()  # 1 except under dr_grpo: metrics are divided by it, the loss isn't
     weights = weights.split(lengths)
     total = [len(r.prompt) + len(r.ids) for r in rollouts]
-    mine = deal(rollouts, total)
+    mine = own_share(total)
     # All ranks or none: a rank with no rollouts of its own has to take part.
     if reference is not None and max_over_ranks(any(rollouts[i].ref is None for i in mine)):
         set_reference_logprobs(reference, [rollouts[i] for i in mine], args)
@@ -556,7 +556,6 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     judged = [r for r in rollouts if r.scored is not None]
     stepwise = prm_kind != "orm"  # which judges no steps
     mismatched = [stepwise and r.scored.verdict is not None and r.scored.step_verdicts is None for r in judged]
-    steps = [split_steps(r.text) for r in rollouts]
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
@@ -574,7 +573,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
         "format/answers": mean([r.text.count("<answer>") for r in rollouts]),
         "format/text_after_answer": mean([bool(r.text.partition("</answer>")[2].strip()) for r in rollouts]),
-        "response/steps": mean([len(s) for s in steps]),
+        "response/steps": mean([len(split_steps(r.text)) for r in rollouts]),
         "response/length": mean([len(r.ids) for r in rollouts]),
         "response/penalised": mean([r.penalised for r in rollouts]),
         "response/truncated": mean([r.finish == "length" for r in rollouts]),
@@ -606,15 +605,6 @@ def heldout_metrics(
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
     return {f"heldout/{name}": value for name, value in numbers.items()}
-
-
-def gather_rollouts(mine: list[Rollout]) -> list[Rollout]:
-    """The rollouts of all ranks, on every rank."""
-    if world_size() == 1:
-        return mine
-    parts: list = [None] * world_size()
-    dist.all_gather_object(parts, mine)
-    return [rollout for part in parts for rollout in part]
 
 
 def problems_at(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
@@ -755,15 +745,14 @@ def main() -> None:
     group.add_argument("--save_every", type=int, default=20, help="steps between checkpoints")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY, key="policy")
+    args = parse_args(parser, TINY, "policy", "problems", "out")
     if args.min_steps is None:
         args.min_steps = STEP_DESIGNS.get(args.reward, 1)
     check_counts(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size", "group_size",
                  "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
                  "save_every")  # fmt: skip
-    for flag in ("problems", "out") + (("prm",) if args.reward in JUDGED else ()):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag} is missing; it goes with --policy")
+    if args.reward in JUDGED and args.prm is None:
+        raise InputError("--prm is missing; it goes with --policy")
     if args.reward in ("step_augmented", *STEP_DESIGNS) and args.prm_kind == "orm":
         raise InputError(
             f"--reward {args.reward} needs verdicts on steps, and --prm_kind orm gives none; take process_aware"
@@ -778,7 +767,7 @@ def main() -> None:
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, those of --gold if there is such a file. Only --reward rlvr needs them, and only
+    """Reference answers by problem id, those of --gold (only the tiny world's file may be missing). Only --reward rlvr needs them, and only
     then those in the problems file count, too; InputError if it lacks one."""
     needed = args.reward == "rlvr"
     gold = {p["id"]: p["answer"] for p in problems if needed and p.get("answer") is not None}
@@ -813,20 +802,19 @@ def run(args: argparse.Namespace) -> None:
     args.problems_sha256 = hash_file(args.problems)  # a run that goes on must find the same problems
     gold = load_gold(args, problems)
     heldout = read_records(args.heldout, ["id", "problem"]) if args.heldout and gold else []
-    if args.reward in JUDGED and not Path(args.prm).is_dir() and args.prm == TINY["prm"]:
-        raise InputError(f"--prm {args.prm}: no such directory; make it with: python train_prm.py")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = [open_config(args.policy, "--policy"), open_config(args.prm, "--prm") if args.reward in JUDGED else None]
     memory = estimate_memory(*configs, args, device.type == "cuda")
     log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
     log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
+    source = find_model(args.policy, "--policy")
     model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
     reference = None
     if args.kl_coef:
-        reference = prepare_training(load_model(find_model(args.policy), device, dtype).requires_grad_(False), False)
+        reference = prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
     model = prepare_training(model, args.activation_checkpointing)  # here, so that it is whole only for a moment
     sharded = device.type == "cuda" or world_size() > 1
-    inference = load_model(find_model(args.policy), device, dtype) if sharded else model
+    inference = load_model(source, device, dtype) if sharded else model
     sampler = Sampler(inference, args.slots)
     judge = None
     if args.reward in JUDGED:
@@ -845,11 +833,11 @@ def run(args: argparse.Namespace) -> None:
     if not fitting:
         raise InputError(f"{args.problems}: no problem fits into {room} prompt tokens; lower --max_new_tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    check_arguments(out, describe_run(args), FREE)
+    check_arguments(out, vars(args), FREE)
     start = load_checkpoint(out / "training", model, optimizer)
     refresh(inference, model)
     if rank() == 0:
-        write_json(out.with_name(out.name + ".args.json"), describe_run(args))
+        write_json(Path(f"{out}.args.json"), describe_run(args))
     log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
         f"responses a step, reward {args.reward}, constraints {args.format_constraints}"
         + (f", resumed after step {start}" if start else "")
@@ -868,7 +856,8 @@ def run(args: argparse.Namespace) -> None:
             mine = sample_rollouts(sampler, tokenizer, stops, batch[rank() :: world_size()], args, step)
             t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
-            rollouts = gather_rollouts(mine)
+            groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]
+            rollouts = [r for group in gather(groups) for r in group]  # of all ranks, in the order of the batch
             t2 = time.perf_counter()
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)
@@ -894,15 +883,12 @@ def run(args: argparse.Namespace) -> None:
                 record |= measure(step + 1)
             if rank() == 0 and args.dump_rollouts:
                 dump_rollouts(out / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
+            metrics.append(record)
             if last or stopped or (step + 1) % args.save_every == 0:
-                export(model, find_model(args.policy), out)
-                metrics.append(record)
+                export(model, source, out)
                 save_checkpoint(out / "training", step + 1, model, optimizer)
-            else:
-                metrics.append(record)
             if rank() == 0 and step % args.sample_every == 0:
-                by_id = {p["id"]: p for p in batch}
-                print_sample(by_id[rollouts[0].problem_id], rollouts[0], advantages[0].item(), step + 1)
+                print_sample(batch[0], rollouts[0], advantages[0].item(), step + 1)
             bar.set_postfix_str(
                 f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, "
                 f"{record['time/tokens_per_second']:,.0f} tok/s", refresh=False

@@ -193,10 +193,9 @@ def packing_efficiency(lengths: list[int], max_tokens: int) -> float:
     return sum(lengths) / sum(len(group) * max((lengths[i] for i in group), default=0) for group in groups)
 
 
-def deal(sequences: list, lengths: list[int]) -> list[int]:
+def own_share(lengths: list[int]) -> list[int]:
     """Indices of this rank's share of a global batch: dealt out by length, so that ranks have similar work."""
-    order = sorted(range(len(sequences)), key=lambda i: (lengths[i], i))
-    return order[rank() :: world_size()]
+    return sorted(range(len(lengths)), key=lengths.__getitem__)[rank() :: world_size()]
 
 
 def sum_over_ranks(*values: float) -> list[float]:
@@ -218,14 +217,15 @@ def max_over_ranks(value: float) -> float:
 
 
 def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
-    """Loss of one global batch (this rank's share is given): negative log-likelihood per target token, averaged over
-    the tokens of all ranks and micro-batches. With train=True its gradient is added to the parameters'."""
-    (denominator,) = sum_over_ranks(sum(target >= 0 for _, targets in sequences for target in targets))
+    """Loss of one global batch, which every rank has whole: negative log-likelihood per target token, averaged over
+    all target tokens. With train=True its gradient is added to the parameters'."""
+    denominator = sum(target >= 0 for _, targets in sequences for target in targets)
+    mine = [sequences[i] for i in own_share([len(ids) for ids, _ in sequences])]
     total = 0.0
     with torch.set_grad_enabled(train):
-        for group in split_micro_batches([len(ids) for ids, _ in sequences], micro_tokens):
+        for group in split_micro_batches([len(ids) for ids, _ in mine], micro_tokens):
             # An empty group still runs, on one token that is no target: its loss and gradient are zero.
-            chunk = [sequences[i] for i in group] or [([0], [-1])]
+            chunk = [mine[i] for i in group] or [([0], [-1])]
             logprobs, _ = model.packed(*pack(chunk, model.device))
             loss = -logprobs.sum() / denominator
             if train:
@@ -398,11 +398,8 @@ def main() -> None:
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY)
+    args = parse_args(parser, TINY, "model", "labels", "out")
     check_counts(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    for flag in ("labels", "out"):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag} is missing; it goes with --model")
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} is the model itself; choose another, a resumed run starts from it")
     device = start_processes(args.device)
@@ -420,7 +417,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
     out = Path(args.out)
-    check_arguments(out, describe_run(args), FREE)
+    check_arguments(out, vars(args), FREE)
     start = load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
@@ -428,7 +425,7 @@ def main() -> None:
         f"micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
         f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if rank() == 0:
-        write_json(out.with_name(out.name + ".args.json"), describe_run(args))
+        write_json(Path(f"{out}.args.json"), describe_run(args))
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         train(model, optimizer, sequences, held, args, start, steps, metrics)
     log(f"{out}: done")
@@ -437,30 +434,26 @@ def main() -> None:
 def train(model, optimizer, sequences, held, args, start, steps, metrics) -> None:
     """The loop: steps start..steps-1, evaluation and checkpoint every `save_every` steps and at the end. The exported
     model is the best one by evaluation loss, or the last one if nothing is held out."""
-    out = Path(args.out)
+    out, source = Path(args.out), find_model(args.model)
     best = min((m["eval/loss"] for m in metrics.records if "eval/loss" in m), default=math.inf)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=rank() != 0)
     for step in bar:
         started = time.time()
         batch = batch_at(step, sequences, args.batch_size, args.seed)
-        mine = [batch[i] for i in deal(batch, [len(ids) for ids, _ in batch])]
-        loss = sft_pass(model, mine, args.micro_tokens, train=True)
+        loss = sft_pass(model, batch, args.micro_tokens, train=True)
         lr = args.lr * cosine_schedule(step, steps, math.ceil(args.warmup * steps))
         norm = clip_and_step(model, optimizer, lr, args.max_grad_norm)
         record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
         record["time/tokens_per_second"] = sum(len(ids) for ids, _ in batch) / (time.time() - started)
-        last = step + 1 == steps
-        if last or (step + 1) % args.save_every == 0:
-            if held:
-                mine = [held[i] for i in deal(held, [len(ids) for ids, _ in held])]
-                record["eval/loss"] = sft_pass(model, mine, args.micro_tokens, train=False)
+        saving = step + 1 == steps or (step + 1) % args.save_every == 0
+        if saving and held:
+            record["eval/loss"] = sft_pass(model, held, args.micro_tokens, train=False)
+        metrics.append(record)
+        if saving:
             if record.get("eval/loss", -math.inf) < best:
                 best = record.get("eval/loss", math.inf)
-                export(model, find_model(args.model), out)
-            metrics.append(record)
+                export(model, source, out)
             save_checkpoint(out / "training", step + 1, model, optimizer)
-        else:
-            metrics.append(record)
         bar.set_postfix_str(f"loss {loss:.4f}, {record['time/tokens_per_second']:,.0f} tok/s", refresh=False)
 
 

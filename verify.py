@@ -1,4 +1,4 @@
-"""Stage I, second half: a verifier judges every solution N times; the judgements become labels (Sec. 3.1).
+"""Stage I, second half: a verifier judges every solution N times; the verifications become labels (Sec. 3.1).
 
     solutions.jsonl -> verify.py -> verifications.jsonl, labels_<method>.jsonl, report.json   (in --out)
 
@@ -435,8 +435,8 @@ def majority(votes: list[bool]) -> bool:
     return 2 * sum(votes) > len(votes)
 
 
-def _voters(records: list[dict]) -> list[dict]:
-    """Only verifications with both fields parsed vote."""
+def keep_parsed(records: list[dict]) -> list[dict]:
+    """Only verifications with both fields parsed vote; the others are unparsed."""
     return [r for r in records if r["step_verdicts"] is not None and r["verdict"] is not None]
 
 
@@ -450,7 +450,7 @@ def _count_votes(voters: list[dict]) -> tuple[list[list[int]], int]:
 
 def single(records: list[dict], rng: random.Random) -> Label:
     """The first parsed verification, as it is; rng is unused and there for the common signature."""
-    voters = _voters(records)
+    voters = keep_parsed(records)
     if not voters:
         return Label(None, None, None, [], "no_votes")
     first = voters[0]
@@ -460,7 +460,7 @@ def single(records: list[dict], rng: random.Random) -> Label:
 
 def outcome_consistency(records: list[dict], rng: random.Random) -> Label:
     """Outcome = majority verdict; text and step labels are those of a random verification with that verdict."""
-    voters = _voters(records)
+    voters = keep_parsed(records)
     if not voters:
         return Label(None, None, None, [], "no_votes")
     votes, _ = _count_votes(voters)
@@ -473,7 +473,7 @@ def outcome_consistency(records: list[dict], rng: random.Random) -> Label:
 def step_consistency(records: list[dict], rng: random.Random) -> Label:
     """label_i = majority of the verdicts on step i, outcome = majority verdict; the text is a random verification
     that says exactly that. If none does, the solution is dropped as `no_match` and its labels stand without a text."""
-    voters = _voters(records)
+    voters = keep_parsed(records)
     if not voters:
         return Label(None, None, None, [], "no_votes")
     votes, ties = _count_votes(voters)
@@ -540,8 +540,7 @@ def verify_solutions(
 ) -> None:
     """Sample the verifications that the output doesn't have yet. answers: by problem id; empty where none are used."""
     N = args.num_verifications
-    todo = [s for s in solutions if s["steps"]]
-    todo = [s for s in todo if any(f"{s['id']}/{j}" not in output.done for j in range(N))]
+    todo = [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
     if not todo:
         return
     sampler, tokenizer, stops = verifier()
@@ -673,7 +672,7 @@ def main() -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY)
+    args = parse_args(parser, TINY, "model", "solutions", "out")
     reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"
     if reads_answers != (args.answers is not None):
         raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
@@ -721,7 +720,6 @@ def main() -> None:
     records = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
     write_records(Path(args.out) / f"labels_{method}.jsonl", records, args)
     kept = [label for label in labels if label.dropped is None]
-    unparsed = sum(r["step_verdicts"] is None or r["verdict"] is None for r in verifications)
     report = {
         "method": method,
         "solutions": len(labels),
@@ -731,7 +729,7 @@ def main() -> None:
         "ties": sum(label.ties for label in labels),
         "outcome_yes": sum(label.outcome for label in kept) / max(len(kept), 1),
         "verifications": len(verifications),
-        "unparsed": unparsed,
+        "unparsed": len(verifications) - len(keep_parsed(verifications)),
         "tokens": sum(r["tokens"] for r in verifications),
         "critique_tokens": critique_tokens,
         "tokens_per_second": speed,

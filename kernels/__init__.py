@@ -1,1 +1,1 @@
-"""Device code of the project: the decoder, the token log-probability, and (when it comes) the decode kernels."""
+"""Device code of the project: the decoder, the token log-probability, and the sampler's cache and attention."""

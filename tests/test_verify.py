@@ -406,6 +406,8 @@ def test_bad_input_is_status_2(tmp_path, world):
         status, stderr = run_script("verify.py", tmp_path, *world, "--out", out, *change)
         assert status == 2 and stderr.startswith("error: ") and message in stderr, stderr
         assert not [path for path in Path(out).glob("*") if path.suffix != ".lock"]
+    status, stderr = run_script("verify.py", tmp_path, "--model", "somewhere")
+    assert status == 2 and stderr == "error: --solutions is missing; it goes with --model\n"
 
 
 # --------------------------------------------------------------------------- critiques, references, ranks: tiny verifier

@@ -1,19 +1,44 @@
-"""The README's table of the tiny world's claims, from data/results/claims.jsonl; with --collect, first that file from
-runs/claims/<seed>/.
+"""The tables of the tiny world's claims, from data/results/claims.jsonl; with --collect, first that file from
+runs/claims/<seed>/. And what the other studies share: results of a model, means and bands over seeds.
 
     python -m data.results.claims
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
-from evaluate import read_results
+import numpy as np
+
+from evaluate import percent, read_metrics
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/claims")
 REWARDS = ("process_aware", "rlvr", "random")
+
+
+def read_results(path: str | Path, model: str | None = None) -> dict[str, dict]:
+    """metric -> its row in a results file; of one model, where the file has several."""
+    rows = read_records(path, ["metric", "value", "settings"])
+    return {row["metric"]: row for row in rows if model in (None, row["settings"]["model"])}
+
+
+def over_seeds(values: list[float], sign: str = "") -> str:
+    """Mean over up to ten seeds and half the width of its 95 % interval (Student's t), in percent; nan for one seed."""
+    t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26][len(values) - 1]
+    half = t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else t
+    return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
+
+
+def draw_seeds(axes, curves: list[dict[str, float]], style: str, colour: str, label: str) -> None:
+    """The mean of {step: value} over seeds, at the steps that all have, in a band from the least to the greatest."""
+    steps = sorted(set.intersection(*map(set, curves)), key=int)
+    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+    x = [int(step) for step in steps]
+    axes.plot(x, values.mean(0), style, color=colour, label=label)
+    axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
 def collect(seed: str) -> dict:
@@ -27,21 +52,11 @@ def collect(seed: str) -> dict:
         measured.setdefault(model, {})[r["metric"]] = {"value": r["value"], "interval": r["interval"]}
     of_valid = {}  # accuracy among format-valid responses: at the start, at the end
     for reward in REWARDS:
-        curve = [
-            m["heldout/accuracy_of_valid"]
-            for m in read_records(run / reward / "metrics.jsonl", ["step"])
-            if "heldout/valid" in m
-        ]
+        curve = list(read_metrics(str(run / reward))["heldout/accuracy_of_valid"].values())
         of_valid[reward] = [curve[0], curve[-1]]
     processbench = {m: row["value"] for m, row in read_results(run / "processbench.jsonl").items()}
     found = {"labels": labels, "processbench": processbench, "benchmark": measured, "accuracy_of_valid": of_valid}
     return {"seed": int(seed), **found}
-
-
-def show(number: dict) -> str:
-    """A fraction and its interval, in percent."""
-    low, high = number["interval"]
-    return f"{100 * number['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def main() -> None:
@@ -57,7 +72,7 @@ def main() -> None:
         gain, low, high = voted["minus_single"]["exact"]
         kept = r["labels"]["step_consistency/kept"]
         print(f"| {r['seed']} | {100 * one['exact']:.1f} -> {100 * voted['exact']:.1f}", end="")
-        print(f" | {100 * gain:.1f} [{100 * low:.1f}, {100 * high:.1f}]", end="")
+        print(f" | {percent(gain, (low, high))}", end="")
         print(f" | {100 * kept['yield']:.1f} %, {100 * kept['exact']:.1f} right", end="")
         print(f" | {100 * r['processbench']['f1']:.1f} |")
     print()
@@ -66,7 +81,7 @@ def main() -> None:
     clear = 0
     for r in records:
         models = [r["benchmark"][name] for name in ("data/tiny/policy", *REWARDS)]
-        cells = [f"{show(m['avg@4'])} ({100 * m['greedy']['value']:.1f})" for m in models]
+        cells = [f"{percent(*m['avg@4'].values())} ({percent(m['greedy']['value'])})" for m in models]
         start, trained = (m["avg@4"] for m in models[:2])
         clear += trained["value"] - start["value"] >= 0.1 and trained["interval"][0] > start["interval"][1]
         before, after = r["accuracy_of_valid"]["random"]

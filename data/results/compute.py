@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import over_seeds, read_gold, read_results, save_figure, score_label, vote_report
+from data.results.claims import over_seeds, read_results
+from evaluate import read_gold, save_figure, score_label, vote_report
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent

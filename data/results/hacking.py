@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import draw_seeds, grade_all, read_metrics, save_figure
+from data.results.claims import draw_seeds
+from evaluate import grade_all, read_metrics, save_figure
 from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_lines
 from grpo import format_valid, shown_solution
 from verify import score_solutions

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import over_seeds, read_results
+from data.results.claims import over_seeds, read_results
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent

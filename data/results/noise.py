@@ -14,7 +14,8 @@ import random
 import re
 from pathlib import Path
 
-from evaluate import draw_seeds, over_seeds, read_gold, read_metrics, read_results, save_figure
+from data.results.claims import draw_seeds, over_seeds, read_results
+from evaluate import read_gold, read_metrics, save_figure
 from generate import InputError, read_records, run_stage, write_lines
 from verify import parse_verification
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import draw_seeds, over_seeds, read_metrics, read_results, save_figure
+from data.results.claims import draw_seeds, over_seeds, read_results
+from evaluate import read_metrics, save_figure
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent

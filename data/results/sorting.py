@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from data.make_sorting import judge, sort
+from data.results.claims import read_results
 from data.results.hacking import CONSTRAINTS, accept
-from evaluate import read_metrics, read_results
+from evaluate import read_metrics
 from generate import open_sampler, read_records, write_json, write_lines
 from grpo import shown_solution
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from evaluate import over_seeds, read_results
+from data.results.claims import over_seeds, read_results
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
