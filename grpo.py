@@ -456,10 +456,10 @@ def in_loss(rollouts: list[Rollout], advantages: list[Tensor], args) -> list[int
 
 
 def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(ids (N,), lengths (S,), targets (N,), rows (M,)) of a micro-batch, as `Transformer.packed` takes them: the
+    """(ids (N,), lengths (S,), targets (N,), layout (M,)) of a micro-batch, as `Transformer.packed` takes them: the
     targets are all responses, in order, and a prompt stands there once for all responses to it. Its last token is left
-    to each of them, because it predicts their first. rows: None if nothing is shared."""
-    ids, targets, rows, lengths, prompts = [], [], [], [], {}
+    to each of them, because it predicts their first. layout: None if nothing is shared."""
+    ids, targets, layout, lengths, prompts = [], [], [], [], {}
     for r in rollouts:
         prompt, last = tuple(r.prompt[:-1]), r.prompt[-1:]
         if prompt not in prompts:
@@ -467,12 +467,12 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
             ids += prompt
             targets += [-1] * len(prompt)
         own = last + r.ids[:-1]
-        rows += [*prompts[prompt], *range(len(ids), len(ids) + len(own))]
+        layout += [*prompts[prompt], *range(len(ids), len(ids) + len(own))]
         lengths.append(len(prompt) + len(own))
         ids += own
         targets += r.ids or [-1]
-    ids, lengths, targets, rows = (torch.tensor(x, device=device) for x in (ids, lengths, targets, rows))
-    return ids, lengths, targets, rows if len(rows) > len(ids) else None
+    ids, lengths, targets, layout = (torch.tensor(x, device=device) for x in (ids, lengths, targets, layout))
+    return ids, lengths, targets, layout if len(layout) > len(ids) else None
 
 
 def set_reference_logprobs(model: Transformer, rollouts: list[Rollout], args) -> None:
@@ -480,8 +480,8 @@ def set_reference_logprobs(model: Transformer, rollouts: list[Rollout], args) ->
     with torch.no_grad():
         for group in split_micro_batches([len(r.prompt) + len(r.ids) for r in rollouts], args.micro_tokens):
             chunk = [rollouts[i] for i in group]
-            ids, row_lengths, targets, rows = pack_responses(chunk or [NOTHING], model.device)
-            logprobs, _ = model.packed(ids, row_lengths, targets, args.temperature, rows)
+            ids, row_lengths, targets, layout = pack_responses(chunk or [NOTHING], model.device)
+            logprobs, _ = model.packed(ids, row_lengths, targets, args.temperature, layout)
             for r, values in zip(chunk, logprobs[targets >= 0].split([len(r.ids) for r in chunk]), strict=True):
                 r.ref = values
 
@@ -504,8 +504,8 @@ def update_policy(
     worst = 0.0
     for group in split_micro_batches([total[i] for i in mine], args.micro_tokens):
         chunk = [mine[j] for j in group]
-        ids, row_lengths, targets, rows = pack_responses([rollouts[i] for i in chunk] or [NOTHING], model.device)
-        logprobs, entropy = model.packed(ids, row_lengths, targets, args.temperature, rows)
+        ids, row_lengths, targets, layout = pack_responses([rollouts[i] for i in chunk] or [NOTHING], model.device)
+        logprobs, entropy = model.packed(ids, row_lengths, targets, args.temperature, layout)
         if not chunk:
             (0.0 * logprobs.sum()).backward()
             continue

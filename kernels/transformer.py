@@ -125,25 +125,25 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def packed_attention(lengths: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Attend]:
+def packed_attention(lengths: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Attend]:
     """Causal attention over sequences packed one behind the other in a single row of N tokens.
 
-    lengths (S,) long; rows (M,) long, M their sum: where each token of each sequence stands in the packed row, None for
-    all in order. Sequences that begin alike may share these tokens, such as a prompt's with all its responses.
+    lengths (S,) long; layout (M,) long, M their sum: where each token of each sequence stands in the packed row, None
+    for all in order. Sequences that begin alike may share these tokens, such as a prompt's with all its responses.
     Returns (positions (1, N), attend): everything but the attention then runs on N tokens, without padding. In half
     precision on CUDA attention is PyTorch's flash `varlen_attn`; elsewhere it is padded, among similar lengths.
     """
     sizes, device = lengths.tolist(), lengths.device
     starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,)
     places = torch.arange(sum(sizes), device=device)  # (M,)
-    shared, rows = rows is not None, places if rows is None else rows
-    home = rows.new_zeros(int(rows.max()) + 1).index_copy(0, rows, places)  # (N,): one place of each packed token
+    shared, layout = layout is not None, places if layout is None else layout
+    home = layout.new_zeros(int(layout.max()) + 1).index_copy(0, layout, places)  # (N,): one place of each packed token
     position = places - starts[:-1].repeat_interleave(lengths)  # (M,), each counted from its sequence's start
 
     @functools.cache
     def pad() -> tuple[list[Tensor], Tensor]:
         """Tables (R, T) of the tokens of R similar sequences, and where each packed token is in them, (N,)."""
-        pieces, tables, found, filled = rows.split(sizes), [], {}, 0
+        pieces, tables, found, filled = layout.split(sizes), [], {}, 0
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         while order:
             longest = sizes[order[0]]
@@ -161,7 +161,7 @@ def packed_attention(lengths: Tensor, rows: Tensor | None = None) -> tuple[Tenso
             from torch.nn.attention.varlen import varlen_attn
 
             repeat = q.shape[2] // k.shape[2]  # torch 2.11 has no enable_gqa here
-            q, k, v = (x[0].index_select(0, rows) if shared else x[0] for x in (q, k, v))  # (M, heads, E)
+            q, k, v = (x[0].index_select(0, layout) if shared else x[0] for x in (q, k, v))  # (M, heads, E)
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))  # (M, H, E)
             out = varlen_attn(q, k, v, starts, starts, max(sizes), max(sizes), window_size=(-1, 0))  # causal
             return (out.index_select(0, home) if shared else out)[None]  # (1, N, H, E)
@@ -346,11 +346,11 @@ class Transformer(nn.Module):
         lengths: Tensor,
         targets: Tensor | None = None,
         temperature: float = 1.0,
-        rows: Tensor | None = None,
+        layout: Tensor | None = None,
     ):
         """Sequences one behind the other, as for `packed_attention`: ids (N,) long -> hidden states (N, D), or with
         targets (N,) (log-probabilities, entropies), (N,) both."""
-        positions, attend = packed_attention(lengths, rows)
+        positions, attend = packed_attention(lengths, layout)
         if targets is None:
             return self(ids[None], positions, attend)[0]
         return self(ids[None], positions, attend, targets[None], temperature)
