@@ -82,7 +82,8 @@ def print_tables(records: list[dict]) -> None:
     for N in records[0]["votes"]["single"]:
         tokens = np.mean([r["votes"]["single"][N][0] for r in records])
         cells = [over_seeds([r["votes"][method][N][1] for r in records]) for method in METHODS]
-        cells.append(over_seeds([r["f1"][N] for r in records]) if N in records[0]["f1"] else "not run")
+        f1 = [r["f1"][N] for r in records if N in r["f1"]]
+        cells.append(over_seeds(f1) if f1 else "not run")
         print(f"| {N} | {tokens / 1000:,.0f}k | {' | '.join(cells)} |")
     with_rounds = [r for r in records if len(r["rounds"]) == 3]
     if with_rounds:
