@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Label accuracy, and F1 of the PRM-CoTs, against what the labels cost: voting over 1 to 32 verifications, and one to three
 # rounds of critique; and against the verifier's noise, its temperature. On the tiny world, five seeds (of noise three), after
-# claims.sh and methods.sh. About half an hour a seed on one core.
+# claims.sh and methods.sh. About twenty-five minutes a seed on one core.
 #
 #   bash data/results/compute.sh                # runs/compute/<seed>/..., then data/results/compute.jsonl, tables, figure
 #   python -m data.results.compute              # the tables and data/results/compute.png from data/results/compute.jsonl
