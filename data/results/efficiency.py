@@ -1,6 +1,6 @@
 """What each stage costs on this machine: seconds, tokens and peak memory against the number of solutions, of verifications,
-of rounds of critique, and the size of a group, and how each grows; and a GRPO step by its reward. A quarter of an hour on two cores,
-with nothing beside it; one run each.
+of rounds of critique, and the size of a group, and how each grows; and a GRPO step by its reward. Twelve minutes on two cores, with
+nothing beside it; one run each.
 
     python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, table and figure
     python -m data.results.efficiency           # table and data/results/efficiency.png from data/results/efficiency.jsonl
