@@ -1,4 +1,4 @@
-"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands, of which four make a table and a file, one a figure, and one prints.
+"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands.
 
     python evaluate.py processbench   # does a reward model find the first wrong step?  -> runs/tiny/processbench.jsonl
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl

@@ -767,8 +767,8 @@ def main() -> None:
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, those of --gold (only the tiny world's file may be missing). Only --reward rlvr needs them, and only
-    then those in the problems file count, too; InputError if it lacks one."""
+    """Reference answers by problem id, those of --gold (only the tiny world's file may be missing). Only --reward rlvr
+    needs them, and only then those in the problems file count, too; InputError if it lacks one."""
     needed = args.reward == "rlvr"
     gold = {p["id"]: p["answer"] for p in problems if needed and p.get("answer") is not None}
     if args.gold is not None and (needed or args.gold != TINY["gold"] or Path(args.gold).is_file()):

@@ -688,6 +688,7 @@ def main() -> None:
     started, verifier = time.time(), functools.cache(lambda: open_sampler(args.model, device, args.slots))
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
     guided = args.method == "reference_guided"
+    improved = args.method in ("meta_critique", "hybrid")  # by critiques, in which every rank takes part
     # Two hybrids may lie in one directory: what the one made isn't the other's.
     by_outcome = args.method == "hybrid" and args.hybrid_from == "outcome_consistency"
     method = "hybrid_outcome" if by_outcome else args.method
@@ -700,7 +701,7 @@ def main() -> None:
         speed = verifier()[0].tokens * world_size() / (time.time() - started)
     elif report_path.exists():
         speed = json.loads(report_path.read_text()).get("tokens_per_second")
-    if rank() != 0 and args.method not in ("meta_critique", "hybrid"):
+    if rank() != 0 and not improved:
         return
     verifications = read_records(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
     ids = {s["id"] for s in solutions}  # --limit may be less than before
@@ -708,7 +709,7 @@ def main() -> None:
     aggregate = AGGREGATES.get(args.hybrid_from if args.method == "hybrid" else args.method, single)
     labels = label_solutions(solutions, verifications, aggregate, args.seed)
     critique_tokens = 0
-    if args.method in ("meta_critique", "hybrid"):
+    if improved:
         labels, critique_tokens = improve_labels(args, method, solutions, labels, verifier)
     if rank() != 0:
         return

@@ -285,7 +285,8 @@ def test_failures_leave_the_last_checkpoint(world, tmp_path, monkeypatch, capsys
         capsys.readouterr()
         assert train(patch, *flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: the gradient's norm is nan; stopped, the last checkpoint is intact; start again")
+    assert message.startswith("error: the gradient's norm is nan; stopped, the last checkpoint is intact; ")
+    assert message.endswith("start again with a lower --lr and another --out")
     sizes = [path.stat().st_size for path in (whole / "model.safetensors", *whole.rglob("*.distcp"))]
     for size, problem in ((sizes[0], "File too large"), (sizes[1], "step_0000004: can't be written")):
         life = Life(tmp_path / "output", *flags, largest_file=size - 1)

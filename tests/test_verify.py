@@ -434,8 +434,8 @@ def judged(tmp_path_factory) -> tuple[Path, list[object]]:
 
 def test_critique_and_merge(tmp_path, judged):
     """Guards: verifications sampled again for a critique, more than two calls a label, a critique of another text than
-    the selected one, rounds that start from the base again, and what one method or a kill leaves getting lost; a second hybrid that
-    is refused, or takes the first one's critiques."""
+    the selected one, rounds that start from the base again, and what one method or a kill leaves getting lost; a second
+    hybrid that is refused, or takes the first one's critiques."""
     _, arguments = judged
     out = tmp_path / "out"
     assert run_script("verify.py", tmp_path, *arguments, "--out", out)[0] == 0

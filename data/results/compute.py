@@ -12,6 +12,7 @@ import numpy as np
 from data.results.claims import over_seeds, read_results
 from evaluate import read_gold, save_figure, score_label, vote_report
 from generate import read_records, write_lines
+from verify import keep_parsed
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS, SINGLE = Path("runs/compute"), Path("runs/claims"), Path("runs/methods")
@@ -50,7 +51,7 @@ def collect(seed: str) -> dict:
     files = {"1": SINGLE / seed / "single-prm_cot.jsonl", "16": claims / "processbench.jsonl"}
     files |= {N: RUNS / seed / f"votes-{N}" / "processbench.jsonl" for N in ("2", "4", "8", "32")}
     f1 = {N: read_results(file)["f1"]["value"] for N, file in files.items() if file.exists()}
-    first = {r["solution_id"]: r for r in reversed(verifications) if r["step_verdicts"] and r["verdict"] is not None}
+    first = {r["solution_id"]: r for r in reversed(keep_parsed(verifications))}
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
         directory, labels = file.parent, [r for r in read_records(file, ["id"]) if r["dropped"] is None]
