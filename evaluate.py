@@ -4,7 +4,7 @@
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl
     python evaluate.py best_of        # does a reward model choose well among samples?  -> runs/tiny/best_of.jsonl
     python evaluate.py labels         # are the labels of Stage I right?                -> runs/tiny/labels.json
-    python evaluate.py plot           # the curves of GRPO runs                         -> runs/tiny/curves.png
+    python evaluate.py plot           # the curves of GRPO runs, and of studies         -> runs/tiny/curves.png
     python evaluate.py show t0003     # one problem's way through all stages            -> the terminal
 
 Each runs on the tiny world, after the stage that it measures. With one's own models, also under torchrun (sharded):
@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -710,22 +711,15 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
     return rows
 
 
-def plot_labels(rows: list[dict], out: Path) -> None:
+def label_curves(rows: list[dict]) -> list[dict]:
     """Accuracy of whole label vectors against the tokens spent, a curve for each way of voting, a dot for each file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="tokens of verifications and critiques", ylabel="whole label vector right, percent"
-    )
-    axes.set_xscale("log")
-    axes.grid(alpha=0.3)
+    axes = {"xlabel": "tokens of verifications and critiques", "xscale": "log"}
+    curves = []
     for method in dict.fromkeys(r["method"] for r in rows):
         points = [(r["tokens"], 100 * r["exact"]) for r in rows if r["method"] == method and r["exact"] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) > 1 else "s", label=method)
-    axes.legend()
-    save_figure(figure, out)
+        x, y = zip(*points, strict=True) if points else ((), ())
+        curves.append({"panel": "whole label vectors right, percent", "curve": method, "x": x, "y": y, **axes})
+    return curves
 
 
 def run_labels(parser: argparse.ArgumentParser) -> None:
@@ -776,15 +770,15 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
         table.append([r["method"], r["N"] or "", r["solutions"], *numbers, *gains, *cost])
     header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
     print_table([*header, "agreement", "ties", "dropped", "unparsed", "tokens", "seconds"], table)
-    plot_labels([r for r in rows if r["on"] == "all"], Path(args.out).with_suffix(".png"))
+    draw_curves(label_curves([r for r in rows if r["on"] == "all"]), Path(args.out).with_suffix(".png"))
     log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 
 # --------------------------------------------------------------------------- curves
 
-PANELS = {  # key in metrics.jsonl -> title; the last two rows show a policy that games its reward
+PANELS = {  # key in metrics.jsonl -> title; the last six show a policy that games its reward, or a sampler that differs
     "reward/mean": "reward",
-    "heldout/accuracy": "held-out accuracy, 95 % interval",
+    "heldout/accuracy": "held-out accuracy",
     "format/valid": "valid format",
     "response/steps": "steps per response",
     "response/length": "tokens per response",
@@ -796,6 +790,7 @@ PANELS = {  # key in metrics.jsonl -> title; the last two rows show a policy tha
     "format/answers": "answers per response",
     "gap/mean": "sampler against trainer, nats a token",
 }
+AXES = ("xlabel", "ylabel", "ylim", "xscale")
 
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
@@ -808,35 +803,78 @@ def read_metrics(run: str) -> dict[str, dict[int, float]]:
     return curves
 
 
+def run_curves(run: str, keys: list[str]) -> list[dict]:
+    """A run's metrics as curves, each in the panel of its key; accuracies with their interval."""
+    metrics, curves = read_metrics(run), []
+    for key in keys:
+        points = metrics.get(key, {})
+        curve: dict = {"panel": PANELS.get(key, key), "curve": run, "x": list(points), "y": list(points.values())}
+        if key == "heldout/accuracy":
+            for end in ("low", "high"):
+                found = metrics.get(f"heldout/{end}", {})
+                curve[end] = [found.get(step, value) for step, value in points.items()]
+        curves += [curve] if points else []
+    return curves
+
+
+def draw_curves(curves: list[dict], out: Path) -> None:
+    """A panel for each `panel`, a colour for each `curve`, of points `x`, `y`.
+
+    Curves of one name in one panel are seeds: what is drawn is their mean at the points that all have, and a band from
+    the least to the greatest. A curve alone has its own band, `low` to `high`, if any. One that is `right` has its axis
+    there. What else it may bring are settings of its panel: AXES.
+    """
+    from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
+
+    panels: dict[str, dict[str, list[dict]]] = {}
+    for curve in curves:
+        panels.setdefault(curve["panel"], {}).setdefault(curve["curve"], []).append(curve)
+    names = list(dict.fromkeys(curve["curve"] for curve in curves))
+    across = math.ceil(len(panels) ** 0.5)
+    down, lines = -(-len(panels) // across), {}
+    figure = Figure(figsize=(max(6, 4.2 * across), max(4, 3.0 * down) + 0.07 * len(names)), layout="constrained")
+    for place, (title, inside) in enumerate(panels.items(), 1):
+        left = figure.add_subplot(down, across, place, xlabel="step")
+        left.set_title(title, fontsize=10)
+        left.grid(alpha=0.3)
+        right = left.twinx() if any(seeds[0].get("right") for seeds in inside.values()) else None
+        for name, seeds in inside.items():
+            first = seeds[0]
+            number = names.index(name)  # colours repeat after ten
+            axes, style = (right, ":") if first.get("right") else (left, "-" if number < 10 else "--")
+            axes.set(**{key: first[key] for key in AXES if key in first})
+            points = [dict(zip(curve["x"], curve["y"], strict=True)) for curve in seeds]
+            x = [at for at in points[0] if all(at in others for others in points)]
+            y = np.array([[own[at] for at in x] for own in points], float)  # (seeds, points)
+            low, high = (y.min(0), y.max(0)) if len(seeds) > 1 else (first.get(end, y[0]) for end in ("low", "high"))
+            colour, marker = f"C{number}", "." if len(x) < 30 else ""
+            (lines[name],) = axes.plot(x, y.mean(0), style, color=colour, marker=marker)
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    save_figure(figure, out)
+
+
 def run_plot(parser: argparse.ArgumentParser) -> None:
-    """Curves of GRPO runs from their metrics.jsonl: a panel for each metric, a colour for each run."""
-    parser.add_argument("--runs", nargs="+", help="directories with a metrics.jsonl; none: the tiny world")
+    """Curves of GRPO runs, or of a file of curves: a panel for each metric, a colour for each run. The runs that a pattern
+    finds are seeds of one, drawn as their mean and a band from the least to the greatest:
+    python evaluate.py plot --runs 'runs/*/grpo' --out curves.png."""
+    parser.add_argument("--runs", nargs="+", help="directories with metrics.jsonl, patterns of them, files of curves "
+                        "(panel, curve, x, y); none: the tiny world")  # fmt: skip
     parser.add_argument("--out", help="PNG to write")
     parser.add_argument("--keys", nargs="+", default=list(PANELS), help="metrics to draw; what no run has is skipped")
     args = parse_command(parser, "runs")
-    runs = {run: read_metrics(run) for run in args.runs}
-    keys = [key for key in args.keys if any(key in curves for curves in runs.values())]
-    if not keys:
+    curves = []
+    for pattern in args.runs:
+        for run in sorted(glob(pattern)) or [pattern]:
+            if run.endswith(".jsonl"):
+                curves += read_records(run, ["panel", "curve", "x", "y"])
+            else:
+                curves += [{**curve, "curve": pattern} for curve in run_curves(run, args.keys)]
+    if not curves:
         raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
-
-    from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
-
-    across, down = min(3, len(keys)), -(-len(keys) // 3)
-    figure = Figure(figsize=(4.2 * across, 3.0 * down + 0.4), layout="constrained")
-    for place, key in enumerate(keys, 1):
-        axes = figure.add_subplot(down, across, place, title=PANELS.get(key, key), xlabel="step")
-        axes.grid(alpha=0.3)
-        for j, curves in enumerate(runs.values()):
-            curve = curves.get(key, {})
-            axes.plot(list(curve), list(curve.values()), color=f"C{j}", marker="." if len(curve) < 30 else "")
-            if key == "heldout/accuracy":
-                low, high = curves.get("heldout/low", {}), curves.get("heldout/high", {})
-                both = [step for step in low if step in high]
-                band = ([low[step] for step in both], [high[step] for step in both])
-                axes.fill_between(both, *band, color=f"C{j}", alpha=0.2, linewidth=0)
-    figure.legend(figure.axes[0].lines, list(runs), loc="outside lower center", ncols=3)
-    save_figure(figure, Path(args.out))
-    print(f"{args.out}: {len(keys)} panels, {len(runs)} runs")
+    draw_curves(curves, Path(args.out))
+    panels, names = ({curve[key] for curve in curves} for key in ("panel", "curve"))
+    print(f"{args.out}: {len(panels)} panels, {len(names)} runs")
 
 
 # --------------------------------------------------------------------------- one problem

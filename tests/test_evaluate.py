@@ -549,6 +549,28 @@ def test_plot_command(tmp_path, monkeypatch):
         run(monkeypatch, "plot", "--runs", tmp_path / "one", "--keys", "nothing", "--out", out)
 
 
+def test_plot_of_seeds(tmp_path, monkeypatch):
+    """Guards against a mean over seeds at points that one of them has not reached, a band that isn't theirs, and another
+    run's colour: the runs of a pattern are seeds, and so are the lines of one name in a file of curves."""
+    for seed, steps in (("0", 5), ("1", 3)):
+        (tmp_path / seed / "grpo").mkdir(parents=True)
+        records = [{"step": s, "reward/mean": s + 2.0 * int(seed)} for s in range(steps)]
+        write_lines(tmp_path / seed / "grpo/metrics.jsonl", records)
+    curves = [{"panel": "p", "curve": "c", "x": [1, 10], "y": y, "xscale": "log"} for y in ([0, 1], [4, 3])]
+    curves += [{"panel": "p", "curve": "memory", "x": [1], "y": [7], "right": True}]
+    file, drawn = write_lines(tmp_path / "curves.jsonl", curves), []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, out: drawn.append(figure))
+    run(monkeypatch, "plot", "--runs", tmp_path / "*/grpo", file, "--keys", "reward/mean", "--out", tmp_path / "x.png")
+    reward, left, right = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in reward.lines] == [[[0, 1], [1, 2], [2, 3]]]
+    band = reward.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0, 4)
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[1, 2], [10, 2]]] and left.get_xscale() == "log"
+    assert right.lines[0].get_xydata().tolist() == [[1, 7]]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == [str(tmp_path / "*/grpo"), "c", "memory"]
+    assert len({line.get_color() for axes in drawn[0].axes for line in axes.lines}) == 3
+
+
 @pytest.mark.parametrize(
     "command, message",
     [

@@ -1,5 +1,5 @@
 """The tables of the tiny world's claims, from data/results/claims.jsonl; with --collect, first that file from
-runs/claims/<seed>/. And what the other studies share: results of a model, means and bands over seeds.
+runs/claims/<seed>/. And what the other studies share: results of a model, means over seeds.
 
     python -m data.results.claims
 """
@@ -30,15 +30,6 @@ def over_seeds(values: list[float], sign: str = "") -> str:
     t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26][len(values) - 1]
     half = t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else t
     return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
-
-
-def draw_seeds(axes, curves: list[dict[str, float]], style: str, colour: str, label: str) -> None:
-    """The mean of {step: value} over seeds, at the steps that all have, in a band from the least to the greatest."""
-    steps = sorted(set.intersection(*map(set, curves)), key=int)
-    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-    x = [int(step) for step in steps]
-    axes.plot(x, values.mean(0), style, color=colour, label=label)
-    axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
 def collect(seed: str) -> dict:

@@ -1,7 +1,8 @@
-"""The README's tables and figure of what labels cost, from data/results/compute.jsonl; with --collect, first that file
-from the runs of claims.sh, methods.sh and compute.sh.
+"""The tables of what labels cost, from data/results/compute.jsonl; with --collect, first that file, and the curves of the
+figure, from the runs of claims.sh, methods.sh and compute.sh.
 
     python -m data.results.compute
+    python evaluate.py plot --runs data/results/compute_curves.jsonl --out data/results/compute.png
 """
 
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.results.claims import over_seeds, read_results
-from evaluate import read_gold, save_figure, score_label, vote_report
+from evaluate import read_gold, score_label, vote_report
 from generate import read_records, write_lines
 from verify import keep_parsed
 
@@ -115,37 +116,32 @@ def print_tables(records: list[dict]) -> None:
             print(f"| {name} | {' | '.join(cells)} | {over_seeds(gain, '+')} |")
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """Right label vectors against tokens: mean over seeds, and from the least to the greatest."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    plot = figure.subplots()
+def make_curves(records: list[dict]) -> list[dict]:
+    """Right label vectors by tokens, of each seed; the tokens of a point are their mean over seeds."""
+    axes = {"panel": "whole label vectors right, %", "xscale": "log", "xlabel": "tokens for 800 solutions"}
+    curves = []
     for method in METHODS:
-        tokens, right = np.array([list(r["votes"][method].values()) for r in records]).transpose(2, 0, 1)  # (seeds, N)
-        (line,) = plot.plot(tokens.mean(0), 100 * right.mean(0), "o-", label=method.replace("_", " "))
-        plot.fill_between(
-            tokens.mean(0), *(100 * f(right, 0) for f in (np.min, np.max)), color=line.get_color(), alpha=0.2
-        )
-    found = [r["rounds"] for r in records if len(r["rounds"]) == 3]
-    if found:
-        tokens, right = (np.mean([[x[n][key] for n in "123"] for x in found], 0) for key in ("tokens", "right"))
-        plot.plot(tokens, 100 * right, "s--", label="critique, 1 to 3 rounds (of the kept)")
-    plot.set(xscale="log", xlabel="tokens for 800 solutions", ylabel="whole label vectors right, %")
-    plot.grid(alpha=0.3)
-    plot.legend()
-    save_figure(figure, path)
+        found = np.array([list(r["votes"][method].values()) for r in records])  # (seeds, N, tokens and share)
+        for r, share in zip(records, found[:, :, 1], strict=True):
+            points = {"x": found[:, :, 0].mean(0).round().tolist(), "y": (100 * share).round(2).tolist()}
+            curves.append({"seed": r["seed"], "curve": method.replace("_", " "), **points, **axes})
+    with_rounds = [r for r in records if len(r["rounds"]) == 3]
+    for r in with_rounds:
+        x = [round(np.mean([other["rounds"][n]["tokens"] for other in with_rounds])) for n in "123"]
+        points = {"x": x, "y": [round(100 * r["rounds"][n]["right"], 2) for n in "123"]}
+        curves.append({"seed": r["seed"], "curve": "critique, 1 to 3 rounds (of the kept)", **points, **axes})
+    return curves
 
 
 def main() -> None:
-    """Collect if asked to; print the tables, draw the figure."""
+    """Collect if asked to; print the tables."""
     path = HERE / "compute.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "votes-32" / "processbench.jsonl").exists())
-        write_lines(path, [collect(seed) for seed in seeds])
-    records = read_records(path, ["seed"])
-    print_tables(records)
-    draw(records, HERE / "compute.png")
+        records = [collect(seed) for seed in seeds]
+        write_lines(path, records)
+        write_lines(HERE / "compute_curves.jsonl", make_curves(records))
+    print_tables(read_records(path, ["seed"]))
 
 
 if __name__ == "__main__":

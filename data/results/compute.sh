@@ -3,8 +3,8 @@
 # rounds of critique; and against the verifier's noise, its temperature. On the tiny world, five seeds (of noise three), after
 # claims.sh and methods.sh. About twenty-five minutes a seed on one core.
 #
-#   bash data/results/compute.sh                # runs/compute/<seed>/..., then data/results/compute.jsonl, tables, figure
-#   python -m data.results.compute              # the tables and data/results/compute.png from data/results/compute.jsonl
+#   bash data/results/compute.sh                # runs/compute/<seed>/..., then data/results/compute*.jsonl, tables, figure
+#   python -m data.results.compute              # the tables from data/results/compute.jsonl
 #
 # SEEDS="0 1" limits it; what is there isn't made again.
 set -euo pipefail
@@ -33,3 +33,4 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
   done
 done
 python -m data.results.compute --collect
+python evaluate.py plot --runs data/results/compute_curves.jsonl --out data/results/compute.png

@@ -2,8 +2,9 @@
 of rounds of critique, and the size of a group, and how each grows; and a GRPO step by its reward. Twelve minutes on two cores, with
 nothing beside it; one run each.
 
-    python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, table and figure
-    python -m data.results.efficiency           # table and data/results/efficiency.png from data/results/efficiency.jsonl
+    python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, its curves, the table
+    python -m data.results.efficiency           # the table from data/results/efficiency.jsonl
+    python evaluate.py plot --runs data/results/efficiency_curves.jsonl --out data/results/efficiency.png
 
 Each run is one of the five commands on the tiny world, by the clock, start included (the first row shows what that is);
 memory is the largest resident set of its process. A GRPO step is measured inside its run, the first one left out.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import read_metrics, save_figure
+from evaluate import read_metrics
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
@@ -130,36 +131,29 @@ def print_table(records: list[dict]) -> None:
         )
 
 
-def draw(records: list[dict], path: Path) -> None:
+def make_curves(records: list[dict]) -> list[dict]:
     """A panel a series: seconds on the left, peak memory on the right, both from 0."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    for place, (series, label) in enumerate(PANELS.items(), 1):
+    curves = []
+    for series, label in PANELS.items():
         rows = [r for r in records if r["series"] == series]
-        x = [r["x"] for r in rows]
-        left = figure.add_subplot(1, 4, place, xlabel=label, ylabel="seconds")
-        left.set_title("grpo, a step" if series == "grpo" else series, fontsize=10)
-        left.plot(x, [r["seconds"] for r in rows], "o-", color="C0", label="seconds")
-        right = left.twinx()
-        right.plot(x, [r["MiB"] for r in rows], "s:", color="C1", label="peak memory, MiB")
-        for axes in (left, right):
-            axes.set_ylim(0)
-    figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncols=2)
-    save_figure(figure, path)
+        for key, curve in (("seconds", "seconds"), ("MiB", "peak memory, MiB (right)")):
+            y = [r[key] for r in rows]
+            axes = {"xlabel": label, "ylim": [0, 1.1 * max(y)], "right": key == "MiB"}
+            title = "grpo, a step" if series == "grpo" else series
+            curves.append({"panel": title, "curve": curve, "x": [r["x"] for r in rows], "y": y, **axes})
+    return curves
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="measure; else only table and figure")
+    parser.add_argument("--run", action="store_true", help="measure; else only the table")
     args = parser.parse_args()
     path = HERE / "efficiency.jsonl"
     if args.run:
         records = measure()
         write_lines(path, records)
-    records = read_records(path, ["series", "x", "seconds", "MiB", "tokens"])
-    print_table(records)
-    draw(records, HERE / "efficiency.png")
+        write_lines(HERE / "efficiency_curves.jsonl", make_curves(records))
+    print_table(read_records(path, ["series", "x", "seconds", "MiB", "tokens"]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The reward-hacking study of hacking.sh: its training data, the re-scoring of its policies, its table and its figure.
+"""The reward-hacking study of hacking.sh: its training data, the re-scoring of its policies, its table and the curves of its
+figure.
 
-    python -m data.results.hacking                                        # table and figure from hacking.jsonl
-    python -m data.results.hacking --collect                              # first hacking.jsonl, from runs/hacking
+    python -m data.results.hacking                                        # the table, from hacking.jsonl
+    python evaluate.py plot --runs data/results/hacking_curves.jsonl --out data/results/hacking.png
+    python -m data.results.hacking --collect                              # first both files, from runs/hacking
     python -m data.results.hacking --make DIR --solutions solutions.jsonl --labels labels.jsonl  # its training data
     python -m data.results.hacking --rescore --seed 0                     # runs/hacking/0/rescored.json
 
@@ -17,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.results.claims import draw_seeds
-from evaluate import grade_all, read_metrics, save_figure
+from evaluate import grade_all, read_metrics
 from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_lines
 from grpo import format_valid, shown_solution
 from verify import score_solutions
@@ -38,7 +39,7 @@ NAMES = {  # run -> how the table calls it
     "able-paper": "able, process_aware, paper",
     "plain-paper": "plain, process_aware, paper",
 }
-CURVES = {  # key in metrics.jsonl -> label; the last two are drawn on an axis of their own
+CURVES = {  # key in metrics.jsonl -> label; the last two have an axis of their own
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy",
     "response/steps": "steps per response (right)",
@@ -158,7 +159,7 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
     return result
 
 
-# --------------------------------------------------------------------------- table and figure
+# --------------------------------------------------------------------------- table and curves
 
 
 def show(values: list[float]) -> str:
@@ -181,33 +182,18 @@ def print_table(records: list[dict]) -> None:
         print(f"| {title} | {' | '.join(cells)} |")
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """A panel for each run, mean over seeds and range: on the left the reward while training and the true accuracy on
-    held-out problems, on the right two indicators, steps and answers per response."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    for place, (name, title) in enumerate(NAMES.items(), 1):
-        left = figure.add_subplot(2, 5, place, ylim=(0, 1))
-        left.set_title(title, fontsize=9)
-        left.grid(alpha=0.3)
-        right = left.twinx()
-        right.set_ylim(0, 12)
-        for colour, (key, label) in enumerate(CURVES.items()):
-            axes, style = (left, "-") if colour < 2 else (right, ":")
-            draw_seeds(axes, [r["curves"][name][key] for r in records], style, f"C{colour}", label)
-    figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncols=4)
-    save_figure(figure, path)
-
-
-def collect(seed: int) -> dict:
-    """One seed's record: the curves of all runs and the re-scored policies."""
-    curves = {}
-    for name in NAMES:
+def collect_curves(seed: int) -> list[dict]:
+    """One seed: a panel for each run, with the reward while training and the true accuracy on held-out problems, and on the
+    right two indicators, steps and answers per response."""
+    curves = []
+    for name, title in NAMES.items():
         found = read_metrics(str(directory(seed, name)))
-        curves[name] = {key: {str(step): round(v, 4) for step, v in found[key].items()} for key in CURVES}
-    rescored = json.loads((RUNS / str(seed) / "rescored.json").read_text())
-    return {"seed": seed, "curves": curves, "rescored": rescored}
+        for key, label in CURVES.items():
+            points = {"x": list(found[key]), "y": [round(y, 3) for y in found[key].values()]}
+            right = label.endswith("(right)")
+            axes = {"right": right, "ylim": [0, 12] if right else [0, 1]}
+            curves.append({"seed": seed, "panel": title, "curve": label, **points, **axes})
+    return curves
 
 
 def main() -> None:
@@ -216,7 +202,7 @@ def main() -> None:
     parser.add_argument("--solutions", help="of the tiny policy, for --make")
     parser.add_argument("--labels", help="labels of Stage I, for --make")
     parser.add_argument("--rescore", action="store_true", help="the policies of --seed")
-    parser.add_argument("--collect", action="store_true", help="write hacking.jsonl from runs/hacking")
+    parser.add_argument("--collect", action="store_true", help="write both files from runs/hacking")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     path = HERE / "hacking.jsonl"
@@ -235,10 +221,10 @@ def main() -> None:
         return
     if args.collect:
         seeds = sorted(int(file.parent.name) for file in RUNS.glob("*/rescored.json"))
-        write_lines(path, [collect(seed) for seed in seeds])
-    records = read_records(path, ["seed"])
-    print_table(records)
-    draw(records, HERE / "hacking.png")
+        rescored = [json.loads((RUNS / str(seed) / "rescored.json").read_text()) for seed in seeds]
+        write_lines(path, [{"seed": s, "rescored": found} for s, found in zip(seeds, rescored, strict=True)])
+        write_lines(HERE / "hacking_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+    print_table(read_records(path, ["seed"]))
 
 
 if __name__ == "__main__":

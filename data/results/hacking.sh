@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # How a policy games its reward, and what stops it: the tiny world, three seeds. About an hour on two cores.
 #
-#   bash data/results/hacking.sh                # runs/hacking/<seed>/..., then data/results/hacking.jsonl, table, figure
-#   python -m data.results.hacking              # the table and data/results/hacking.png from data/results/hacking.jsonl
+#   bash data/results/hacking.sh                # runs/hacking/<seed>/..., then data/results/hacking*.jsonl, table, figure
+#   python -m data.results.hacking              # the table from data/results/hacking.jsonl
 #
 # Labels and PRM-CoT are those of claims.sh. SEEDS="0 1" limits it; what is there isn't made again. Three starts: `weak`
 # and `able` are the tiny policy after it has imitated its own solutions, a quarter of them gamed (one step only, a step
@@ -52,3 +52,4 @@ for seed in ${SEEDS:-0 1 2}; do
   python -m data.results.hacking --seed "$seed" --rescore
 done
 python -m data.results.hacking --collect
+python evaluate.py plot --runs data/results/hacking_curves.jsonl --out data/results/hacking.png

@@ -1,7 +1,8 @@
-"""How noisy may labels be? The noise of noise.sh, its table and its figure.
+"""How noisy may labels be? The noise of noise.sh, its table and the curves of its figure.
 
-    python -m data.results.noise                                                          # table and figure
-    python -m data.results.noise --collect                                                # first noise.jsonl, from the runs
+    python -m data.results.noise                                                          # the table
+    python evaluate.py plot --runs data/results/noise_curves.jsonl --out data/results/noise.png
+    python -m data.results.noise --collect                                                # first both files, from the runs
     python -m data.results.noise --turn 20 --seed 0 --labels labels.jsonl --out F.jsonl   # labels, 20 % turned over
 
 A label is turned over as a whole. Of a solution that it calls right, a step is called incorrect and with it all that follow,
@@ -14,8 +15,8 @@ import random
 import re
 from pathlib import Path
 
-from data.results.claims import draw_seeds, over_seeds, read_results
-from evaluate import read_gold, read_metrics, save_figure
+from data.results.claims import over_seeds, read_results
+from evaluate import read_gold, read_metrics
 from generate import InputError, read_records, run_stage, write_lines
 from verify import parse_verification
 
@@ -43,28 +44,37 @@ def turn_over(label: dict, rng: random.Random) -> dict:
     return {**label, "step_labels": steps, "outcome": outcome, "text": text}
 
 
+def find_runs(seed: int) -> dict[int, Path]:
+    """Share of labels turned over, in percent -> where the run lies; without noise it is one of claims.sh."""
+    runs = {int(file.parent.name): file.parent for file in RUNS.glob(f"{seed}/*/benchmark.jsonl")}
+    return dict(sorted({0: CLAIMS / str(seed), **runs}.items()))
+
+
 def collect(seed: int) -> dict:
     """One seed: share of labels turned over, in percent -> share of right outcomes among the labels, F1 of the reward model,
-    accuracy of the policy, reward."""
-    runs = {int(file.parent.name): file.parent for file in RUNS.glob(f"{seed}/*/benchmark.jsonl")}
+    accuracy of the policy, reward of the last ten steps."""
     found = {}
-    for share, run in sorted({0: CLAIMS / str(seed), **runs}.items()):
+    for share, run in find_runs(seed).items():
         labels = run / "labels.jsonl" if share else run / "verify" / "labels_step_consistency.jsonl"
         labels = [x for x in read_records(labels, ["id", "steps", "answer", "outcome"]) if x["dropped"] is None]
         gold = read_gold("data/tiny/gold.jsonl", labels)
         right = sum(x["outcome"] == gold[x["id"]][1] for x in labels) / len(labels)
         policy = read_results(run / "benchmark.jsonl", str(run / "process_aware"))
         numbers = {"f1": read_results(run / "processbench.jsonl")["f1"], **{m: policy[m] for m in ("avg@4", "greedy")}}
-        metrics = read_metrics(str(run / "process_aware"))
-        curves = {name: metrics[name] for name in ("reward/mean", "heldout/accuracy")}
-        curves = {name: {str(k): round(v, 4) for k, v in curve.items()} for name, curve in curves.items()}
-        found[str(share)] = {"labels": round(right, 4), **{m: row["value"] for m, row in numbers.items()}, **curves}
+        last = list(read_metrics(str(run / "process_aware"))["reward/mean"].values())[-10:]
+        found[str(share)] = {"labels": round(right, 4), **{m: row["value"] for m, row in numbers.items()}}
+        found[str(share)]["reward"] = sum(last) / len(last)
     return {"seed": seed, "shares": found}
 
 
-def common_shares(records: list[dict]) -> list[str]:
-    """The shares that all seeds have, in order."""
-    return sorted(set.intersection(*(set(r["shares"]) for r in records)), key=int)
+def collect_curves(seed: int) -> list[dict]:
+    """One seed: held-out accuracy by step, a curve for each share."""
+    curves = []
+    for share, run in find_runs(seed).items():
+        points = read_metrics(str(run / "process_aware"))["heldout/accuracy"]
+        curve = {"seed": seed, "panel": "held-out accuracy", "curve": f"{share} % of the labels turned over"}
+        curves.append({**curve, "x": list(points), "y": [round(y, 4) for y in points.values()], "ylim": [0, 1]})
+    return curves
 
 
 def print_table(records: list[dict]) -> None:
@@ -73,27 +83,10 @@ def print_table(records: list[dict]) -> None:
     print(
         "| labels turned over | outcome right | PRM-CoT, F1 | reward at the end | avg@4 | greedy |\n|---|---|---|---|---|---|"
     )
-    for share in common_shares(records):
+    for share in sorted(set.intersection(*(set(r["shares"]) for r in records)), key=int):
         runs = [r["shares"][share] for r in records]
-        last = [list(run["reward/mean"].values())[-10:] for run in runs]
-        cells = [over_seeds([run[key] for run in runs]) for key in ("labels", "f1")]
-        cells += [over_seeds([sum(x) / len(x) for x in last])]
-        cells += [over_seeds([run[key] for run in runs]) for key in ("avg@4", "greedy")]
+        cells = [over_seeds([run[key] for run in runs]) for key in ("labels", "f1", "reward", "avg@4", "greedy")]
         print(f"| {share} % | {' | '.join(cells)} |")
-
-
-def draw(records: list[dict], path: Path) -> None:
-    """Held-out accuracy by step, a line for each share of labels turned over."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(ylim=(0, 1), xlabel="step", ylabel="held-out accuracy")
-    axes.grid(alpha=0.3)
-    for colour, share in enumerate(common_shares(records)):
-        curves = [r["shares"][share]["heldout/accuracy"] for r in records]
-        draw_seeds(axes, curves, "-", f"C{colour}", f"{share} % of the labels turned over")
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def main() -> None:
@@ -102,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", help="to be turned over")
     parser.add_argument("--out", type=Path, help="where the turned ones go")
-    parser.add_argument("--collect", action="store_true", help="write noise.jsonl from runs/noise")
+    parser.add_argument("--collect", action="store_true", help="write both files from runs/noise")
     args = parser.parse_args()
     path = HERE / "noise.jsonl"
     if args.turn is not None:
@@ -116,9 +109,8 @@ def main() -> None:
     if args.collect:
         seeds = sorted({int(file.parts[-3]) for file in RUNS.glob("*/*/benchmark.jsonl")})
         write_lines(path, [collect(seed) for seed in seeds])
-    records = read_records(path, ["seed"])
-    print_table(records)
-    draw(records, HERE / "noise.png")
+        write_lines(HERE / "noise_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+    print_table(read_records(path, ["seed"]))
 
 
 if __name__ == "__main__":

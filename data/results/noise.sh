@@ -3,8 +3,8 @@
 # GRPO with it as the reward; after claims.sh, whose runs are those with nothing turned over. About eight minutes a run on
 # one core.
 #
-#   bash data/results/noise.sh                  # runs/noise/<seed>/<share>/..., then data/results/noise.jsonl, table, figure
-#   python -m data.results.noise                # the table and data/results/noise.png from data/results/noise.jsonl
+#   bash data/results/noise.sh                  # runs/noise/<seed>/<share>/..., then data/results/noise*.jsonl, table, figure
+#   python -m data.results.noise                # the table from data/results/noise.jsonl
 #
 # SEEDS="0 1" and SHARES="10 50" limit it; what is there isn't made again.
 set -euo pipefail
@@ -24,3 +24,4 @@ for seed in ${SEEDS:-0 1 2}; do
   done
 done
 python -m data.results.noise --collect
+python evaluate.py plot --runs data/results/noise_curves.jsonl --out data/results/noise.png

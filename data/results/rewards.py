@@ -1,7 +1,8 @@
-"""The README's tables and figure of rewards, from data/results/rewards.jsonl; with --collect, first that file from
-runs/rewards/<seed>/ and runs/claims/<seed>/.
+"""The tables of rewards, from data/results/rewards.jsonl and, for the held-out accuracy of every step, rewards_curves.jsonl; with
+--collect, first these files from runs/rewards/<seed>/ and runs/claims/<seed>/.
 
     python -m data.results.rewards
+    python evaluate.py plot --runs data/results/rewards_curves.jsonl --out data/results/rewards.png
 """
 
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.results.claims import draw_seeds, over_seeds, read_results
-from evaluate import read_metrics, save_figure
+from data.results.claims import over_seeds, read_results
+from evaluate import read_metrics
 from generate import read_records, write_lines
 
 HERE = Path(__file__).parent
@@ -29,10 +30,16 @@ NAMES = {
     "random": "random",
     "rlvr": "rlvr (reads answers)",
 }
+PANELS = {  # of the figure
+    "judged by the PRM-CoT": ["process_aware", "process_aware-votes4", "rlvr"],
+    "rewards for steps": ["step_augmented", "selective_advantage", "global_step"],
+    "other reward models": ["process_aware-orm", "process_aware-prm"],
+    "no judge": ["majority", "self_certainty", "random"],
+}
 
 
 def collect(seed: str) -> dict:
-    """One seed: of each reward the held-out curve, accuracy at the last step, tokens and seconds of a step."""
+    """One seed: of each reward the accuracy at the last step and the tokens of a step; F1 and accuracy by votes."""
     runs = {}
     for name in NAMES:
         claimed = name in ("process_aware", "rlvr", "random")
@@ -42,7 +49,6 @@ def collect(seed: str) -> dict:
         )
         metrics = read_metrics(str(directory))
         record = {key: own[key]["value"] for key in ("avg@4", "greedy")}
-        record["heldout"] = {str(step): round(value, 4) for step, value in metrics["heldout/accuracy"].items()}
         if not claimed:  # the others ran before rates were logged
             for phase in ("sample", "score"):
                 rate, seconds = (metrics.get(f"time/{phase}{end}", {}) for end in ("_tokens_per_second", ""))
@@ -51,6 +57,19 @@ def collect(seed: str) -> dict:
     start = read_results(CLAIMS / seed / "benchmark.jsonl", "data/tiny/policy")
     start = {key: start[key]["value"] for key in ("avg@4", "greedy")}
     return {"seed": int(seed), "start": start, "runs": runs, "votes": collect_votes(seed, runs)}
+
+
+def collect_curves(seed: str) -> list[dict]:
+    """One seed: held-out accuracy by step, a curve for each reward."""
+    curves = []
+    for panel, names in PANELS.items():
+        for name in names:
+            directory = (CLAIMS if name in ("process_aware", "rlvr", "random") else RUNS) / seed / name
+            points = read_metrics(str(directory))["heldout/accuracy"]
+            x, y = list(points), [round(100 * value, 2) for value in points.values()]
+            curve = {"seed": int(seed), "panel": panel, "curve": NAMES[name], "x": x, "y": y}
+            curves.append({**curve, "ylabel": "held-out accuracy, %"})
+    return curves
 
 
 def collect_votes(seed: str, runs: dict) -> dict:
@@ -76,14 +95,8 @@ def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
     return tuple(float(np.mean([run[f"{phase} tokens"] for run in runs])) for phase in ("sample", "score"))
 
 
-def accuracy_at(run: dict, step: float) -> float:
-    """The held-out curve at a step, between its points on a straight line."""
-    steps = sorted(map(int, run["heldout"]))
-    return float(np.interp(step, steps, [run["heldout"][str(s)] for s in steps]))
-
-
-def print_table(records: list[dict]) -> None:
-    """A row for each reward; differences are paired by seed."""
+def print_table(records: list[dict], curves: list[dict]) -> None:
+    """A row for each reward; differences are paired by seed. Between the points of a curve it is a straight line."""
     budget = 60 * sum(tokens_per_step(records, "majority"))
     measured = read_records(HERE / "efficiency.jsonl", ["series", "seconds"])
     seconds = {r["series"].removeprefix("reward "): r["seconds"] for r in measured}
@@ -100,14 +113,15 @@ def print_table(records: list[dict]) -> None:
         runs = [r["runs"][name] for r in records]
         last = [run["avg@4"] for run in runs]
         less = "-" if name == "process_aware" else over_seeds([a - b for a, b in zip(last, base, strict=True)], "+")
-        curve = over_seeds([float(np.mean(list(run["heldout"].values()))) for run in runs])
         sampled, judged = tokens_per_step(records, name)
-        equal = over_seeds([accuracy_at(run, budget / (sampled + judged)) for run in runs])
+        heldout = [curve for curve in curves if curve["curve"] == title]
+        whole = over_seeds([np.mean(curve["y"]) / 100 for curve in heldout])
+        equal = over_seeds([np.interp(budget / (sampled + judged), curve["x"], curve["y"]) / 100 for curve in heldout])
         cells = [
             over_seeds(last),
             less,
             over_seeds([run["greedy"] for run in runs]),
-            curve,
+            whole,
             f"{sampled:,.0f} + {judged:,.0f}",
             f"{seconds[name]:.1f}",
             equal,
@@ -129,35 +143,17 @@ def print_votes(records: list[dict]) -> None:
         print(f"| {votes} | {' | '.join(cells)} |")
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """Held-out accuracy by step: mean over seeds, and from the least to the greatest."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2)
-    panels = [["process_aware", "process_aware-votes4", "rlvr"], ["step_augmented", "selective_advantage", "global_step"],
-              ["process_aware-orm", "process_aware-prm"], ["majority", "self_certainty", "random"]]  # fmt: skip
-    for plot, names in zip(axes.flatten(), panels, strict=True):
-        for colour, name in enumerate(names):
-            curves = [{step: 100 * value for step, value in r["runs"][name]["heldout"].items()} for r in records]
-            draw_seeds(plot, curves, "-", f"C{colour}", NAMES[name])
-        plot.set(ylim=(0, 100), xlabel="step", ylabel="held-out accuracy, %")
-        plot.grid(alpha=0.3)
-        plot.legend(fontsize=8)
-    save_figure(figure, path)
-
-
 def main() -> None:
-    """Collect if asked to; print the tables, draw the figure."""
+    """Collect if asked to; print the tables."""
     path = HERE / "rewards.jsonl"
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
         write_lines(path, [collect(seed) for seed in seeds])
+        write_lines(HERE / "rewards_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
     records = read_records(path, ["seed"])
-    print_table(records)
+    print_table(records, read_records(HERE / "rewards_curves.jsonl", ["curve", "x", "y"]))
     print_votes(records)
-    draw(records, HERE / "rewards.png")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 # Which reward trains the best policy? Eleven rewards of GRPO on the tiny world, five seeds, after claims.sh, which has
 # trained with three of them. And is a vote of several judgements a better reward? About forty minutes a seed on one core.
 #
-#   bash data/results/rewards.sh                # runs/rewards/<seed>/..., then data/results/rewards.jsonl, tables, figure
-#   python -m data.results.rewards              # the tables and data/results/rewards.png from data/results/rewards.jsonl
+#   bash data/results/rewards.sh                # runs/rewards/<seed>/..., then data/results/rewards*.jsonl, tables, figure
+#   python -m data.results.rewards              # the tables from data/results/rewards.jsonl
 #
 # SEEDS="0 1" limits it; what is there isn't made again. Policy, problems, steps and learning rate are those of claims.sh,
 # and so are the labels from which the ORM and the PRM are trained; the checkpoint that counts is the last one.
@@ -42,3 +42,4 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
   run self_certainty --reward self_certainty
 done
 python -m data.results.rewards --collect
+python evaluate.py plot --runs data/results/rewards_curves.jsonl --out data/results/rewards.png
