@@ -531,6 +531,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
     for model in args.model:
+        sampler = world = None  # the model before, which would take the room of this one
         sampler, tokenizer, stops = open_sampler(model, device, args.slots)
         mine = []
         for name, problems in files.items():

@@ -238,7 +238,7 @@ def read_answers(paths: list[str]) -> dict[str, str]:
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{rank()}.{os.getpid()}")  # machines that share a disk may share a pid
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

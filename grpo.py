@@ -637,7 +637,7 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
     """What a rank will need, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments, the
     frozen reference. On every rank: the sampler's copy, the reward model, and one KV cache, the larger of two (the
     sampler's is freed before the reward model's is made). Left out: a few gathered layers, what the CUDA libraries
-    take, and fragments."""
+    take, fragments, and the start, where all fp32 weights (4 bytes a parameter) are on each rank for a moment."""
 
     def parameters(c: Config) -> int:
         with torch.device("meta"):
@@ -808,11 +808,11 @@ def run(args: argparse.Namespace) -> None:
     log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
     log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
     source = find_model(args.policy, "--policy")
-    model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
     reference = None
-    if args.kl_coef:
+    if args.kl_coef:  # one after another: each is whole only for a moment
         reference = prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
-    model = prepare_training(model, args.activation_checkpointing)  # here, so that it is whole only for a moment
+    model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
+    model = prepare_training(model, args.activation_checkpointing)
     sharded = device.type == "cuda" or world_size() > 1
     inference = load_model(source, device, dtype) if sharded else model
     sampler = Sampler(inference, args.slots)

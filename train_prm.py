@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
@@ -250,14 +251,16 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
         return model
     if not dist.is_initialized():  # one GPU without torchrun: a group of one
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    # Named, because FSDP would choose a GPU wherever PyTorch was built for one, for a model on the CPU, too.
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if model.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.model["layers"]:
-        fully_shard(block, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # What is frozen has no backward pass, which is where the root's weights would be shared out again.
     frozen = not any(p.requires_grad for p in model.parameters())
-    return fully_shard(model, mp_policy=policy, reshard_after_forward=True if frozen else None)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
 
 
 def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:

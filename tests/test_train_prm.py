@@ -302,6 +302,20 @@ def test_two_ranks_train_as_one(world):
         torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=0, msg=name)
 
 
+def test_ranks_of_a_cpu_stay_on_the_cpu(world, monkeypatch):
+    """Guards: FSDP choosing its device by what PyTorch was built for, so that ranks on the CPU end with CUDA's error (or
+    meet on one GPU) wherever pip has installed a CUDA build, as it does on Linux."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(train_prm, "world_size", lambda: 2)  # a single one isn't sharded
+    model = train_prm.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = train_prm.prepare_training(model, False)
+        assert {p.device_mesh.device_type for p in sharded.parameters()} == {"cpu"}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_small_steps_change_the_weights(world, monkeypatch, tmp_path):
     """Guards: weights trained in bf16, of which a step of 1e-6 changes one in fifty."""
     root, flags = world
