@@ -39,7 +39,7 @@ from generate import (
     SOLVE_PROMPT,
     InputError,
     Sampler,
-    check_counts,
+    check_numbers,
     describe_run,
     encode_chat,
     extract_answer,
@@ -331,7 +331,7 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Nam
     given = parser.parse_args()
     missing = [name for name in inputs if getattr(given, name) is None]
     args = parse_args(parser, TINY[given.command], (missing or inputs)[0])
-    check_counts(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
+    check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
     if vars(args).get("out", "") is None:
         raise InputError("--out is missing; say where to write the result")
     if "out" in args and Path(args.out).is_dir():  # before hours of work, rather than after them
@@ -669,9 +669,13 @@ def label_rows(scores: dict[str, np.ndarray], labels: dict[str, dict], about: di
 
 
 def paired_gain(scores: dict[str, np.ndarray], base: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
-    """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over solutions."""
-    gains = np.stack([scores[i][0] - base[i][0] for i in base])  # (S, 4)
-    sizes = np.stack([base[i][1] for i in base])
+    """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems, since
+    the solutions of one problem aren't independent of each other."""
+    problems: dict[str, np.ndarray] = {}
+    for i in base:
+        name = i.rpartition("/")[0]
+        problems[name] = problems.get(name, 0) + np.stack([scores[i][0] - base[i][0], base[i][1]])
+    gains, sizes = np.stack(list(problems.values()), axis=1)  # (P, 4) each
     resampled = bootstrap(gains, seed, sizes)
     known = [(j, m) for j, m in enumerate(LABEL_METRICS) if sizes[:, j].any()]
     return {m: [float(gains[:, j].sum() / sizes[:, j].sum()), *middle(resampled[:, j])] for j, m in known}

@@ -73,19 +73,21 @@ def split_steps(text: str) -> list[str]:
     """The reasoning steps of a solution, in order, without the final answer.
 
     Three layouts: `<step>…</step>` (the policy's format; what is inside stays), "Step 1: …" headings (instruct models;
-    they go), and paragraphs separated by blank lines (the last resort). Empty steps are dropped.
+    they go), and paragraphs separated by blank lines (the last resort; also before a first heading that isn't Step 1).
+    Empty steps are dropped.
     """
     steps = STEP_TAG.findall(text)
     if not steps:
-        body = re.sub(r"</?think>|<answer>.*?(</answer>|$)", "", text, flags=re.DOTALL)
+        body = re.sub(r"</?think>|<answer>.*?(</answer>|$)|\r(?=\n)", "", text, flags=re.DOTALL)
         answers = list(ANSWER_LINE.finditer(body))
         if answers:
             body = body[: answers[-1].start()]
+        headings = [*STEP_HEADING.finditer(body)]
         before, *steps = STEP_HEADING.split(body)
-        if steps:
+        if headings and re.search(r"\d+", headings[0].group()).group().lstrip("0") == "1":
             steps[0] = before + steps[0]  # an introduction belongs to the first step
         else:
-            steps = re.split(r"\n[ \t]*\n", body)
+            steps = [*re.split(r"\n[ \t]*\n", before), *steps]
     return [step.strip() for step in steps if step.strip()]
 
 
@@ -128,8 +130,8 @@ def open_boxes(text: str) -> str:
 def extract_answer(text: str) -> str | None:
     r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line, else None."""
     if boxes := find_boxes(text):
-        return text[slice(*boxes[-1])].strip()
-    lines = [match.group(1).strip("* \t") for match in ANSWER_LINE.finditer(text)]
+        return text[slice(*boxes[-1])].strip() or None
+    lines = [match.group(1).strip("* \t\r") for match in ANSWER_LINE.finditer(text)]
     return lines[-1] or None if lines else None
 
 
@@ -172,13 +174,16 @@ def run_stage(main: Callable[[], None]) -> None:
         advice = "lower --slots (rows of the KV cache); in training --micro_tokens, or add --activation_checkpointing"
         print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        print(f"error: {error}; choose another path", file=sys.stderr)
-        raise SystemExit(2) from None
     except OSError as error:  # libraries keep its text, not always its errno
-        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)) or (
+            error.errno == errno.EROFS
+        ):
+            advice = "choose another path"
+        elif any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            advice = "make room: what was whole is intact, and the same command goes on"
+        else:
             raise
-        print(f"error: {error}; make room: what was whole is intact, and the same command goes on", file=sys.stderr)
+        print(f"error: {error}; {advice}", file=sys.stderr)
         raise SystemExit(2) from None
     else:  # a rank that fails alone must not wait for the others, as it would: with NCCL this is collective
         if dist.is_initialized():
@@ -189,8 +194,8 @@ def read_records(
     path: str | Path, fields: list[str], made_by: str = "", unique: tuple[str, ...] = ("id",)
 ) -> list[dict]:
     """All records of a JSON Lines file; ids and answers that are numbers are read as text. Raises InputError for a
-    missing or empty file, for a line that is not an object with these fields (with its number), for steps that aren't
-    a list of texts, and for a repeated id."""
+    missing or empty file, for a line that is not an object with these fields (with its number), for a problem that
+    isn't a text, for steps that aren't a list of texts, and for a repeated id."""
     path, advice = Path(path), f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file{advice}")
@@ -201,6 +206,8 @@ def read_records(
             continue
         try:
             record = json.loads(line)
+            if b"\\u" in line:  # half of a pair that stands for one character is legal there, but no text
+                json.dumps(record, ensure_ascii=False).encode()
         except ValueError as error:
             raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
         missing = [f for f in fields if not isinstance(record, dict) or f not in record]
@@ -211,6 +218,8 @@ def read_records(
         steps = record["steps"] if "steps" in fields else []
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
             raise InputError(f"{path}:{number}: steps must be a list of texts, not {str(steps)[:60]}")
+        if "problem" in fields and not isinstance(record["problem"], str):
+            raise InputError(f"{path}:{number}: problem must be a text, not {str(record['problem'])[:60]}")
         name = tuple(record.get(field) for field in unique)
         if set(unique) <= set(fields) and name in seen:
             twice = f"{', '.join(unique)} {', '.join(map(repr, name))}"
@@ -282,6 +291,8 @@ def check_arguments(output: Path, new: dict, free: set[str]) -> None:
         return
     old = json.loads(earlier.read_text())["arguments"]
     for name in sorted((old.keys() | new.keys()) - free):
+        if old.get(name) != new.get(name) and name.endswith("_sha256"):
+            raise InputError(f"{output}: what --{name[:-7]} holds has changed since; choose another --out or remove it")
         if old.get(name) != new.get(name):
             raise InputError(
                 f"{output}: made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}; "
@@ -289,11 +300,13 @@ def check_arguments(output: Path, new: dict, free: set[str]) -> None:
             )
 
 
-def check_counts(args: argparse.Namespace, *flags: str) -> None:
-    """Raise InputError for the first of these flags that has a value less than 1."""
+def check_numbers(args: argparse.Namespace, *flags: str, least: float = 1, most: float = math.inf) -> None:
+    """Raise InputError for the first of these flags that has a value outside least..most."""
     for flag in flags:
-        if vars(args).get(flag) is not None and vars(args)[flag] < 1:
-            raise InputError(f"--{flag} {vars(args)[flag]}: it must be at least 1")
+        value = vars(args).get(flag)
+        if value is not None and not least <= value <= most:
+            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise InputError(f"--{flag} {value}: it must be {limits}")
 
 
 def take_lock(path: Path, taken: str) -> IO:
@@ -461,8 +474,9 @@ def find_model(name: str, flag: str = "--model") -> Path:
 
 def open_config(name: str, flag: str = "--model") -> Config:
     """The configuration of a Hugging Face directory or hub name; InputError if there is none that we support."""
+    path = find_model(name, flag)
     try:
-        return read_config(find_model(name, flag))
+        return read_config(path)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
 
@@ -807,10 +821,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = parse_args(parser, TINY, "model", "problems", "out")
-    check_counts(args, "num_samples", "max_new_tokens", "limit", "slots")
+    check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = start_processes(args.device)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-    with RecordFile(args.out, args) as output:
+    with RecordFile(args.out, args, keep="problem") as output:
+        for p in problems:
+            if any(output.done.get(f"{p['id']}/{k}", p["problem"]) != p["problem"] for k in range(args.num_samples)):
+                raise InputError(
+                    f"{args.out}: problem {p['id']} was another one then; choose another --out or remove it"
+                )
         todo = [p for p in problems if any(f"{p['id']}/{k}" not in output.done for k in range(args.num_samples))]
         if not todo:
             log(f"{args.out}: complete, {len(output.done)} solutions")

@@ -60,7 +60,7 @@ from generate import (
     InputError,
     Sampler,
     check_arguments,
-    check_counts,
+    check_numbers,
     describe_run,
     encode_chat,
     extract_answer,
@@ -748,9 +748,11 @@ def main() -> None:
     args = parse_args(parser, TINY, "policy", "problems", "out")
     if args.min_steps is None:
         args.min_steps = STEP_DESIGNS.get(args.reward, 1)
-    check_counts(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size", "group_size",
+    check_numbers(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size",
                  "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
                  "save_every")  # fmt: skip
+    check_numbers(args, "lr", "weight_decay", "kl_coef", least=0)
+    check_numbers(args, "group_size", least=2)  # one response is always as good as its group
     if args.reward in JUDGED and args.prm is None:
         raise InputError("--prm is missing; it goes with --policy")
     if args.reward in ("step_augmented", *STEP_DESIGNS) and args.prm_kind == "orm":
@@ -828,10 +830,13 @@ def run(args: argparse.Namespace) -> None:
 
     for p in problems:
         p["prompt"] = encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"]))
-    room = min(args.max_prompt_tokens, inference.config.max_positions - args.max_new_tokens)
-    fitting = [p for p in problems if len(p["prompt"]) <= room]
+    left = inference.config.max_positions - args.max_new_tokens
+    fitting = [p for p in problems if len(p["prompt"]) <= min(args.max_prompt_tokens, left)]
     if not fitting:
-        raise InputError(f"{args.problems}: no problem fits into {room} prompt tokens; lower --max_new_tokens")
+        about = (
+            f"--max_prompt_tokens {args.max_prompt_tokens} and the {max(left, 0)} tokens that --max_new_tokens leaves"
+        )
+        raise InputError(f"{args.problems}: no problem fits into both {about} of the context; change one")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     check_arguments(out, vars(args), FREE)
     start = load_checkpoint(out / "training", model, optimizer)

@@ -49,7 +49,7 @@ from generate import (
     SOLVE_PROMPT,
     InputError,
     check_arguments,
-    check_counts,
+    check_numbers,
     describe_run,
     encode_chat,
     find_boxes,
@@ -402,7 +402,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = parse_args(parser, TINY, "model", "labels", "out")
-    check_counts(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
+    check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
+    check_numbers(args, "lr", "weight_decay", least=0)
+    check_numbers(args, "warmup", "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} is the model itself; choose another, a resumed run starts from it")
     device = start_processes(args.device)

@@ -30,6 +30,7 @@ What differs from the released code:
 
 import argparse
 import functools
+import hashlib
 import json
 import random
 import re
@@ -45,7 +46,7 @@ from generate import (
     InputError,
     RecordFile,
     Sampler,
-    check_counts,
+    check_numbers,
     deal,
     defuse,
     encode_chat,
@@ -274,7 +275,7 @@ def write_prm_target(labels: list[bool], outcome: bool) -> str:
 
 def parse_prm(text: str, num_steps: int) -> Verification:
     """Parses `write_prm_target`."""
-    lines = text.rstrip().split("\n")
+    lines = text.replace("\r", "").rstrip().split("\n")
     steps = [match for line in lines if (match := PRM_LINE.fullmatch(line))]
     verdicts = [match.group(1).lower() == "yes" for line in lines if (match := VERDICT.fullmatch(line))]
     return _exactly_once([(int(m.group(1)), m.group(2).lower() == "correct") for m in steps], verdicts, num_steps)
@@ -535,11 +536,20 @@ def balance_labels(labels: list[Label], truths: list[bool], rng: random.Random) 
 # --------------------------------------------------------------------------- sampling
 
 
+def hash_solution(solution: dict) -> str:
+    """The beginning of the SHA-256 of what a verifier is shown of a solution, to know it again."""
+    shown = json.dumps([solution[field] for field in ("problem", "steps", "answer")])
+    return hashlib.sha256(shown.encode()).hexdigest()[:16]
+
+
 def verify_solutions(
     args: argparse.Namespace, solutions: list[dict], answers: dict[str, str], output: RecordFile, verifier: Callable
 ) -> None:
     """Sample the verifications that the output doesn't have yet. answers: by problem id; empty where none are used."""
     N = args.num_verifications
+    for s in solutions:
+        if {output.done.get(f"{s['id']}/{j}") for j in range(N)} - {None, hash_solution(s)}:
+            raise InputError(f"{output.path}: {s['id']} was another solution then; choose another --out or remove it")
     todo = [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
     if not todo:
         return
@@ -573,7 +583,8 @@ def verify_solutions(
             text = decode_judgement(tokenizer, prompts[i], sample.ids)
             parsed = asdict(parse_verification(text, len(s["steps"])))
             about = {"id": f"{s['id']}/{j}", "solution_id": s["id"], "sample": j, "text": text}
-            records.append({**about, **parsed, "finish": sample.finish, "tokens": len(sample.ids)})
+            about |= {**parsed, "finish": sample.finish, "tokens": len(sample.ids)}
+            records.append({**about, "solution_sha256": hash_solution(s)})
         output.append(records)
 
 
@@ -581,7 +592,7 @@ def critique_and_merge(
     args: argparse.Namespace, verifier: tuple, solutions: list[dict], texts: list[str]
 ) -> Iterator[tuple[int, list[tuple[str, int] | None]]]:
     """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or
-    None where a prompt leaves no room for the answer."""
+    None where a prompt leaves no room for the answer. A critique that ends in thought has no merge."""
     sampler, tokenizer, stops = verifier
     room = sampler.model.config.max_positions - args.max_new_tokens
 
@@ -602,7 +613,8 @@ def critique_and_merge(
     for start in range(0, len(solutions), chunk):
         here = range(start, min(start + chunk, len(solutions)))
         critiques = ask({i: critique_prompt(solutions[i], texts[i]) for i in here})
-        merges = ask({i: critique_prompt(solutions[i], texts[i], text) for i, (text, _) in critiques.items()})
+        whole = {i: text for i, (text, _) in critiques.items() if "<think>" not in without_thinking(text)}
+        merges = ask({i: critique_prompt(solutions[i], texts[i], text) for i, text in whole.items()})
         for i in here:
             yield i, [critiques.get(i), merges.get(i)]
 
@@ -676,7 +688,7 @@ def main() -> None:
     reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"
     if reads_answers != (args.answers is not None):
         raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
-    check_counts(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
+    check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
     device = start_processes(args.device)
     solutions = read_records(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
@@ -694,7 +706,7 @@ def main() -> None:
     method = "hybrid_outcome" if by_outcome else args.method
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
     free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
-    with RecordFile(path, args, free) as output:
+    with RecordFile(path, args, free, keep="solution_sha256") as output:
         verify_solutions(args, solutions, answers if guided else {}, output, verifier)
     report_path, speed = Path(args.out) / "report.json", None
     if verifier.cache_info().currsize:  # this run has sampled verifications; critiques are slower and don't count

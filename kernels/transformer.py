@@ -387,7 +387,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     for shard in shards:
         if not (path / shard).is_file():
             raise FileNotFoundError(f"{path / shard}: missing; only safetensors weights are read")
-        with safe_open(path / shard, framework="pt", device=str(device)) as file:
+        try:
+            opened = safe_open(path / shard, framework="pt", device=str(device))
+        except SafetensorError as error:  # half a file, say
+            raise ValueError(f"{path / shard}: not a whole file ({error}); fetch it again") from None
+        with opened as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
                     continue  # duplicates of what the config already says

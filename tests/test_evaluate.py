@@ -486,6 +486,14 @@ def test_label_report_on_a_toy_worked_out_by_hand():
     assert (best["verifications"], best["unparsed"], best["tokens"]) == (12, 6, 120)
 
 
+def test_gains_are_resampled_by_problem():
+    """Guards: intervals of the label report over solutions, of which those of one problem gain or lose together."""
+    base = {f"{p}/{k}": np.array([[0, 0, 0, 0], [1, 1, 1, 1.0]]) for p in "abcdefgh" for k in range(8)}
+    scores = {i: x + np.array([[float(i[0] in "abcd")], [0]]) for i, x in base.items()}
+    found = evaluate.paired_gain(scores, base, seed=0)["exact"]
+    assert found == pytest.approx([0.5, *bootstrap_interval(np.repeat([1.0, 0.0], 4), seed=0)])
+
+
 def test_dropped_solutions_count_among_all():
     """Guards against dropping hard cases passing for accuracy."""
     gold = {"p/0": ([T, T], T), "p/1": ([F, F], F)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import math
@@ -461,6 +462,8 @@ SPLIT = [
     ("One.\n \t\nTwo,\nstill two.\n\n\n\nAnswer: 7\nignored", ["One.", "Two,\nstill two."]),
     ("<think>One.\n\nTwo.</think><answer>5</answer>", ["One.", "Two."]),
     ("One.\n\n<answer>cut", ["One."]),
+    ("One.\r\n\r\nTwo.\r\n\r\nAnswer: 42\r\n", ["One.", "Two."]),
+    ("One.\n\nTwo.\n\nStep 3: c\nStep 4: d", ["One.", "Two.", "c", "d"]),
     ("one line", ["one line"]),
     ("", []),
     (" \n\n ", []),
@@ -479,6 +482,8 @@ ANSWERS = [
     ("\\boxed{cut\nAnswer: 10", "10"),
     ("Answer: 1\nAnswer: 11", "11"),
     ("**Answer: 12**", "12"),
+    ("**Answer: 12**\r\nso", "12"),
+    ("\\boxed{5} \\boxed{ }", None),
     ("**Final Answer:** $13$", "$13$"),
     ("the answer: 14", None),
     ("Answer:", None),
@@ -624,6 +629,8 @@ def test_a_run_is_described_without_git(monkeypatch):
         (b"\n\n", "the file is empty"),
         (b'{"id": 1, "problem": "a"}\n\n{"id": 2,\n', r"in.jsonl:3: not JSON"),
         (b'{"id": 1, "problem": "a"}\n{"id": 2, "problem": "\xff"}\n', r"in.jsonl:2: not JSON"),
+        (b'{"id": 1, "problem": "\\ud83d"}\n', r"in.jsonl:1: not JSON .*surrogates"),
+        (b'{"id": 1, "problem": null}\n', r"in.jsonl:1: problem must be a text, not None"),
         (b'{"id": 1}\n', r"in.jsonl:1: no field 'problem'"),
         (b"[1]\n", r"in.jsonl:1: no field 'id'"),
         (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id '1' is there twice"),
@@ -637,6 +644,25 @@ def test_read_records_names_what_is_wrong(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_records(path, ["id", "problem"], "python x.py")
+
+
+def test_errors_name_the_thing_once(tmp_path, capsys):
+    """Guards: a read-only disk as a traceback, a checksum in the place of the flag whose file has changed, and a flag named
+    twice."""
+
+    def write() -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out.jsonl")
+
+    with pytest.raises(SystemExit):
+        generate.run_stage(write)
+    assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: 'out.jsonl'; choose another path\n"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.args.json").write_text('{"arguments": {"labels_sha256": "a"}}')
+    with pytest.raises(InputError, match="what --labels holds has changed since"):
+        generate.check_arguments(tmp_path / "out", {"labels_sha256": "b"}, set())
+    with pytest.raises(InputError) as error:
+        generate.open_config(str(tmp_path / "no/such/model"), "--prm")
+    assert str(error.value).count("--prm") == 1
 
 
 def test_records_of_other_engines(tmp_path):
@@ -779,6 +805,19 @@ def break_architecture(tmp_path, arguments):
     return ["--model", tmp_path / "model"]
 
 
+def break_weights(tmp_path, arguments):
+    weights = make_model(tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return ["--model", tmp_path / "model"]
+
+
+def change_problems(tmp_path, arguments):
+    """A run that has answered another problem of the same name."""
+    earlier = make_earlier_run(tmp_path, arguments)
+    earlier[1].write_text('{"id": "p0/0", "problem": "another"}\n')
+    return [*earlier, "--temperature", 0.5]
+
+
 def break_problems(tmp_path, arguments):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"id": "a", "problem": "b"}\nnot JSON\n')
@@ -811,6 +850,8 @@ BAD_INPUT = [
     (lambda tmp_path, _: ["--problems", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python"),
     (lambda *_: ["--problems", "/dev/null"], "/dev/null"),
     (make_earlier_run, "--temperature 0.5, this run has --temperature 0.7"),
+    (break_weights, r"model.safetensors: not a whole file .*; fetch it again"),
+    (change_problems, "problem p0 was another one then; choose another --out"),
 ]
 
 

@@ -509,6 +509,10 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
     assert all(torch.equal(halves[name], whole[name]) for name in whole)
     with pytest.raises(InputError, match=r"--heldout_every 0: it must be at least 1"):
         run_main(monkeypatch, grpo, *flags, "--out", root / "halves", "--heldout_every", 0)
+    with pytest.raises(InputError, match=r"--group_size 1: it must be at least 2"):
+        run_main(monkeypatch, grpo, *flags, "--out", root / "halves", "--group_size", 1)
+    with pytest.raises(InputError, match=r"no problem fits into both --max_prompt_tokens 1 and the \d+ tokens that"):
+        run_main(monkeypatch, grpo, *flags, "--out", root / "halves", "--max_prompt_tokens", 1)
     with pytest.raises(InputError, match=r"--kl_coef 0\.1, this run has --kl_coef 0\.2"):
         run_main(monkeypatch, grpo, *flags, "--steps", 4, "--out", root / "halves", "--kl_coef", 0.2)
 

@@ -277,6 +277,9 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     root, flags = world
     with pytest.raises(InputError, match=r"--batch_size 0: it must be at least 1"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--batch_size", 0)
+    for flag, value, limits in (("--lr", -1, "at least 0"), ("--eval_fraction", -0.05, "from 0 to 0.9")):
+        with pytest.raises(InputError, match=rf"{flag} {value}.*: it must be {limits}"):
+            run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", flag, value)
     with pytest.raises(InputError, match=r"--seed 0, this run has --seed 1"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--seed", 1)
     before = (root / "whole" / "metrics.jsonl").read_text()
@@ -284,7 +287,7 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     assert (root / "whole" / "metrics.jsonl").read_text() == before
     labels = Path(flags[flags.index("--labels") + 1])
     monkeypatch.setattr(train_prm, "hash_file", lambda path: hash_file(path) if path != str(labels) else "other")
-    with pytest.raises(InputError, match=r"this run has --labels_sha256 other; choose another --out or remove it"):
+    with pytest.raises(InputError, match=r"what --labels holds has changed since; choose another --out"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
 
 

@@ -571,6 +571,25 @@ def test_prompts_of_critique_and_merge():
     assert "Expected Answer: 7" in verify.verification_prompt(solution, 0, reference="7")
 
 
+def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
+    """Guards: drafts handed to the merge as if they were the critique."""
+    said = {"a/0": "<think>hm", "b/0": "<think>hm</think>SAID"}
+    asked = []
+
+    def sample(turns: list, *, keys: list[str], **_) -> list:
+        asked.append(keys)
+        return [[SimpleNamespace(ids=said[key])] for key in keys]
+
+    monkeypatch.setattr(verify, "encode_chat", lambda tokenizer, turn: [1])
+    monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
+    sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
+    solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
+    found = verify.critique_and_merge(
+        SimpleNamespace(max_new_tokens=9, slots=4), (sampler, None, []), solutions, ["x", "y"]
+    )
+    assert [merge is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
+
+
 def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     """Guards: labels made from the verifications of other solutions; costs of solutions beyond --limit; an output that is
     of no use any more because one solution doesn't fit the context."""
@@ -586,9 +605,9 @@ def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     assert labels["long/0"] == "no_votes" and labels["q0/0"] is None
     assert run_script("verify.py", tmp_path, *arguments, "--limit", 1)[0] == 0
     assert json.loads((tmp_path / "report.json").read_text())["verifications"] == 4
-    mine.write_text(json.dumps({**solutions[0], "steps": ["1+1=2"]}) + "\n")
+    mine.write_text(json.dumps({**solutions[0], "steps": ["1+1=2"] * len(solutions[0]["steps"])}) + "\n")
     status, stderr = run_script("verify.py", tmp_path, *arguments)
-    assert status == 2 and "the 1 steps of solution q0/0" in stderr
+    assert status == 2 and "q0/0 was another solution then" in stderr
 
 
 def test_two_ranks_write_the_records_of_one(tmp_path, judged):
