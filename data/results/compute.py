@@ -117,14 +117,19 @@ def print_tables(records: list[dict]) -> None:
 
 
 def make_curves(records: list[dict]) -> list[dict]:
-    """Right label vectors by tokens, of each seed; the tokens of a point are their mean over seeds."""
+    """Right label vectors, and F1 of what learns from them, by tokens, of each seed; the tokens of a point are their mean
+    over seeds."""
     axes = {"panel": "whole label vectors right, %", "xscale": "log", "xlabel": "tokens for 800 solutions"}
     curves = []
     for method in METHODS:
         found = np.array([list(r["votes"][method].values()) for r in records])  # (seeds, N, tokens and share)
         for r, share in zip(records, found[:, :, 1], strict=True):
             points = {"x": found[:, :, 0].mean(0).round().tolist(), "y": (100 * share).round(2).tolist()}
-            curves.append({"seed": r["seed"], "curve": method.replace("_", " "), **points, **axes})
+            curve = {"seed": r["seed"], "curve": method.replace("_", " "), **points, **axes}
+            curves.append(curve)
+            if method == "step_consistency":
+                f1 = [round(100 * r["f1"][N], 2) for N in r["votes"][method]]
+                curves.append({**curve, "y": f1, "panel": "F1 of the PRM-CoT from these labels, %", "ylim": [70, 90]})
     with_rounds = [r for r in records if len(r["rounds"]) == 3]
     for r in with_rounds:
         x = [round(np.mean([other["rounds"][n]["tokens"] for other in with_rounds])) for n in "123"]

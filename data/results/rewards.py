@@ -3,6 +3,7 @@
 
     python -m data.results.rewards
     python evaluate.py plot --runs data/results/rewards_curves.jsonl --out data/results/rewards.png
+    python evaluate.py plot --runs data/results/votes_curves.jsonl --out data/results/votes.png
 """
 
 import sys
@@ -87,6 +88,18 @@ def collect_votes(seed: str, runs: dict) -> dict:
     return found
 
 
+def vote_curves(records: list[dict]) -> list[dict]:
+    """F1 of the judge, and accuracy of the policy that it has trained, by votes, of each seed."""
+    curves = []
+    for key, panel in (("f1", "F1 of the PRM-CoT, %"), ("avg@4", "avg@4 of the policy that it has trained, %")):
+        for r in records:
+            points = {int(votes): round(100 * found[key], 2) for votes, found in r["votes"].items() if key in found}
+            curve = {"seed": r["seed"], "panel": panel, "curve": "mean of the seeds, least to greatest"}
+            curve |= {"x": list(points), "y": list(points.values())}
+            curves.append({**curve, "ylim": [55, 90], "xlabel": "judgements of a response, put to the vote"})
+    return curves
+
+
 def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
     """(sampled, judged) in a step. Where a run didn't log them, those of one with as many responses and the same
     judge."""
@@ -149,7 +162,9 @@ def main() -> None:
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
-        write_lines(path, [collect(seed) for seed in seeds])
+        records = [collect(seed) for seed in seeds]
+        write_lines(path, records)
+        write_lines(HERE / "votes_curves.jsonl", vote_curves(records))
         write_lines(HERE / "rewards_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
     records = read_records(path, ["seed"])
     print_table(records, read_records(HERE / "rewards_curves.jsonl", ["curve", "x", "y"]))

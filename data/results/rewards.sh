@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Which reward trains the best policy? Eleven rewards of GRPO on the tiny world, five seeds, after claims.sh, which has
-# trained with three of them. And is a vote of several judgements a better reward? About forty minutes a seed on one core.
+# trained with three of them. And is a vote of several judgements a better reward? About an hour and a quarter a seed on one core.
 #
 #   bash data/results/rewards.sh                # runs/rewards/<seed>/..., then data/results/rewards*.jsonl, tables, figure
 #   python -m data.results.rewards              # the tables from data/results/rewards.jsonl
@@ -35,11 +35,10 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     python evaluate.py processbench --seed "$seed" --model "$claims/prm_cot" --votes $votes --out "$out/votes-$votes.jsonl"
   done
   run process_aware-votes2 --prm "$claims/prm_cot" --prm_votes 2
-  if [[ $seed -le 2 ]]; then  # eight votes take as long as all others together
-    run process_aware-votes8 --prm "$claims/prm_cot" --prm_votes 8
-  fi
+  run process_aware-votes8 --prm "$claims/prm_cot" --prm_votes 8
   run majority --reward majority
   run self_certainty --reward self_certainty
 done
 python -m data.results.rewards --collect
 python evaluate.py plot --runs data/results/rewards_curves.jsonl --out data/results/rewards.png
+python evaluate.py plot --runs data/results/votes_curves.jsonl --out data/results/votes.png
