@@ -613,7 +613,7 @@ def critique_and_merge(
     for start in range(0, len(solutions), chunk):
         here = range(start, min(start + chunk, len(solutions)))
         critiques = ask({i: critique_prompt(solutions[i], texts[i]) for i in here})
-        whole = {i: text for i, (text, _) in critiques.items() if "<think>" not in without_thinking(text)}
+        whole = {i: text for i, (text, _) in critiques.items() if "</think>" in text or "<think>" not in text}
         merges = ask({i: critique_prompt(solutions[i], texts[i], text) for i, text in whole.items()})
         for i in here:
             yield i, [critiques.get(i), merges.get(i)]
