@@ -852,7 +852,7 @@ def draw_curves(curves: list[dict], out: Path) -> None:
             x = [at for at in points[0] if all(at in others for others in points)]
             y = np.array([[own[at] for at in x] for own in points], float)  # (seeds, points)
             low, high = (y.min(0), y.max(0)) if len(seeds) > 1 else (first.get(end, y[0]) for end in ("low", "high"))
-            colour, marker = f"C{number}", "." if len(x) < 30 else ""
+            colour, marker = f"C{number}", "s" if len(x) == 1 else "." if len(x) < 30 else ""
             (lines[name],) = axes.plot(x, y.mean(0), style, color=colour, marker=marker)
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
