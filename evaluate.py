@@ -669,8 +669,8 @@ def label_rows(scores: dict[str, np.ndarray], labels: dict[str, dict], about: di
 
 
 def paired_gain(scores: dict[str, np.ndarray], base: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
-    """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems, since
-    the solutions of one problem aren't independent of each other."""
+    """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems,
+    since the solutions of one problem aren't independent of each other."""
     problems: dict[str, np.ndarray] = {}
     for i in base:
         name = i.rpartition("/")[0]
@@ -722,8 +722,8 @@ def label_curves(rows: list[dict]) -> list[dict]:
     curves = []
     for method in dict.fromkeys(r["method"] for r in rows):
         points = [(r["tokens"], 100 * r["exact"]) for r in rows if r["method"] == method and r["exact"] is not None]
-        x, y = zip(*points, strict=True) if points else ((), ())
-        curves.append({"panel": "whole label vectors right, percent", "curve": method, "x": x, "y": y, **axes})
+        curve = {"panel": "whole label vectors right, percent", "curve": method, **axes}
+        curves.append({**curve, "x": [tokens for tokens, _ in points], "y": [right for _, right in points]})
     return curves
 
 
@@ -808,12 +808,12 @@ def read_metrics(run: str) -> dict[str, dict[int, float]]:
     return curves
 
 
-def run_curves(run: str, keys: list[str]) -> list[dict]:
-    """A run's metrics as curves, each in the panel of its key; accuracies with their interval."""
+def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
+    """A run's metrics as curves of this name, each in the panel of its key; accuracies with their interval."""
     metrics, curves = read_metrics(run), []
     for key in keys:
         points = metrics.get(key, {})
-        curve: dict = {"panel": PANELS.get(key, key), "curve": run, "x": list(points), "y": list(points.values())}
+        curve: dict = {"panel": PANELS.get(key, key), "curve": name, "x": list(points), "y": list(points.values())}
         if key == "heldout/accuracy":
             for end in ("low", "high"):
                 found = metrics.get(f"heldout/{end}", {})
@@ -860,8 +860,8 @@ def draw_curves(curves: list[dict], out: Path) -> None:
 
 
 def run_plot(parser: argparse.ArgumentParser) -> None:
-    """Curves of GRPO runs, or of a file of curves: a panel for each metric, a colour for each run. The runs that a pattern
-    finds are seeds of one, drawn as their mean and a band from the least to the greatest:
+    """Curves of GRPO runs, or of a file of curves: a panel for each metric, a colour for each run. The runs that a
+    pattern finds are seeds of one, drawn as their mean and a band from the least to the greatest:
     python evaluate.py plot --runs 'runs/*/grpo' --out curves.png."""
     parser.add_argument("--runs", nargs="+", help="directories with metrics.jsonl, patterns of them, files of curves "
                         "(panel, curve, x, y); none: the tiny world")  # fmt: skip
@@ -874,7 +874,7 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
             if run.endswith(".jsonl"):
                 curves += read_records(run, ["panel", "curve", "x", "y"])
             else:
-                curves += [{**curve, "curve": pattern} for curve in run_curves(run, args.keys)]
+                curves += run_curves(run, pattern, args.keys)
     if not curves:
         raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
     draw_curves(curves, Path(args.out))

@@ -82,9 +82,9 @@ def split_steps(text: str) -> list[str]:
         answers = list(ANSWER_LINE.finditer(body))
         if answers:
             body = body[: answers[-1].start()]
-        headings = [*STEP_HEADING.finditer(body)]
+        first = STEP_HEADING.search(body)
         before, *steps = STEP_HEADING.split(body)
-        if headings and re.search(r"\d+", headings[0].group()).group().lstrip("0") == "1":
+        if first and re.search(r"\d+", first.group()).group().lstrip("0") == "1":
             steps[0] = before + steps[0]  # an introduction belongs to the first step
         else:
             steps = [*re.split(r"\n[ \t]*\n", before), *steps]
@@ -175,9 +175,8 @@ def run_stage(main: Callable[[], None]) -> None:
         print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # libraries keep its text, not always its errno
-        if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)) or (
-            error.errno == errno.EROFS
-        ):
+        places = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        if isinstance(error, places) or error.errno == errno.EROFS:
             advice = "choose another path"
         elif any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             advice = "make room: what was whole is intact, and the same command goes on"
@@ -291,13 +290,11 @@ def check_arguments(output: Path, new: dict, free: set[str]) -> None:
         return
     old = json.loads(earlier.read_text())["arguments"]
     for name in sorted((old.keys() | new.keys()) - free):
-        if old.get(name) != new.get(name) and name.endswith("_sha256"):
-            raise InputError(f"{output}: what --{name[:-7]} holds has changed since; choose another --out or remove it")
         if old.get(name) != new.get(name):
-            raise InputError(
-                f"{output}: made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}; "
-                "choose another --out or remove it"
-            )
+            change = f"made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}"
+            if name.endswith("_sha256"):
+                change = f"what --{name.removesuffix('_sha256')} holds has changed since"
+            raise InputError(f"{output}: {change}; choose another --out or remove it")
 
 
 def check_numbers(args: argparse.Namespace, *flags: str, least: float = 1, most: float = math.inf) -> None:

@@ -579,12 +579,13 @@ def verify_solutions(
     )
     for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // world_size()), N):
         s, records = judged[i], []
+        digest = hash_solution(s)
         for j, sample in enumerate(samples):
             text = decode_judgement(tokenizer, prompts[i], sample.ids)
             parsed = asdict(parse_verification(text, len(s["steps"])))
             about = {"id": f"{s['id']}/{j}", "solution_id": s["id"], "sample": j, "text": text}
             about |= {**parsed, "finish": sample.finish, "tokens": len(sample.ids)}
-            records.append({**about, "solution_sha256": hash_solution(s)})
+            records.append({**about, "solution_sha256": digest})
         output.append(records)
 
 

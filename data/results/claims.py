@@ -1,5 +1,6 @@
 """The tables of the tiny world's claims, from data/results/claims.jsonl; with --collect, first that file from
-runs/claims/<seed>/. And what the other studies share: results of a model, means over seeds.
+runs/claims/<seed>/. And what the other studies share: results of a model, means over seeds,
+points of curves.
 
     python -m data.results.claims
 """
@@ -30,6 +31,12 @@ def over_seeds(values: list[float], sign: str = "") -> str:
     t = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26][len(values) - 1]
     half = t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else t
     return f"{100 * np.mean(values):{sign}.1f} ± {100 * half:.1f}"
+
+
+def read_points(run: Path, key: str) -> dict[str, list]:
+    """x, the steps, and y, the values, of a metric of a GRPO run, as a file of curves has them."""
+    points = read_metrics(str(run))[key]
+    return {"x": list(points), "y": [round(y, 4) for y in points.values()]}
 
 
 def collect(seed: str) -> dict:

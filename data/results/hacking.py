@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import grade_all, read_metrics
+from data.results.claims import read_points
+from evaluate import grade_all
 from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_lines
 from grpo import format_valid, shown_solution
 from verify import score_solutions
@@ -187,11 +188,10 @@ def collect_curves(seed: int) -> list[dict]:
     right two indicators, steps and answers per response."""
     curves = []
     for name, title in NAMES.items():
-        found = read_metrics(str(directory(seed, name)))
         for key, label in CURVES.items():
-            points = {"x": list(found[key]), "y": [round(y, 3) for y in found[key].values()]}
             right = label.endswith("(right)")
             axes = {"right": right, "ylim": [0, 12] if right else [0, 1]}
+            points = read_points(directory(seed, name), key)
             curves.append({"seed": seed, "panel": title, "curve": label, **points, **axes})
     return curves
 

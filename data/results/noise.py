@@ -15,7 +15,7 @@ import random
 import re
 from pathlib import Path
 
-from data.results.claims import over_seeds, read_results
+from data.results.claims import over_seeds, read_points, read_results
 from evaluate import read_gold, read_metrics
 from generate import InputError, read_records, run_stage, write_lines
 from verify import parse_verification
@@ -71,9 +71,8 @@ def collect_curves(seed: int) -> list[dict]:
     """One seed: held-out accuracy by step, a curve for each share."""
     curves = []
     for share, run in find_runs(seed).items():
-        points = read_metrics(str(run / "process_aware"))["heldout/accuracy"]
         curve = {"seed": seed, "panel": "held-out accuracy", "curve": f"{share} % of the labels turned over"}
-        curves.append({**curve, "x": list(points), "y": [round(y, 4) for y in points.values()], "ylim": [0, 1]})
+        curves.append({**curve, **read_points(run / "process_aware", "heldout/accuracy"), "ylim": [0, 1]})
     return curves
 
 

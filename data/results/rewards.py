@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.results.claims import over_seeds, read_results
+from data.results.claims import REWARDS as CLAIMED
+from data.results.claims import over_seeds, read_points, read_results
 from evaluate import read_metrics
 from generate import read_records, write_lines
 
@@ -39,16 +40,18 @@ PANELS = {  # of the figure
 }
 
 
+def directory(seed: str, name: str) -> Path:
+    """Where a run lies; three of them are those of claims.sh."""
+    return (CLAIMS if name in CLAIMED else RUNS) / seed / name
+
+
 def collect(seed: str) -> dict:
     """One seed: of each reward the accuracy at the last step and the tokens of a step; F1 and accuracy by votes."""
     runs = {}
     for name in NAMES:
-        claimed = name in ("process_aware", "rlvr", "random")
-        directory = (CLAIMS if claimed else RUNS) / seed / name
-        own = read_results(
-            CLAIMS / seed / "benchmark.jsonl" if claimed else RUNS / seed / f"{name}.jsonl", str(directory)
-        )
-        metrics = read_metrics(str(directory))
+        run, claimed = directory(seed, name), name in CLAIMED
+        own = read_results(run.with_name("benchmark.jsonl" if claimed else f"{name}.jsonl"), str(run))
+        metrics = read_metrics(str(run))
         record = {key: own[key]["value"] for key in ("avg@4", "greedy")}
         if not claimed:  # the others ran before rates were logged
             for phase in ("sample", "score"):
@@ -65,11 +68,9 @@ def collect_curves(seed: str) -> list[dict]:
     curves = []
     for panel, names in PANELS.items():
         for name in names:
-            directory = (CLAIMS if name in ("process_aware", "rlvr", "random") else RUNS) / seed / name
-            points = read_metrics(str(directory))["heldout/accuracy"]
-            x, y = list(points), [round(100 * value, 2) for value in points.values()]
-            curve = {"seed": int(seed), "panel": panel, "curve": NAMES[name], "x": x, "y": y}
-            curves.append({**curve, "ylabel": "held-out accuracy, %"})
+            points = read_points(directory(seed, name), "heldout/accuracy")
+            curve = {"seed": int(seed), "panel": panel, "curve": NAMES[name], **points}
+            curves.append({**curve, "ylabel": "held-out accuracy"})
     return curves
 
 
@@ -128,8 +129,8 @@ def print_table(records: list[dict], curves: list[dict]) -> None:
         less = "-" if name == "process_aware" else over_seeds([a - b for a, b in zip(last, base, strict=True)], "+")
         sampled, judged = tokens_per_step(records, name)
         heldout = [curve for curve in curves if curve["curve"] == title]
-        whole = over_seeds([np.mean(curve["y"]) / 100 for curve in heldout])
-        equal = over_seeds([np.interp(budget / (sampled + judged), curve["x"], curve["y"]) / 100 for curve in heldout])
+        whole = over_seeds([np.mean(curve["y"]) for curve in heldout])
+        equal = over_seeds([np.interp(budget / (sampled + judged), curve["x"], curve["y"]) for curve in heldout])
         cells = [
             over_seeds(last),
             less,
@@ -160,7 +161,7 @@ def main() -> None:
     """Collect if asked to; print the tables."""
     path = HERE / "rewards.jsonl"
     if "--collect" in sys.argv[1:]:
-        judged = [name for name in NAMES if name not in ("process_aware", "rlvr", "random")]
+        judged = [name for name in NAMES if name not in CLAIMED]
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
         records = [collect(seed) for seed in seeds]
         write_lines(path, records)
