@@ -252,6 +252,7 @@ class SlotCache:
     def load(self, tokens: list[int], ends: list[int], uniform: list[list[float]]) -> None:
         """Write what the next steps begin with."""
         n = len(tokens)
+        self.ends.zero_()  # an idle slot of a graph would go on reading every key that it ever held
         self.tokens[:n], self.ends[:n] = torch.tensor(tokens), torch.tensor(ends)
         self.uniform[:, :n] = torch.tensor(uniform, dtype=torch.float64)
         self.step_number.zero_()

@@ -230,7 +230,7 @@ def test_the_gradient_of_a_likely_target(probability, device):
     upstream = torch.ones(N), torch.zeros(N)
     (dw,), (exact_dw,) = gradients(outputs, [weight], upstream), gradients(exact, [weight], upstream)
     error = (dw[7].double() - exact_dw[7].double()).norm() / exact_dw[7].double().norm()
-    assert error < 4e-3  # of one rounding to bf16, 2^-9 at most in each element, and of the products'
+    assert error < 6e-3  # of one rounding to bf16, 2^-8 at most in each element, and of the products'
 
 
 @pytest.mark.parametrize("descending", [False, True])
