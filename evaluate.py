@@ -32,9 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-import numpy as np
-import torch.distributed as dist
-
 from generate import (
     SOLVE_PROMPT,
     InputError,
@@ -57,6 +54,9 @@ from generate import (
     write_records,
 )
 from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
+
+import numpy as np
+import torch.distributed as dist
 
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {

@@ -34,15 +34,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO
 
+from kernels.decode import Prefix, SlotCache, prefill
+from kernels.transformer import Config, Transformer, load_model, read_config
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
-
-from kernels.decode import Prefix, SlotCache, prefill
-from kernels.transformer import Config, Transformer, load_model, read_config
 
 # Used when no --model is given; an explicit flag wins.
 TINY = {

@@ -47,10 +47,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import gather, grade_all, heldout_accuracy, majority_answer
 from generate import (
@@ -97,6 +93,10 @@ from train_prm import (
     sum_over_ranks,
 )
 from verify import REWARD_MODELS, Scored, score_solutions
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 # Used when no --policy is given; an explicit flag wins.
 TINY = {

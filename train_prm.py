@@ -36,15 +36,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
-
 from generate import (
     SOLVE_PROMPT,
     InputError,
@@ -71,6 +62,15 @@ from generate import (
 )
 from kernels.transformer import Transformer, save_model
 from verify import ORM_PROMPT, PRM_PROMPT, answer_tokens, mark_steps, without_thinking, write_prm_target
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
 
 # Used when no --model is given; an explicit flag wins. The tiny reward models start from the checkpoint that has seen
 # verification text, as Qwen2.5 has.

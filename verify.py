@@ -40,8 +40,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from generate import (
     InputError,
     RecordFile,
@@ -66,6 +64,8 @@ from generate import (
     write_records,
 )
 from kernels.transformer import Transformer
+
+import torch
 
 # Used when no --model is given; an explicit flag wins.
 TINY = {

@@ -24,12 +24,12 @@ from functools import partial
 from itertools import permutations
 from pathlib import Path
 
-import torch
-
 from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
 from evaluate import gold_labels
 from generate import SOLVE_PROMPT, InputError, open_model, read_records, render_response, run_stage, write_lines
 from kernels.transformer import save_model
+
+import torch
 
 OUT = Path("runs/sorting")
 TEXT = "Sort {row} by exchanging the first neighbours in the wrong order."

@@ -38,12 +38,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer
-
 import verify
 from evaluate import first_error, gold_labels
 from generate import (
@@ -60,6 +54,12 @@ from generate import (
 from grpo import format_valid
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import after_prompt, pack
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
 
 SEED = 20251203
 POOL, TRAIN, HELDOUT = 60_000, 1_000, 600  # problems in the three sets

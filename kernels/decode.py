@@ -24,11 +24,11 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from kernels.logprob import product
 from kernels.transformer import Transformer, packed_attention
+
+import torch
+from torch import Tensor
 
 WINDOW = 256  # most likely tokens among which a graph looks for the nucleus
 GRAPH_ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)  # rows of a CUDA graph; others are filled up with idle slots

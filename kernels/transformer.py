@@ -22,14 +22,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.logprob import token_logprobs
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from kernels.logprob import token_logprobs
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",

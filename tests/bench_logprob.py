@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from kernels.logprob import token_logprobs
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kernels.logprob import token_logprobs
 
 Provider = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,)
 ERROR_ROWS = 512

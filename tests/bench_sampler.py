@@ -26,12 +26,12 @@ import statistics
 import tempfile
 import time
 
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-
 from data.make_tiny import new_model
 from generate import Sampler
 from kernels.transformer import Config, Transformer, save_model
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 Queue = list[tuple[list[int], int]]  # (prompt, tokens to sample), the samples of a prompt one behind the other
 

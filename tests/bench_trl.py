@@ -30,13 +30,13 @@ import warnings
 from argparse import Namespace
 from statistics import NormalDist
 
-import torch
-import transformers
-
 from generate import SOLVE_PROMPT, Sampler, open_model, read_records, render_chat
 from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
 from kernels.transformer import load_model
 from train_prm import prepare_training
+
+import torch
+import transformers
 
 POLICY, PROBLEMS = "data/tiny/policy", "data/tiny/problems.jsonl"
 ROLLOUTS, GROUP, TOKENS, LONGEST = 64, 8, 100, 400

@@ -8,10 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 import evaluate
 from evaluate import (
     bootstrap,
@@ -31,6 +27,10 @@ from evaluate import (
 from generate import InputError, Sampler, open_model, open_tokenizer
 from kernels.transformer import Config, Transformer, save_model
 from verify import Scored, score_solutions
+
+import numpy as np
+import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data/tiny"

@@ -21,15 +21,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import pytest
-import torch
-import torch.distributed as dist
-import transformers
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from torch.nn.attention.varlen import varlen_attn
-from torch.torch_version import TorchVersion
-
 import generate
 from generate import (
     InputError,
@@ -47,6 +38,15 @@ from generate import (
 from kernels import decode
 from kernels.decode import SlotCache, limits, ragged_attention
 from kernels.transformer import Config, Transformer, load_model, save_model
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.varlen import varlen_attn
+from torch.torch_version import TorchVersion
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

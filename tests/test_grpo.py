@@ -6,12 +6,6 @@ import math
 import random
 import weakref
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from test_train_prm import TINY, make_model, read_metrics, run_main, torchrun, write_jsonl
-from transformers import AutoTokenizer
-
 import generate
 import grpo
 from generate import InputError, Sampler
@@ -19,6 +13,12 @@ from kernels.decode import SlotCache
 from kernels.transformer import load_model
 from train_prm import after_prompt, pack
 from verify import Scored
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_prm import TINY, make_model, read_metrics, run_main, torchrun, write_jsonl
+from transformers import AutoTokenizer
 
 # --------------------------------------------------------------------------- format and what is shown
 

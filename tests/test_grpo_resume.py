@@ -15,19 +15,19 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from test_generate import PROCESSES, _run_script
-from test_train_prm import TINY, make_model, read_metrics, write_jsonl
-from transformers import AutoTokenizer
-
 import evaluate
 import grpo
 from generate import open_sampler, read_records, run_stage
 from kernels.transformer import load_model
 from train_prm import load_checkpoint, save_checkpoint
 from verify import score_solutions
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_generate import PROCESSES, _run_script
+from test_train_prm import TINY, make_model, read_metrics, write_jsonl
+from transformers import AutoTokenizer
 
 STEPS = 8
 FEW = 20  # resamples of a bootstrap: two thousand would take most of the time of so small a run

@@ -12,11 +12,11 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
-
 from kernels import logprob
 from kernels.logprob import token_logprobs
+
+import pytest
+import torch
 
 SOURCE = Path(logprob.__file__).with_suffix(".cu")
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

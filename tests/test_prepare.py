@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-import huggingface_hub
-import pytest
-
 from data import prepare
 from evaluate import grade, read_answers, read_cases
 from generate import InputError, run_stage
+
+import huggingface_hub
+import pytest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FILES = {  # set: the file at hand, its rows with an answer, and answers of some rows

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import random
 import re
 import shlex
@@ -11,15 +12,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import AutoTokenizer
-
 import evaluate
 import verify
 from data import make_sorting, make_tiny
 from data.results import noise
 from generate import SOLVE_PROMPT, encode_chat
+
+import pytest
+import torch
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -116,6 +117,29 @@ def test_import_and_help_have_no_effects(probe):
     results = [json.loads(line) for line in probe[1:]]
     assert [(command, code) for command, code, _ in results] == [(command, 0) for command in COMMANDS]
     assert all(text.startswith("usage: ") and "--help" in text for *_, text in results)
+
+
+WAITS = """
+import os, sys
+sys.path.insert(0, {root!r})
+class Watch:
+    def find_spec(name, *_):
+        if name == "torch":
+            print(os.environ["OMP_WAIT_POLICY"], flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch)
+import {stage}
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_waiting_threads_sleep(stage):
+    """Guards: a stage that imports torch before OMP_WAIT_POLICY is set, which comes too late; a user's value overruled."""
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        program = [sys.executable, "-c", WAITS.format(root=str(ROOT), stage=stage)]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{expected}\n"
 
 
 # --------------------------------------------------------------------------- flags and documented commands

@@ -9,14 +9,14 @@ import sys
 import unicodedata
 from pathlib import Path
 
+from generate import SOLVE_PROMPT, defuse, encode_chat, open_tokenizer, render_response, render_steps
+from kernels.transformer import Config, Transformer, save_model
+from verify import ORM_PROMPT, PRM_PROMPT, answer_tokens, critique_prompt, mark_steps, verification_prompt
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from generate import SOLVE_PROMPT, defuse, encode_chat, open_tokenizer, render_response, render_steps
-from kernels.transformer import Config, Transformer, save_model
-from verify import ORM_PROMPT, PRM_PROMPT, answer_tokens, critique_prompt, mark_steps, verification_prompt
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT / "../shared/data/qwen-tokenizer"

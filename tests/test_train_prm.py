@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import train_prm
 from generate import InputError, encode_chat, hash_file, render_response, render_steps
 from grpo import format_valid
 from kernels.transformer import Config, Transformer, load_model, save_model
 from verify import REWARD_MODELS, answer_tokens, mark_steps
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"

@@ -7,6 +7,10 @@ import pathlib
 import shutil
 import weakref
 
+from generate import Sampler
+from kernels import transformer
+from kernels.transformer import Config, load_model, packed_attention, rotary_angles, save_model
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-from generate import Sampler
-from kernels import transformer
-from kernels.transformer import Config, load_model, packed_attention, rotary_angles, save_model
 
 SIZES = {
     "vocab_size": 97,

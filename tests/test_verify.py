@@ -9,13 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_generate import ROOT, cpu_milliseconds, make_model, run_and_kill, run_script
-from test_train_prm import torchrun
-
 import generate
 import verify
 from generate import read_records, render_steps
@@ -35,6 +28,13 @@ from verify import (
     step_consistency,
     write_prm_target,
 )
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_generate import ROOT, cpu_milliseconds, make_model, run_and_kill, run_script
+from test_train_prm import torchrun
 
 YES = "**Verification: Is the answer correct (Yes/No)? Yes**"
 NO = "**Verification: Is the answer correct (Yes/No)? No**"

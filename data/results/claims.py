@@ -10,10 +10,10 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from evaluate import percent, read_metrics
 from generate import read_records, write_lines
+
+import numpy as np
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/claims")

@@ -8,12 +8,12 @@ figure, from the runs of claims.sh, methods.sh and compute.sh.
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from data.results.claims import over_seeds, read_results
 from evaluate import read_gold, score_label, vote_report
 from generate import read_records, write_lines
 from verify import keep_parsed
+
+import numpy as np
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS, SINGLE = Path("runs/compute"), Path("runs/claims"), Path("runs/methods")

@@ -18,10 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from evaluate import read_metrics
 from generate import read_records, write_lines
+
+import numpy as np
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/efficiency")

@@ -16,14 +16,14 @@ import random
 import re
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from data.results.claims import read_points
 from evaluate import grade_all
 from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_lines
 from grpo import format_valid, shown_solution
 from verify import score_solutions
+
+import numpy as np
+import torch
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/hacking")

@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from data.results.claims import over_seeds, read_results
 from generate import read_records, write_lines
+
+import numpy as np
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/methods")

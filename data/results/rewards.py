@@ -9,12 +9,12 @@
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from data.results.claims import REWARDS as CLAIMED
 from data.results.claims import over_seeds, read_points, read_results
 from evaluate import read_metrics
 from generate import read_records, write_lines
+
+import numpy as np
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS = Path("runs/rewards"), Path("runs/claims")

@@ -11,15 +11,15 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from data.make_sorting import judge, sort
 from data.results.claims import read_results
 from data.results.hacking import CONSTRAINTS, accept
 from evaluate import read_metrics
 from generate import open_sampler, read_records, write_json, write_lines
 from grpo import shown_solution
+
+import numpy as np
+import torch
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/sorting")

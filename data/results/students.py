@@ -12,12 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from data import make_tiny
 from data.results.claims import over_seeds, read_results
 from generate import open_model, read_records, write_lines
 from kernels.transformer import save_model
+
+import torch
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/students")

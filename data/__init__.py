@@ -1,0 +1,1 @@
+"""Reading, grading and drawing for the stages; data, and the scripts that make it."""
