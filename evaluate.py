@@ -34,29 +34,24 @@ from pathlib import Path
 
 from generate import (
     SOLVE_PROMPT,
-    InputError,
     Sampler,
     check_numbers,
     describe_run,
     encode_chat,
     extract_answer,
-    log,
     open_sampler,
     parse_args,
-    rank,
     read_answers,
     read_records,
-    run_stage,
-    start_processes,
     with_progress,
-    world_size,
     write_json,
     write_records,
 )
+from kernels import distributed
+from kernels.distributed import InputError
 from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
 
 import numpy as np
-import torch.distributed as dist
 
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {
@@ -278,7 +273,7 @@ def print_table(header: list[str], rows: list[list]) -> None:
     cells = [header] + [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        log("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        distributed.log("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def publish(rows: list[dict], args: argparse.Namespace) -> None:
@@ -293,8 +288,8 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
         any_row = next(iter(line.values()))
         table.append([*names, any_row["n"], *numbers, any_row["tokens"], any_row["seconds"]])
     print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
-    log(PAPER[args.command])
-    if rank() == 0:
+    distributed.log(PAPER[args.command])
+    if distributed.rank() == 0:
         write_records(Path(args.out), rows, args)
 
 
@@ -304,15 +299,6 @@ def save_figure(figure, out: Path) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(out)
-
-
-def gather(mine: list) -> list:
-    """Undo `everything[rank()::world_size()]`: what all ranks have, in order, on every rank."""
-    if world_size() == 1:
-        return mine
-    parts: list[list] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, mine)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
@@ -403,7 +389,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
     subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
-    sampler, tokenizer, stops = open_sampler(args.model, start_processes(args.device), args.slots)
+    sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     rows = []
@@ -411,8 +397,10 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         started = time.time()
         # ProcessBench has no separate answer: whatever a case says of it isn't shown.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
-        mine = solutions[rank() :: world_size()]
-        scored = gather(score_solutions(sampler, tokenizer, stops, args.kind, mine, **settings, title=subset))
+        mine = solutions[distributed.rank() :: distributed.world_size()]
+        scored = distributed.gather(
+            score_solutions(sampler, tokenizer, stops, args.kind, mine, **settings, title=subset)
+        )
         numbers = processbench_numbers(args.kind, cases, scored, args.seed)
         about = {"model": args.model, "kind": args.kind, **settings}
         tokens = sum(s.tokens for s in scored)
@@ -435,7 +423,7 @@ def heldout_accuracy(
     truncated and tokens. Under torchrun every rank calls it, does its share, and returns the same. A title shows
     progress. Raises InputError for a problem without a gold answer or too long for the context.
     """
-    mine = problems[rank() :: world_size()]
+    mine = problems[distributed.rank() :: distributed.world_size()]
     prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
     for problem in mine:
         if problem["id"] not in gold:
@@ -453,7 +441,7 @@ def heldout_accuracy(
     grades = [grades[i : i + num_samples] for i in range(0, len(grades), num_samples)]
     cut = [sum(s.finish == "length" for s in samples) for samples in drawn]
     tokens = [sum(len(s.ids) for s in samples) for samples in drawn]
-    everything = gather(list(zip(texts, answers, grades, cut, tokens, strict=True)))
+    everything = distributed.gather(list(zip(texts, answers, grades, cut, tokens, strict=True)))
     texts, answers, grades, cut, tokens = (list(column) for column in zip(*everything, strict=True))
     counts = {"truncated": sum(cut), "tokens": sum(tokens)}
     return {**accuracy_of(grades, seed), "answers": answers, "texts": texts, "cut": cut, **counts}
@@ -525,7 +513,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     made_by = "python -m data.make_tiny problems"
     paths = name_files("problems", args.problems)
     files = {name: read_records(path, ["id", "problem"], made_by)[: args.limit] for name, path in paths.items()}
-    gold, device = read_answers(args.gold), start_processes(args.device)
+    gold, device = read_answers(args.gold), distributed.init_distributed(args.device)
     headline = f"avg@{args.num_samples}"
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p}
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
@@ -572,7 +560,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         n: read_records(path, fields, "python generate.py")
         for n, path in name_files("solutions", args.solutions).items()
     }
-    sampler, tokenizer, stops = open_sampler(args.model, start_processes(args.device), args.slots)
+    sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     for name, solutions in files.items():
@@ -585,8 +573,8 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         if unknown := [p for p in groups if p not in gold]:
             raise InputError(f"problem {unknown[0]}: no gold answer; --gold must have one for every problem")
         samples, k = [s for group in groups.values() for s in group], len(next(iter(groups.values())))
-        judged = gather(score_solutions(
-            sampler, tokenizer, stops, args.kind, samples[rank() :: world_size()], **settings, title=name))  # fmt: skip
+        judged = distributed.gather(score_solutions(
+            sampler, tokenizer, stops, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
         grades = grade_all([(s["answer"], gold[s["problem_id"]]) for s in samples])
         in_groups = [slice(i, i + k) for i in range(0, len(samples), k)]
         result = accuracy_of([grades[i] for i in in_groups], args.seed)
@@ -776,7 +764,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
     print_table([*header, "agreement", "ties", "dropped", "unparsed", "tokens", "seconds"], table)
     draw_curves(label_curves([r for r in rows if r["on"] == "all"]), Path(args.out).with_suffix(".png"))
-    log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
+    distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 
 # --------------------------------------------------------------------------- curves
@@ -930,15 +918,15 @@ def run_show(parser: argparse.ArgumentParser) -> None:
         records = read_records(path, fields, "python grpo.py --dump_rollouts")
         rollouts += [(int(path.stem[5:]), r) for r in records if r["problem_id"] == wanted]
     if args.rollouts and not paths:
-        log(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
+        distributed.log(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
     if not found and not rollouts:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
     if found:
-        log(found[0]["problem"])
+        distributed.log(found[0]["problem"])
     for label in found:
-        log("\n" + show_label(label))
+        distributed.log("\n" + show_label(label))
     for step, rollout in rollouts:
-        log(f"\nGRPO step {step}\n" + show_rollout(rollout))
+        distributed.log(f"\nGRPO step {step}\n" + show_rollout(rollout))
 
 
 # --------------------------------------------------------------------------- main
@@ -958,4 +946,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

@@ -14,7 +14,6 @@ sampler is part of what is to be read. Answers in the problems file are never op
 """
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,18 +22,18 @@ import os
 import random
 import re
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from typing import IO
 
+from kernels import distributed
 from kernels.decode import Prefix, SlotCache, prefill
+from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, read_config
 
 import torch
@@ -155,38 +154,7 @@ def encode_chat(tokenizer, user: str) -> list[int]:
     return tokenizer(render_chat(tokenizer, user), add_special_tokens=False).input_ids
 
 
-# --------------------------------------------------------------------------- record files and processes
-
-
-class InputError(ValueError):
-    """Bad input: the message names the thing, the value and what to do; `run_stage` turns it into exit status 2."""
-
-
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; an InputError, a path that can't be written, a full disk or a full GPU becomes one line on
-    stderr and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except torch.OutOfMemoryError as error:
-        advice = "lower --slots (rows of the KV cache); in training --micro_tokens, or add --activation_checkpointing"
-        print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # libraries keep its text, not always its errno
-        places = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-        if isinstance(error, places) or error.errno == errno.EROFS:
-            advice = "choose another path"
-        elif any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-            advice = "make room: what was whole is intact, and the same command goes on"
-        else:
-            raise
-        print(f"error: {error}; {advice}", file=sys.stderr)
-        raise SystemExit(2) from None
-    else:  # a rank that fails alone must not wait for the others, as it would: with NCCL this is collective
-        if dist.is_initialized():
-            dist.destroy_process_group()
+# --------------------------------------------------------------------------- record files
 
 
 def read_records(
@@ -246,7 +214,9 @@ def read_answers(paths: list[str]) -> dict[str, str]:
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{rank()}.{os.getpid()}")  # machines that share a disk may share a pid
+    temporary = path.with_name(
+        f".{path.name}.{distributed.rank()}.{os.getpid()}"
+    )  # machines that share a disk may share a pid
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
@@ -341,7 +311,7 @@ class RecordFile:
         self.done: dict = {}
 
     def __enter__(self) -> "RecordFile":
-        if rank() == 0:
+        if distributed.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(Path(f"{self.path}.lock"), f"{self.path}: another run is writing to it")
             if self.path.exists() and self.path.stat().st_size:
@@ -381,52 +351,8 @@ class RecordFile:
             os.close(self.file)
         if dist.is_initialized() and error is None:  # a rank that fails must not wait for the others
             dist.barrier()
-        if rank() == 0:
+        if distributed.rank() == 0:
             self.lock.close()
-
-
-def start_processes(device: str | None = None) -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device. Raises InputError if there is none
-    of that name."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if found.type == "cuda":
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", found.index or 0)))
-            torch.cuda.set_device(found)  # streams, graphs and NCCL go by the current one
-    except (AssertionError, AttributeError, RuntimeError) as error:  # a build without CUDA raises any of them
-        raise InputError(
-            f"--device {device}: {str(error).splitlines()[0]}; say cpu, or cuda where there is one"
-        ) from None
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # By default a rank gives up after minutes; but one that is done with its share may have to wait for hours.
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return found
-
-
-def rank() -> int:
-    """This process's number among those torchrun started; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def deal(count: int, name: str) -> Iterator[list[int]]:
-    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is
-    done early takes from what is left rather than wait. name: another one for each deal of a run."""
-    store, dealt = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None, 0
-    while dealt < count:
-        few = max(1, (count - dealt) // (2 * world_size())) if store else count
-        dealt = store.add(f"deal/{name}", few) if store else few
-        yield list(range(dealt - few, min(dealt, count)))
-
-
-def log(*values: object) -> None:
-    """Print on rank 0 only."""
-    if rank() == 0:
-        print(*values, flush=True)
 
 
 def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
@@ -631,7 +557,7 @@ class Sampler:
         turns: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt.
-        turns: which prompts are this rank's, asked for when slots are free (`deal`); none: all of them.
+        turns: which prompts are this rank's, asked for when slots are free (`distributed.work_queue`); none: all of them.
 
         A sample is a function of (seed, key of its prompt, sample index): these seed its random numbers, so neither
         the slots nor the order matter (but for ties within rounding, which other batch shapes may break otherwise).
@@ -742,7 +668,7 @@ class Sampler:
                 if sample.finish:  # in an earlier one of these steps
                     continue
                 if math.isnan(logprob):
-                    raise InputError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
+                    raise RunError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
                                      "checkpoint; if it was in training, lower --lr, with another --out")  # fmt: skip
                 sample.ids.append(token)
                 sample.logprobs.append(logprob)
@@ -792,7 +718,7 @@ def open_sampler(name: str, device: torch.device, slots: int, flag: str = "--mod
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
     """Pass a sampler's stream through, with a progress bar over rank 0's samples, tokens/s and the time left."""
-    bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=rank() != 0, mininterval=1.0)
+    bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=distributed.rank() != 0, mininterval=1.0)
     started, before = time.time(), sampler.tokens
     with bar:
         for i, samples in stream:
@@ -819,7 +745,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = parse_args(parser, TINY, "model", "problems", "out")
     check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
-    device = start_processes(args.device)
+    device = distributed.init_distributed(args.device)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     with RecordFile(args.out, args, keep="problem") as output:
         for p in problems:
@@ -829,7 +755,7 @@ def main() -> None:
                 )
         todo = [p for p in problems if any(f"{p['id']}/{k}" not in output.done for k in range(args.num_samples))]
         if not todo:
-            log(f"{args.out}: complete, {len(output.done)} solutions")
+            distributed.log(f"{args.out}: complete, {len(output.done)} solutions")
             return
         sampler, tokenizer, stops = open_sampler(args.model, device, args.slots)
         prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in todo]
@@ -842,9 +768,9 @@ def main() -> None:
             max_new_tokens=args.max_new_tokens,
             stop_ids=stops,
             seed=args.seed,
-            turns=deal(len(prompts), "generate"),
+            turns=distributed.work_queue(len(prompts), "generate"),
         )
-        started, per_rank = time.time(), -(-len(prompts) // world_size())
+        started, per_rank = time.time(), -(-len(prompts) // distributed.world_size())
         for i, samples in with_progress(stream, sampler, "generate", per_rank, args.num_samples):
             problem, records = todo[i], []
             for k, sample in enumerate(samples):
@@ -854,9 +780,9 @@ def main() -> None:
                 about |= {"finish": sample.finish, "tokens": len(sample.ids), "model": args.model, "seed": args.seed}
                 records.append(about)
             output.append(records)
-    speed = sampler.tokens * world_size() / (time.time() - started)
-    log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
+    speed = sampler.tokens * distributed.world_size() / (time.time() - started)
+    distributed.log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

@@ -36,10 +36,8 @@ Shapes: B responses of a global batch, G responses of a group, N response tokens
 """
 
 import argparse
-import os
 import random
 import re
-import signal
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -48,12 +46,11 @@ from functools import partial
 from pathlib import Path
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import gather, grade_all, heldout_accuracy, majority_answer
+from evaluate import grade_all, heldout_accuracy, majority_answer
 from generate import (
     PREFILL_TOKENS,
     SOLVE_PROMPT,
     STEP_TAG,
-    InputError,
     Sampler,
     check_arguments,
     check_numbers,
@@ -63,35 +60,20 @@ from generate import (
     find_boxes,
     find_model,
     hash_file,
-    log,
     open_config,
     open_model,
     open_sampler,
     parse_args,
-    rank,
     read_answers,
     read_records,
-    run_stage,
     split_steps,
-    start_processes,
-    world_size,
     write_json,
     write_lines,
 )
+from kernels import distributed
+from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model
-from train_prm import (
-    MetricsFile,
-    clip_and_step,
-    export,
-    gather_weights,
-    load_checkpoint,
-    max_over_ranks,
-    own_share,
-    prepare_training,
-    save_checkpoint,
-    split_micro_batches,
-    sum_over_ranks,
-)
+from train_prm import MetricsFile, clip_and_step, own_share, split_micro_batches
 from verify import REWARD_MODELS, Scored, score_solutions
 
 import torch
@@ -498,7 +480,7 @@ def update_policy(
     total = [len(r.prompt) + len(r.ids) for r in rollouts]
     mine = own_share(total)
     # All ranks or none: a rank with no rollouts of its own has to take part.
-    if reference is not None and max_over_ranks(any(rollouts[i].ref is None for i in mine)):
+    if reference is not None and distributed.max_over_ranks(any(rollouts[i].ref is None for i in mine)):
         set_reference_logprobs(reference, [rollouts[i] for i in mine], args)
     sums = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
     worst = 0.0
@@ -527,15 +509,15 @@ def update_policy(
             kl_coef=args.kl_coef,
             kl=args.kl,
         )
-        (loss * world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
+        (loss * distributed.world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
         gap = (recorded - old).abs()
         worst = max(worst, gap.max().item())
         stats |= {"entropy": entropy.sum().item() / sum(lengths), "gap": gap.sum().item() / sum(lengths)}
         for name, value in stats.items():
             sums[name] += value
-    values = dict(zip(sums, sum_over_ranks(*sums.values()), strict=True))
+    values = dict(zip(sums, distributed.sum_over_ranks(*sums.values()), strict=True))
     if not values["gap"] <= args.max_gap:
-        raise InputError(
+        raise RunError(
             f"the sampler's log-probs differ from the trainer's by {values['gap']:.4f} nats a token, more than "
             f"--max_gap {args.max_gap}: the sampled policy isn't the one being trained; stopped before the update"
         )
@@ -546,7 +528,7 @@ def update_policy(
         "loss/surrogate": values["surrogate"],
         "policy/entropy": values["entropy"],
         "gap/mean": values["gap"],
-        "gap/max": max_over_ranks(worst),
+        "gap/max": distributed.max_over_ranks(worst),
         "train/grad_norm": norm,
     }
 
@@ -599,9 +581,9 @@ def heldout_metrics(
     if judge:
         ends = ["length" if cut else "stop" for cut in result["cut"]]
         responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
-        mine = responses[rank() :: world_size()]
+        mine = responses[distributed.rank() :: distributed.world_size()]
         score_rollouts(mine, heldout, args, step, policy[1], judge, gold)
-        rewards = gather([r.reward for r in mine])
+        rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
     return {f"heldout/{name}": value for name, value in numbers.items()}
@@ -616,21 +598,6 @@ def problems_at(step: int, problems: list[dict], batch_size: int, seed: int) -> 
         random.Random(f"{seed}/{epoch}").shuffle(fresh)
         order += fresh
     return [{**problems[order[start % n + k]], "place": start + k} for k in range(batch_size)]
-
-
-def refresh(inference: Transformer, model: Transformer) -> None:
-    """Copy the trained weights into the sampler's static copy, in place. Raises RuntimeError if a checksum of the copy
-    differs between ranks: they would sample from different policies, and nothing else would say so."""
-    if inference is model:
-        return
-    static, checksum = inference.state_dict(), 0
-    with torch.no_grad():
-        for name, tensor in gather_weights(model):
-            bits = static[name].copy_(tensor).view(torch.int16 if static[name].element_size() == 2 else torch.int32)
-            for piece in bits.flatten().split(1 << 26):  # a sum in int64 may take a copy in int64
-                checksum = (checksum + piece.sum(dtype=torch.int64).item()) % 2**50  # exact as a float64
-    if (max_over_ranks(checksum), -max_over_ranks(-checksum)) != (checksum, checksum):
-        raise RuntimeError(f"rank {rank()}: the sampler's weights differ between ranks (checksum {checksum})")
 
 
 def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict[str, float]:
@@ -657,8 +624,9 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
     kept = norm + (layer + layers * policy.hidden_size if args.activation_checkpointing else layers * layer)
     judgement = args.max_new_tokens + args.prm_max_new_tokens  # the response is part of the reward model's prompt
     needed = {
-        "weights": shared * weights / world_size() + (size * weights if gpu or world_size() > 1 else 0),
-        "gradients and optimizer": 12 * weights / world_size(),
+        "weights": shared * weights / distributed.world_size()
+        + (size * weights if gpu or distributed.world_size() > 1 else 0),
+        "gradients and optimizer": 12 * weights / distributed.world_size(),
         "activations": args.micro_tokens * kept * size,
         "KV cache": max(cache(policy, args.max_new_tokens), cache(prm, judgement) if prm else 0),
         "reward model": size * parameters(prm) if prm else 0,
@@ -781,24 +749,9 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     return gold
 
 
-def note_signals() -> list[int]:
-    """A list in which SIGTERM and Ctrl-C are noted from now on, in place of ending the process: the step may end, save
-    and stop; the same command goes on from there."""
-    signals: list[int] = []
-
-    def note(number: int, _) -> None:
-        signals.append(number)
-        if rank() == 0:
-            os.write(2, b"\nstopping after this step\n")  # print() isn't safe here: it may have been interrupted
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return signals
-
-
 def run(args: argparse.Namespace) -> None:
     """The training loop."""
-    device = start_processes(args.device)
+    device = distributed.init_distributed(args.device)
     out = Path(args.out)
     problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
     args.problems_sha256 = hash_file(args.problems)  # a run that goes on must find the same problems
@@ -807,15 +760,15 @@ def run(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = [open_config(args.policy, "--policy"), open_config(args.prm, "--prm") if args.reward in JUDGED else None]
     memory = estimate_memory(*configs, args, device.type == "cuda")
-    log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
-    log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
+    distributed.log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
+    distributed.log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
     source = find_model(args.policy, "--policy")
     reference = None
     if args.kl_coef:  # one after another: each is whole only for a moment
-        reference = prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
+        reference = distributed.prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
     model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
-    model = prepare_training(model, args.activation_checkpointing)
-    sharded = device.type == "cuda" or world_size() > 1
+    model = distributed.prepare_training(model, args.activation_checkpointing)
+    sharded = device.type == "cuda" or distributed.world_size() > 1
     inference = load_model(source, device, dtype) if sharded else model
     sampler = Sampler(inference, args.slots)
     judge = None
@@ -839,30 +792,34 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{args.problems}: no problem fits into both {about} of the context; change one")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     check_arguments(out, vars(args), FREE)
-    start = load_checkpoint(out / "training", model, optimizer)
-    refresh(inference, model)
-    if rank() == 0:
+    start = distributed.load_checkpoint(out / "training", model, optimizer)
+    distributed.copy_weights(inference, model)
+    if distributed.rank() == 0:
         write_json(Path(f"{out}.args.json"), describe_run(args))
-    log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
+    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
         f"responses a step, reward {args.reward}, constraints {args.format_constraints}"
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
     measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
-    signals = note_signals()
+    signals = distributed.stop_on_signal()
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
             metrics.append({"step": 0, **measure(0)})
         todo = range(start, args.steps)
-        bar = tqdm(todo, initial=start, total=args.steps, desc="grpo", unit="step", disable=rank() != 0)
+        bar = tqdm(todo, initial=start, total=args.steps, desc="grpo", unit="step", disable=distributed.rank() != 0)
         for step in bar:
             t0 = time.perf_counter()
             batch = problems_at(step, fitting, args.batch_size, args.seed)
-            mine = sample_rollouts(sampler, tokenizer, stops, batch[rank() :: world_size()], args, step)
+            mine = sample_rollouts(
+                sampler, tokenizer, stops, batch[distributed.rank() :: distributed.world_size()], args, step
+            )
             t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
             groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]
-            rollouts = [r for group in gather(groups) for r in group]  # of all ranks, in the order of the batch
+            rollouts = [
+                r for group in distributed.gather(groups) for r in group
+            ]  # of all ranks, in the order of the batch
             t2 = time.perf_counter()
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)
@@ -871,7 +828,7 @@ def run(args: argparse.Namespace) -> None:
             chosen, theirs = [rollouts[i] for i in kept], [of_tokens[i] for i in kept]
             for _ in range(args.updates if kept else 0):  # nothing kept, nothing learnt
                 trained = update_policy(model, optimizer, reference, chosen, theirs, args)
-            refresh(inference, model)
+            distributed.copy_weights(inference, model)
             t3 = time.perf_counter()
             record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
             record |= trained
@@ -881,28 +838,30 @@ def run(args: argparse.Namespace) -> None:
                                            ("update", sampled, t3 - t2)):  # fmt: skip
                 record |= {f"time/{phase}": seconds, f"time/{phase}_tokens_per_second": tokens / seconds}
             record["time/tokens_per_second"] = sampled / (t3 - t0)
-            if rank() == 0 and record["reward/unparsed"] == 1:
+            if distributed.rank() == 0 and record["reward/unparsed"] == 1:
                 warn_of_garbage(rollouts, step + 1)
-            last, stopped = step + 1 == args.steps, max_over_ranks(len(signals)) > 0
+            last, stopped = step + 1 == args.steps, distributed.max_over_ranks(len(signals)) > 0
             if heldout and (last or (step + 1) % args.heldout_every == 0):
                 record |= measure(step + 1)
-            if rank() == 0 and args.dump_rollouts:
+            if distributed.rank() == 0 and args.dump_rollouts:
                 dump_rollouts(out / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
             metrics.append(record)
             if last or stopped or (step + 1) % args.save_every == 0:
-                export(model, source, out)
-                save_checkpoint(out / "training", step + 1, model, optimizer)
-            if rank() == 0 and step % args.sample_every == 0:
+                distributed.export(model, source, out)
+                distributed.save_checkpoint(out / "training", step + 1, model, optimizer)
+            if distributed.rank() == 0 and step % args.sample_every == 0:
                 print_sample(batch[0], rollouts[0], advantages[0].item(), step + 1)
             bar.set_postfix_str(
                 f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, "
                 f"{record['time/tokens_per_second']:,.0f} tok/s", refresh=False
             )  # fmt: skip
             if stopped and not last:
-                log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command goes on from there")
+                distributed.log(
+                    f"{out}: stopped by a signal after step {step + 1} and saved; the same command goes on from there"
+                )
                 raise SystemExit(143)
-    log(f"{out}: done")
+    distributed.log(f"{out}: done")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

@@ -22,7 +22,7 @@ What differs from the paper: its fine-tuning settings are not published, so lear
 ours. `--kind policy` fine-tunes the policy's format on the reference-free labels (the paper: on solutions of a larger
 model, App. D).
 
-The file introduces what GRPO shares: packed batches, FSDP2, and checkpoints.
+The file introduces what GRPO shares: packed batches and the update. FSDP2 and checkpoints are in kernels/distributed.py.
 """
 
 import argparse
@@ -30,15 +30,11 @@ import json
 import math
 import random
 import re
-import shutil
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from generate import (
     SOLVE_PROMPT,
-    InputError,
     check_arguments,
     check_numbers,
     describe_run,
@@ -46,30 +42,22 @@ from generate import (
     find_boxes,
     find_model,
     hash_file,
-    log,
     open_boxes,
     open_model,
     parse_args,
-    rank,
     read_records,
     render_response,
     render_steps,
-    run_stage,
-    start_processes,
     take_lock,
-    world_size,
     write_json,
 )
-from kernels.transformer import Transformer, save_model
+from kernels import distributed
+from kernels.distributed import InputError, RunError
+from kernels.transformer import Transformer
 from verify import ORM_PROMPT, PRM_PROMPT, answer_tokens, mark_steps, without_thinking, write_prm_target
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 # Used when no --model is given; an explicit flag wins. The tiny reward models start from the checkpoint that has seen
@@ -185,7 +173,7 @@ def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             total = 0
         groups[-1].append(i)
         total += lengths[i]
-    return groups + [[] for _ in range(int(max_over_ranks(len(groups))) - len(groups))]
+    return groups + [[] for _ in range(int(distributed.max_over_ranks(len(groups))) - len(groups))]
 
 
 def packing_efficiency(lengths: list[int], max_tokens: int) -> float:
@@ -196,25 +184,7 @@ def packing_efficiency(lengths: list[int], max_tokens: int) -> float:
 
 def own_share(lengths: list[int]) -> list[int]:
     """Indices of this rank's share of a global batch: dealt out by length, so that ranks have similar work."""
-    return sorted(range(len(lengths)), key=lengths.__getitem__)[rank() :: world_size()]
-
-
-def sum_over_ranks(*values: float) -> list[float]:
-    """Each value summed over all ranks."""
-    if world_size() == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def max_over_ranks(value: float) -> float:
-    """The largest of all ranks' values."""
-    if world_size() == 1:
-        return value
-    most = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
+    return sorted(range(len(lengths)), key=lengths.__getitem__)[distributed.rank() :: distributed.world_size()]
 
 
 def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
@@ -230,88 +200,12 @@ def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, t
             logprobs, _ = model.packed(*pack(chunk, model.device))
             loss = -logprobs.sum() / denominator
             if train:
-                (loss * world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
+                (loss * distributed.world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
             total += loss.item()
-    return sum_over_ranks(total)[0]
+    return distributed.sum_over_ranks(total)[0]
 
 
-# --------------------------------------------------------------------------- FSDP2 and checkpoints
-
-
-def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
-    """Shard the model over all ranks (FSDP2), fp32 master weights with bf16 compute on GPUs.
-
-    Master weights are fp32 because a step of 1e-6 changes hardly any bf16 weight. A single CPU process stays as it is.
-    """
-    model.train()
-    model.checkpointing = checkpointing
-    if world_size() == 1 and model.device.type == "cpu":
-        # Saving a checkpoint would warn of it every time, but one process is what is meant.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        return model
-    if not dist.is_initialized():  # one GPU without torchrun: a group of one
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    # Named, because FSDP would choose a GPU wherever PyTorch was built for one, for a model on the CPU, too.
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy()
-    if model.device.type == "cuda":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.model["layers"]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # What is frozen has no backward pass, which is where the root's weights would be shared out again.
-    frozen = not any(p.requires_grad for p in model.parameters())
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
-
-
-def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole weight) one at a time, so that no rank needs room for all; under FSDP every rank must take part."""
-    for name, tensor in model.state_dict().items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory, the newest last."""
-    return sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())  # it is written last
-
-
-def save_checkpoint(
-    directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, keep: int = 2
-) -> None:
-    """Write weights and optimizer as directory/step_<step>, whole or not at all; keep the newest few."""
-    path = directory / f"step_{step:07d}"
-    temporary = directory / f".step_{step:07d}"
-    if rank() == 0:
-        for torn in directory.glob(".step_*"):  # by a kill, perhaps at a step that is never saved again
-            shutil.rmtree(torn)
-        temporary.mkdir(parents=True)
-    if dist.is_initialized():
-        dist.barrier()
-    weights, state = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:  # on every rank; no Exception, and it doesn't say that a disk is full
-        reason = " ".join(str(next(iter(error.failures.values()))[0]).split())
-        raise InputError(f"{path}: can't be written ({reason}); is the disk full? What was saved before is intact, and "
-                         "the same command goes on from there") from None  # fmt: skip
-    if rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        for other in {*directory.glob("step_*")} - {*whole_checkpoints(directory)[-keep:]}:
-            shutil.rmtree(other)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest complete checkpoint into model and optimizer; returns its step, 0 if there is none."""
-    saved = whole_checkpoints(directory)
-    if not saved:
-        return 0
-    weights, state = get_state_dict(model, optimizer)
-    both = {"model": weights, "optimizer": state}
-    dcp.load(both, checkpoint_id=saved[-1], no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
-    return int(saved[-1].name.removeprefix("step_"))
+# --------------------------------------------------------------------------- updates
 
 
 class MetricsFile:
@@ -325,7 +219,7 @@ class MetricsFile:
             self.records = [record for record in map(json.loads, lines) if record["step"] <= start]
 
     def __enter__(self) -> "MetricsFile":
-        if rank() == 0:
+        if distributed.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             taken = f"{self.path.parent}: another run is training into it"
             self.lock = take_lock(self.path.with_suffix(".lock"), taken)
@@ -338,12 +232,12 @@ class MetricsFile:
     def append(self, record: dict) -> None:
         """Add one step's numbers."""
         self.records.append(record)
-        if rank() == 0:
+        if distributed.rank() == 0:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
     def __exit__(self, *_) -> None:
-        if rank() == 0:
+        if distributed.rank() == 0:
             self.file.close()
             self.lock.close()
 
@@ -353,7 +247,7 @@ def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: floa
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if not torch.isfinite(norm):
-        raise InputError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; "
+        raise RunError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; "
                          "start again with a lower --lr and another --out")  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -407,12 +301,12 @@ def main() -> None:
     check_numbers(args, "warmup", "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} is the model itself; choose another, a resumed run starts from it")
-    device = start_processes(args.device)
+    device = distributed.init_distributed(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = read_records(args.labels, fields, "python verify.py")
     args.labels_sha256 = hash_file(args.labels)  # a run that goes on must find the same labels
     model, tokenizer, stops = open_model(args.model, device, torch.float32)
-    model = prepare_training(model, args.activation_checkpointing)
+    model = distributed.prepare_training(model, args.activation_checkpointing)
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
     training, evaluation = split_by_problem(labels, args.eval_fraction)
     sequences, counts = make_sequences(args.kind, training, tokenizer, end_id, args.max_length)
@@ -423,17 +317,17 @@ def main() -> None:
     steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
     out = Path(args.out)
     check_arguments(out, vars(args), FREE)
-    start = load_checkpoint(out / "training", model, optimizer)
+    start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
-    log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the longest of a "
+    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the longest of a "
         f"micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
         f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
-    if rank() == 0:
+    if distributed.rank() == 0:
         write_json(Path(f"{out}.args.json"), describe_run(args))
     with MetricsFile(out / "metrics.jsonl", start) as metrics:
         train(model, optimizer, sequences, held, args, start, steps, metrics)
-    log(f"{out}: done")
+    distributed.log(f"{out}: done")
 
 
 def train(model, optimizer, sequences, held, args, start, steps, metrics) -> None:
@@ -441,7 +335,9 @@ def train(model, optimizer, sequences, held, args, start, steps, metrics) -> Non
     model is the best one by evaluation loss, or the last one if nothing is held out."""
     out, source = Path(args.out), find_model(args.model)
     best = min((m["eval/loss"] for m in metrics.records if "eval/loss" in m), default=math.inf)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=rank() != 0)
+    bar = tqdm(
+        range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=distributed.rank() != 0
+    )
     for step in bar:
         started = time.time()
         batch = batch_at(step, sequences, args.batch_size, args.seed)
@@ -457,17 +353,10 @@ def train(model, optimizer, sequences, held, args, start, steps, metrics) -> Non
         if saving:
             if record.get("eval/loss", -math.inf) < best:
                 best = record.get("eval/loss", math.inf)
-                export(model, source, out)
-            save_checkpoint(out / "training", step + 1, model, optimizer)
+                distributed.export(model, source, out)
+            distributed.save_checkpoint(out / "training", step + 1, model, optimizer)
         bar.set_postfix_str(f"loss {loss:.4f}, {record['time/tokens_per_second']:,.0f} tok/s", refresh=False)
 
 
-def export(model: Transformer, source: Path, out: Path) -> None:
-    """Write the whole model as a Hugging Face directory (rank 0), with the tokenizer files of `source`."""
-    weights = {name: tensor.cpu() for name, tensor in gather_weights(model) if rank() == 0}
-    if rank() == 0:
-        save_model(model, out, tokenizer_from=source, weights=weights)
-
-
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

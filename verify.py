@@ -41,28 +41,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from generate import (
-    InputError,
     RecordFile,
     Sampler,
     check_numbers,
-    deal,
     defuse,
     encode_chat,
-    log,
     open_sampler,
     parse_args,
-    rank,
     read_answers,
     read_records,
     render_chat,
     render_steps,
-    run_stage,
-    start_processes,
     with_progress,
-    world_size,
     write_json,
     write_records,
 )
+from kernels import distributed
+from kernels.distributed import InputError
 from kernels.transformer import Transformer
 
 import torch
@@ -575,9 +570,9 @@ def verify_solutions(
         max_new_tokens=args.max_new_tokens,
         stop_ids=stops,
         seed=args.seed,
-        turns=deal(len(prompts), "verify"),
+        turns=distributed.work_queue(len(prompts), "verify"),
     )
-    for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // world_size()), N):
+    for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
         s, records = judged[i], []
         digest = hash_solution(s)
         for j, sample in enumerate(samples):
@@ -632,7 +627,7 @@ def improve_labels(
     with RecordFile(path, args, free, name, keep="merged") as output:
         for number in range(1, args.critique_rounds + 1):
             todo, texts = [], []
-            for s, base in pairs[rank() :: world_size()]:
+            for s, base in pairs[distributed.rank() :: distributed.world_size()]:
                 earlier = (s["id"], method, number - 1)
                 if number > 1:
                     base = merged_label(base, output.done[earlier], len(s["steps"])) if earlier in output.done else None
@@ -647,7 +642,7 @@ def improve_labels(
                 (critique, of_critique), (merged, of_merge) = (x or (None, 0) for x in pair)
                 about = {"id": todo[i]["id"], "method": method, "round": number}
                 output.append([{**about, "critique": critique, "merged": merged, "tokens": of_critique + of_merge}])
-    if rank() != 0 or not path.exists():
+    if distributed.rank() != 0 or not path.exists():
         return bases, 0
     ids = {s["id"] for s in solutions}
     records = [r for r in read_records(path, [*name, "merged", "tokens"], unique=name) if r["id"] in ids]
@@ -690,7 +685,7 @@ def main() -> None:
     if reads_answers != (args.answers is not None):
         raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
     check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
-    device = start_processes(args.device)
+    device = distributed.init_distributed(args.device)
     solutions = read_records(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
     if reads_answers:
@@ -711,10 +706,10 @@ def main() -> None:
         verify_solutions(args, solutions, answers if guided else {}, output, verifier)
     report_path, speed = Path(args.out) / "report.json", None
     if verifier.cache_info().currsize:  # this run has sampled verifications; critiques are slower and don't count
-        speed = verifier()[0].tokens * world_size() / (time.time() - started)
+        speed = verifier()[0].tokens * distributed.world_size() / (time.time() - started)
     elif report_path.exists():
         speed = json.loads(report_path.read_text()).get("tokens_per_second")
-    if rank() != 0 and not improved:
+    if distributed.rank() != 0 and not improved:
         return
     verifications = read_records(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
     ids = {s["id"] for s in solutions}  # --limit may be less than before
@@ -724,7 +719,7 @@ def main() -> None:
     critique_tokens = 0
     if improved:
         labels, critique_tokens = improve_labels(args, method, solutions, labels, verifier)
-    if rank() != 0:
+    if distributed.rank() != 0:
         return
     if args.balance != "none":
         right = [s["answer"] == answers.get(s["id"].rpartition("/")[0]) for s in solutions]  # compared as text
@@ -750,8 +745,8 @@ def main() -> None:
         "seconds": round(time.time() - started, 1),
     }
     write_json(report_path, report)
-    log(" | ".join(f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in report.items()))
+    distributed.log(" | ".join(f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in report.items()))
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

@@ -26,7 +26,9 @@ from pathlib import Path
 
 from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
 from evaluate import gold_labels
-from generate import SOLVE_PROMPT, InputError, open_model, read_records, render_response, run_stage, write_lines
+from generate import SOLVE_PROMPT, open_model, read_records, render_response, write_lines
+from kernels import distributed
+from kernels.distributed import InputError
 from kernels.transformer import save_model
 
 import torch
@@ -183,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

@@ -23,7 +23,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from generate import InputError, find_boxes, read_records, run_stage, write_records
+from generate import find_boxes, read_records, write_records
+from kernels import distributed
+from kernels.distributed import InputError
 
 # --------------------------------------------------------------------------- a row's problem and answer
 
@@ -260,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)

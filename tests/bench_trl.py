@@ -32,8 +32,8 @@ from statistics import NormalDist
 
 from generate import SOLVE_PROMPT, Sampler, open_model, read_records, render_chat
 from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
+from kernels import distributed
 from kernels.transformer import load_model
-from train_prm import prepare_training
 
 import torch
 import transformers
@@ -83,7 +83,7 @@ def make_step(lengths: list[int], group_size: int = GROUP):
     device = torch.device("cpu")
     model, tokenizer, stops = open_model(POLICY, device, torch.float32)
     reference = load_model(POLICY, device).requires_grad_(False)
-    model = prepare_training(model, checkpointing=False)
+    model = distributed.prepare_training(model, checkpointing=False)
     sampler = ForcedSampler(model, lengths)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     texts = first_prompts(tokenizer, len(lengths) // group_size)

@@ -24,7 +24,9 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import InputError, Sampler, open_model, open_tokenizer
+from generate import Sampler, open_model, open_tokenizer
+from kernels import distributed
+from kernels.distributed import InputError
 from kernels.transformer import Config, Transformer, save_model
 from verify import Scored, score_solutions
 
@@ -285,10 +287,10 @@ def test_gather_restores_the_order(monkeypatch):
     """Guards against verdicts of one rank's problems ending up at another's."""
     everything = list(range(7))
     parts = [everything[r::3] for r in range(3)]
-    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(evaluate, "world_size", lambda: 3)
-    monkeypatch.setattr(evaluate.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts))
-    assert evaluate.gather(parts[1]) == everything
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts))
+    assert distributed.gather(parts[1]) == everything
 
 
 # --------------------------------------------------------------------------- ProcessBench and benchmarks

@@ -23,7 +23,6 @@ from unittest.mock import MagicMock
 
 import generate
 from generate import (
-    InputError,
     RecordFile,
     Sampler,
     choose_tokens,
@@ -35,8 +34,9 @@ from generate import (
     render_steps,
     split_steps,
 )
-from kernels import decode
+from kernels import decode, distributed
 from kernels.decode import SlotCache, limits, ragged_attention
+from kernels.distributed import InputError
 from kernels.transformer import Config, Transformer, load_model, save_model
 
 import pytest
@@ -333,7 +333,7 @@ def take_turns(rank: int, pause: float, path: str, results) -> None:
     """One of two ranks, for which each number is so much work."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     mine = []
-    for few in generate.deal(60, "numbers"):
+    for few in distributed.work_queue(60, "numbers"):
         time.sleep(pause * len(few))
         mine += few
     results.put((rank, mine))
@@ -354,7 +354,7 @@ def test_a_rank_that_is_done_early_takes_more(tmp_path):
         process.join(timeout=60)
     assert sorted(taken[0] + taken[1]) == list(range(60))
     assert len(taken[0]) > len(taken[1]) > 0
-    assert [list(few) for few in generate.deal(3, "alone")] == [[0, 1, 2]]
+    assert [list(few) for few in distributed.work_queue(3, "alone")] == [[0, 1, 2]]
 
 
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -657,7 +657,7 @@ def test_errors_name_the_thing_once(tmp_path, capsys):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out.jsonl")
 
     with pytest.raises(SystemExit):
-        generate.run_stage(write)
+        distributed.run_stage(write)
     assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: 'out.jsonl'; choose another path\n"
     (tmp_path / "out").mkdir()
     (tmp_path / "out.args.json").write_text('{"arguments": {"labels_sha256": "a"}}')

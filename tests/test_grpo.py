@@ -8,8 +8,10 @@ import weakref
 
 import generate
 import grpo
-from generate import InputError, Sampler
+from generate import Sampler
+from kernels import distributed
 from kernels.decode import SlotCache
+from kernels.distributed import InputError, RunError
 from kernels.transformer import load_model
 from train_prm import after_prompt, pack
 from verify import Scored
@@ -579,17 +581,17 @@ def test_ranks_with_other_copies_stop_the_run(model_path, monkeypatch):
     """Guards: ranks that sample from different policies."""
     model, copy = load_model(model_path), load_model(model_path, dtype=torch.bfloat16)
     next(model.parameters()).data.add_(0.1)
-    grpo.refresh(copy, model)
+    distributed.copy_weights(copy, model)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
     seen: list[float] = []
-    monkeypatch.setattr(grpo, "max_over_ranks", lambda value: seen.append(value) or value)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: seen.append(value) or value)
     for _ in range(2):
-        grpo.refresh(copy, model)
+        distributed.copy_weights(copy, model)
         next(model.parameters()).data.view(-1)[0] += 1
     assert seen[0] == -seen[1] != seen[2] == -seen[3]  # a checksum of the weights
-    monkeypatch.setattr(grpo, "max_over_ranks", lambda value: value + 1)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: value + 1)
     with pytest.raises(RuntimeError, match="differ between ranks"):
-        grpo.refresh(copy, model)
+        distributed.copy_weights(copy, model)
 
 
 def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
@@ -597,7 +599,7 @@ def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
     root, flags = world
     real = Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda self, *a, **kw: real(self, *a, **kw | {"temperature": 0.5}))
-    with pytest.raises(InputError, match=r"--max_gap 0\.1.*stopped before the update"):
+    with pytest.raises(RunError, match=r"--max_gap 0\.1.*stopped before the update"):
         run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "other")
     assert not (root / "other" / "training").exists()
 

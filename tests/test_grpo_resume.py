@@ -17,9 +17,9 @@ from pathlib import Path
 
 import evaluate
 import grpo
-from generate import open_sampler, read_records, run_stage
+from generate import open_sampler, read_records
+from kernels import distributed
 from kernels.transformer import load_model
-from train_prm import load_checkpoint, save_checkpoint
 from verify import score_solutions
 
 import pytest
@@ -39,7 +39,7 @@ def train(monkeypatch, *flags: object) -> int:
     """The exit status of `python grpo.py flags`, in this process."""
     monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, flags)])
     try:
-        run_stage(grpo.main)
+        distributed.run_stage(grpo.main)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -186,18 +186,18 @@ def test_torn_checkpoints_never_cost_a_whole_one(world, tmp_path):
     """Guards: a torn checkpoint that is loaded, or that counts as one of the newest so that whole ones are removed; the
     gigabytes that a kill while saving leaves, at a step that is never saved again."""
     model, optimizer = fresh(world[1])
-    save_checkpoint(tmp_path, 5, model, optimizer)
-    save_checkpoint(tmp_path, 6, model, optimizer)
+    distributed.save_checkpoint(tmp_path, 5, model, optimizer)
+    distributed.save_checkpoint(tmp_path, 6, model, optimizer)
     for name in ("step_0000008", "step_0000009", ".step_0000007"):
         shutil.copytree(tmp_path / "step_0000006", tmp_path / name)
         (tmp_path / name / ".metadata").unlink()
-    assert load_checkpoint(tmp_path, *fresh(world[1])) == 6
+    assert distributed.load_checkpoint(tmp_path, *fresh(world[1])) == 6
     with torch.no_grad():
         model.head.add_(1.0)
-    save_checkpoint(tmp_path, 7, model, optimizer)
+    distributed.save_checkpoint(tmp_path, 7, model, optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000006", "step_0000007"]
     other, optimizer = fresh(world[1])
-    assert load_checkpoint(tmp_path, other, optimizer) == 7 and torch.equal(other.head, model.head)
+    assert distributed.load_checkpoint(tmp_path, other, optimizer) == 7 and torch.equal(other.head, model.head)
 
 
 # --------------------------------------------------------------------------- processes and signals
@@ -293,7 +293,7 @@ def test_failures_leave_the_last_checkpoint(world, tmp_path, monkeypatch, capsys
         assert life.end() == 2
         message = life.said("stderr").splitlines()[-1]
         assert message.startswith("error: ") and problem in message and "is intact, and the same command" in message
-        assert load_checkpoint(tmp_path / "out" / "training", *fresh(whole)) == 2
+        assert distributed.load_checkpoint(tmp_path / "out" / "training", *fresh(whole)) == 2
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != exported  # that of step 4, as a whole
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert train(monkeypatch, *flags, "--save_every", 1) == 0

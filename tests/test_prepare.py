@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data import prepare
 from evaluate import grade, read_answers, read_cases
-from generate import InputError, run_stage
+from kernels import distributed
+from kernels.distributed import InputError
 
 import huggingface_hub
 import pytest
@@ -161,7 +162,7 @@ def test_wrong_file_is_refused(small, tmp_path, monkeypatch, capsys, name, chang
     with pytest.raises(InputError, match=message):
         run(monkeypatch, name, "--out", tmp_path / "out", "--source", small)
     with pytest.raises(SystemExit, match="2"):
-        run_stage(prepare.main)
+        distributed.run_stage(prepare.main)
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 

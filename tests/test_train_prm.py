@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import train_prm
-from generate import InputError, encode_chat, hash_file, render_response, render_steps
+from generate import encode_chat, hash_file, render_response, render_steps
 from grpo import format_valid
+from kernels import distributed
+from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
 from verify import REWARD_MODELS, answer_tokens, mark_steps
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,12 +243,12 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
                 model.head.grad[0, 0] = float("nan")
             return loss
 
-        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"gradient.*nan.*checkpoint is intact"):
+        with monkeypatch.context() as patch, pytest.raises(RunError, match=r"gradient.*nan.*checkpoint is intact"):
             patch.setattr(train_prm, "sft_pass", sft_pass)
             run_main(patch, train_prm, *flags, "--out", out)
     else:
         saves = iter([False] * 3 + [True])
-        real_save = train_prm.dcp.save
+        real_save = torch.distributed.checkpoint.save
 
         def save(*arguments, checkpoint_id, **settings):
             killed = next(saves)
@@ -254,7 +257,7 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train_prm.dcp, "save", save)
+            patch.setattr(torch.distributed.checkpoint, "save", save)
             run_main(patch, train_prm, *flags, "--out", out)
         assert read_metrics(out)[-1]["step"] == 8  # of a step whose checkpoint doesn't exist
         with open(out / "metrics.jsonl", "a") as file:
@@ -309,11 +312,11 @@ def test_ranks_of_a_cpu_stay_on_the_cpu(world, monkeypatch):
     """Guards: FSDP choosing its device by what PyTorch was built for, so that ranks on the CPU end with CUDA's error (or
     meet on one GPU) wherever pip has installed a CUDA build, as it does on Linux."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
-    monkeypatch.setattr(train_prm, "world_size", lambda: 2)  # a single one isn't sharded
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # a single one isn't sharded
     model = train_prm.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sharded = train_prm.prepare_training(model, False)
+        sharded = distributed.prepare_training(model, False)
         assert {p.device_mesh.device_type for p in sharded.parameters()} == {"cpu"}
     finally:
         torch.distributed.destroy_process_group()

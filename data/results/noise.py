@@ -17,7 +17,9 @@ from pathlib import Path
 
 from data.results.claims import over_seeds, read_points, read_results
 from evaluate import read_gold, read_metrics
-from generate import InputError, read_records, run_stage, write_lines
+from generate import read_records, write_lines
+from kernels import distributed
+from kernels.distributed import InputError
 from verify import parse_verification
 
 HERE = Path(__file__).parent
@@ -113,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    distributed.run_stage(main)
