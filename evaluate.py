@@ -32,21 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from generate import (
-    SOLVE_PROMPT,
-    Sampler,
-    check_numbers,
-    describe_run,
-    encode_chat,
-    extract_answer,
-    open_sampler,
-    parse_args,
-    read_answers,
-    read_records,
-    with_progress,
-    write_json,
-    write_records,
-)
+from data import records
+from generate import SOLVE_PROMPT, Sampler, encode_chat, extract_answer, open_sampler, with_progress
 from kernels import distributed
 from kernels.distributed import InputError
 from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
@@ -290,7 +277,7 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
     print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
     distributed.log(PAPER[args.command])
     if distributed.rank() == 0:
-        write_records(Path(args.out), rows, args)
+        records.write_records(Path(args.out), rows, args)
 
 
 def save_figure(figure, out: Path) -> None:
@@ -316,8 +303,8 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Nam
     """Parse the flags of one command. If an input isn't given, the tiny world's values take the place of defaults."""
     given = parser.parse_args()
     missing = [name for name in inputs if getattr(given, name) is None]
-    args = parse_args(parser, TINY[given.command], (missing or inputs)[0])
-    check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
+    args = records.parse_args(parser, TINY[given.command], (missing or inputs)[0])
+    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
     if vars(args).get("out", "") is None:
         raise InputError("--out is missing; say where to write the result")
     if "out" in args and Path(args.out).is_dir():  # before hours of work, rather than after them
@@ -344,7 +331,7 @@ def read_cases(path: str) -> list[dict]:
     fields = ["problem", "steps", "label"]
     text = Path(path).read_text(encoding="utf-8").lstrip() if Path(path).is_file() else ""
     try:
-        cases = json.loads(text) if text.startswith("[") else read_records(path, fields, "python -m data.make_tiny")
+        cases = json.loads(text) if text.startswith("[") else records.read(path, fields, "python -m data.make_tiny")
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
     if not cases:
@@ -512,8 +499,8 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     args = parse_command(parser, "model", "problems", "gold")
     made_by = "python -m data.make_tiny problems"
     paths = name_files("problems", args.problems)
-    files = {name: read_records(path, ["id", "problem"], made_by)[: args.limit] for name, path in paths.items()}
-    gold, device = read_answers(args.gold), distributed.init_distributed(args.device)
+    files = {name: records.read(path, ["id", "problem"], made_by)[: args.limit] for name, path in paths.items()}
+    gold, device = records.read_answers(args.gold), distributed.init_distributed(args.device)
     headline = f"avg@{args.num_samples}"
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p}
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
@@ -554,10 +541,10 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "solutions", "gold")
-    gold, rows = read_answers(args.gold), []
+    gold, rows = records.read_answers(args.gold), []
     fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
     files = {
-        n: read_records(path, fields, "python generate.py")
+        n: records.read(path, fields, "python generate.py")
         for n, path in name_files("solutions", args.solutions).items()
     }
     sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
@@ -611,16 +598,16 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
 def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     """solution id -> gold, for the solutions (id, steps, answer) that have a record: their own (step_labels, outcome),
     or their problem's (answer, and steps if solutions are canonical)."""
-    records = {r["id"]: r for r in read_records(path, ["id"], "python -m data.make_tiny problems")}
+    known = {r["id"]: r for r in records.read(path, ["id"], "python -m data.make_tiny problems")}
     gold: dict[str, Gold] = {}
     pairs: dict[str, tuple[str | None, str]] = {}
     for s in solutions:
-        name, problem = s["id"], records.get(s["id"].rpartition("/")[0])
-        if name in records:
-            labels, n = records[name].get("step_labels"), len(s["steps"])
+        name, problem = s["id"], known.get(s["id"].rpartition("/")[0])
+        if name in known:
+            labels, n = known[name].get("step_labels"), len(s["steps"])
             if labels is not None and len(labels) != n:
                 raise InputError(f"{path}: {name} has {len(labels)} step_labels, but {n} steps; mend the record")
-            gold[name] = (labels, records[name].get("outcome"))
+            gold[name] = (labels, known[name].get("outcome"))
         elif problem:
             gold[name] = (gold_labels(s["steps"], problem["steps"]) if problem.get("steps") else None, None)
             if problem.get("answer") is not None:
@@ -725,15 +712,15 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="verify.py's, for the same choices; also the bootstrap's")
     args = parse_command(parser, "labels", "verifications", "gold")
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
-    files = [read_records(path, fields, "python verify.py") for path in args.labels]
+    files = [records.read(path, fields, "python verify.py") for path in args.labels]
     solutions = {label["id"]: label for file in files for label in file}
     gold = read_gold(args.gold, list(solutions.values()))
     fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
-    verifications = read_records(args.verifications, fields, "python verify.py")
+    verifications = records.read(args.verifications, fields, "python verify.py")
     spent = {"": verifications}  # what else was sampled, if it lies beside the verifications
     for name in ("critiques", "verifications_reference"):
         beside = Path(args.verifications).with_name(f"{name}.jsonl")
-        spent[name] = read_records(beside, ["tokens"]) if beside.exists() else []
+        spent[name] = records.read(beside, ["tokens"]) if beside.exists() else []
     rows = []
     for file in files:
         labels = {label["id"]: label for label in file if label["id"] in gold}
@@ -749,8 +736,8 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     rows += vote_report([s for s in solutions.values() if s["id"] in gold], verifications, gold, args.seed)
     counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold)}
     counts["unknown_outcomes"] = sum(outcome is None for _, outcome in gold.values())
-    write_json(Path(f"{args.out}.args.json"), describe_run(args))
-    write_json(Path(args.out), {**counts, "rows": rows})
+    records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
+    records.write_json(Path(args.out), {**counts, "rows": rows})
     report = Path(args.verifications).with_name("report.json")
     speed = json.loads(report.read_text()).get("tokens_per_second") if report.exists() else None
     table = []
@@ -788,10 +775,10 @@ AXES = ("xlabel", "ylabel", "ylim", "xscale")
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
     """key -> {step: value}, in order, from a run's metrics.jsonl; of a step that was done again the last counts."""
-    records = {r["step"]: r for r in read_records(Path(run) / "metrics.jsonl", ["step"], "python grpo.py")}
+    by_step = {r["step"]: r for r in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py")}
     curves: dict[str, dict[int, float]] = {}
-    for step in sorted(records):
-        for key, value in records[step].items():
+    for step in sorted(by_step):
+        for key, value in by_step[step].items():
             curves.setdefault(key, {})[step] = value
     return curves
 
@@ -860,7 +847,7 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     for pattern in args.runs:
         for run in sorted(glob(pattern)) or [pattern]:
             if run.endswith(".jsonl"):
-                curves += read_records(run, ["panel", "curve", "x", "y"])
+                curves += records.read(run, ["panel", "curve", "x", "y"])
             else:
                 curves += run_curves(run, pattern, args.keys)
     if not curves:
@@ -908,15 +895,15 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
     args = parse_command(parser, "labels")
     fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
-    labels = read_records(args.labels, fields, "python verify.py")
+    labels = records.read(args.labels, fields, "python verify.py")
     wanted = args.id or labels[0]["id"].rpartition("/")[0]
     found = [label for label in labels if wanted in (label["id"], label["id"].rpartition("/")[0])]
     rollouts = []
     fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
     paths = sorted(Path(args.rollouts).glob("step_*.jsonl")) if args.rollouts else []
     for path in paths:
-        records = read_records(path, fields, "python grpo.py --dump_rollouts")
-        rollouts += [(int(path.stem[5:]), r) for r in records if r["problem_id"] == wanted]
+        responses = records.read(path, fields, "python grpo.py --dump_rollouts")
+        rollouts += [(int(path.stem[5:]), r) for r in responses if r["problem_id"] == wanted]
     if args.rollouts and not paths:
         distributed.log(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
     if not found and not rollouts:

@@ -45,6 +45,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from data import records
+
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import grade_all, heldout_accuracy, majority_answer
 from generate import (
@@ -52,28 +54,19 @@ from generate import (
     SOLVE_PROMPT,
     STEP_TAG,
     Sampler,
-    check_arguments,
-    check_numbers,
-    describe_run,
     encode_chat,
     extract_answer,
     find_boxes,
     find_model,
-    hash_file,
     open_config,
     open_model,
     open_sampler,
-    parse_args,
-    read_answers,
-    read_records,
     split_steps,
-    write_json,
-    write_lines,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model
-from train_prm import MetricsFile, clip_and_step, own_share, split_micro_batches
+from train_prm import clip_and_step, own_share, split_micro_batches
 from verify import REWARD_MODELS, Scored, score_solutions
 
 import torch
@@ -636,12 +629,12 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
 
 def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
     """Everything about a step's responses, one a line, for reading later."""
-    records = [
+    rows = [
         {"problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
          "reward": r.reward, "advantage": a, "judgement": r.scored and vars(r.scored)}
         for r, a in zip(rollouts, advantages.tolist(), strict=True)
     ]  # fmt: skip
-    write_lines(path, records)
+    records.write_lines(path, rows)
 
 
 def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
@@ -713,14 +706,14 @@ def main() -> None:
     group.add_argument("--save_every", type=int, default=20, help="steps between checkpoints")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY, "policy", "problems", "out")
+    args = records.parse_args(parser, TINY, "policy", "problems", "out")
     if args.min_steps is None:
         args.min_steps = STEP_DESIGNS.get(args.reward, 1)
-    check_numbers(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size",
+    records.check_numbers(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size",
                  "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
                  "save_every")  # fmt: skip
-    check_numbers(args, "lr", "weight_decay", "kl_coef", least=0)
-    check_numbers(args, "group_size", least=2)  # one response is always as good as its group
+    records.check_numbers(args, "lr", "weight_decay", "kl_coef", least=0)
+    records.check_numbers(args, "group_size", least=2)  # one response is always as good as its group
     if args.reward in JUDGED and args.prm is None:
         raise InputError("--prm is missing; it goes with --policy")
     if args.reward in ("step_augmented", *STEP_DESIGNS) and args.prm_kind == "orm":
@@ -742,7 +735,7 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     needed = args.reward == "rlvr"
     gold = {p["id"]: p["answer"] for p in problems if needed and p.get("answer") is not None}
     if args.gold is not None and (needed or args.gold != TINY["gold"] or Path(args.gold).is_file()):
-        gold |= read_answers([args.gold])
+        gold |= records.read_answers([args.gold])
     missing = [p["id"] for p in problems if needed and p["id"] not in gold]
     if missing:
         raise InputError(f"--reward rlvr: problem {missing[0]} has no reference answer; give --gold with all of them")
@@ -753,10 +746,10 @@ def run(args: argparse.Namespace) -> None:
     """The training loop."""
     device = distributed.init_distributed(args.device)
     out = Path(args.out)
-    problems = read_records(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
-    args.problems_sha256 = hash_file(args.problems)  # a run that goes on must find the same problems
+    problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
+    args.problems_sha256 = records.hash_file(args.problems)  # a run that goes on must find the same problems
     gold = load_gold(args, problems)
-    heldout = read_records(args.heldout, ["id", "problem"]) if args.heldout and gold else []
+    heldout = records.read(args.heldout, ["id", "problem"]) if args.heldout and gold else []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = [open_config(args.policy, "--policy"), open_config(args.prm, "--prm") if args.reward in JUDGED else None]
     memory = estimate_memory(*configs, args, device.type == "cuda")
@@ -791,11 +784,11 @@ def run(args: argparse.Namespace) -> None:
         )
         raise InputError(f"{args.problems}: no problem fits into both {about} of the context; change one")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    check_arguments(out, vars(args), FREE)
+    records.check_arguments(out, vars(args), FREE)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     distributed.copy_weights(inference, model)
     if distributed.rank() == 0:
-        write_json(Path(f"{out}.args.json"), describe_run(args))
+        records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
     distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
         f"responses a step, reward {args.reward}, constraints {args.format_constraints}"
         + (f", resumed after step {start}" if start else "")
@@ -803,7 +796,7 @@ def run(args: argparse.Namespace) -> None:
 
     measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
     signals = distributed.stop_on_signal()
-    with MetricsFile(out / "metrics.jsonl", start) as metrics:
+    with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
             metrics.append({"step": 0, **measure(0)})
         todo = range(start, args.steps)

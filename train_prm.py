@@ -26,30 +26,22 @@ The file introduces what GRPO shares: packed batches and the update. FSDP2 and c
 """
 
 import argparse
-import json
 import math
 import random
 import re
 import time
 from pathlib import Path
 
+from data import records
 from generate import (
     SOLVE_PROMPT,
-    check_arguments,
-    check_numbers,
-    describe_run,
     encode_chat,
     find_boxes,
     find_model,
-    hash_file,
     open_boxes,
     open_model,
-    parse_args,
-    read_records,
     render_response,
     render_steps,
-    take_lock,
-    write_json,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -208,40 +200,6 @@ def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, t
 # --------------------------------------------------------------------------- updates
 
 
-class MetricsFile:
-    """metrics.jsonl of a training run, one object a step. Resuming after step `start` cuts off what came later.
-    Use as a context manager; only rank 0 writes. It holds the run's lock: two runs never train into one directory."""
-
-    def __init__(self, path: Path, start: int):
-        self.path, self.records = path, []
-        if start and path.exists():
-            lines = path.read_text().split("\n")[:-1]  # a torn last line has no newline
-            self.records = [record for record in map(json.loads, lines) if record["step"] <= start]
-
-    def __enter__(self) -> "MetricsFile":
-        if distributed.rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            taken = f"{self.path.parent}: another run is training into it"
-            self.lock = take_lock(self.path.with_suffix(".lock"), taken)
-            temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-            temporary.replace(self.path)
-            self.file = open(self.path, "a")
-        return self
-
-    def append(self, record: dict) -> None:
-        """Add one step's numbers."""
-        self.records.append(record)
-        if distributed.rank() == 0:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-
-    def __exit__(self, *_) -> None:
-        if distributed.rank() == 0:
-            self.file.close()
-            self.lock.close()
-
-
 def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
     """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -295,16 +253,16 @@ def main() -> None:
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY, "model", "labels", "out")
-    check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    check_numbers(args, "lr", "weight_decay", least=0)
-    check_numbers(args, "warmup", "eval_fraction", least=0, most=0.9)
+    args = records.parse_args(parser, TINY, "model", "labels", "out")
+    records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
+    records.check_numbers(args, "lr", "weight_decay", least=0)
+    records.check_numbers(args, "warmup", "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} is the model itself; choose another, a resumed run starts from it")
     device = distributed.init_distributed(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
-    labels = read_records(args.labels, fields, "python verify.py")
-    args.labels_sha256 = hash_file(args.labels)  # a run that goes on must find the same labels
+    labels = records.read(args.labels, fields, "python verify.py")
+    args.labels_sha256 = records.hash_file(args.labels)  # a run that goes on must find the same labels
     model, tokenizer, stops = open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
@@ -316,7 +274,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
     out = Path(args.out)
-    check_arguments(out, vars(args), FREE)
+    records.check_arguments(out, vars(args), FREE)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
@@ -324,8 +282,8 @@ def main() -> None:
         f"micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
         f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if distributed.rank() == 0:
-        write_json(Path(f"{out}.args.json"), describe_run(args))
-    with MetricsFile(out / "metrics.jsonl", start) as metrics:
+        records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
+    with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
         train(model, optimizer, sequences, held, args, start, steps, metrics)
     distributed.log(f"{out}: done")
 

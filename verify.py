@@ -40,22 +40,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from generate import (
-    RecordFile,
-    Sampler,
-    check_numbers,
-    defuse,
-    encode_chat,
-    open_sampler,
-    parse_args,
-    read_answers,
-    read_records,
-    render_chat,
-    render_steps,
-    with_progress,
-    write_json,
-    write_records,
-)
+from data import records
+from generate import Sampler, defuse, encode_chat, open_sampler, render_chat, render_steps, with_progress
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.transformer import Transformer
@@ -538,7 +524,11 @@ def hash_solution(solution: dict) -> str:
 
 
 def verify_solutions(
-    args: argparse.Namespace, solutions: list[dict], answers: dict[str, str], output: RecordFile, verifier: Callable
+    args: argparse.Namespace,
+    solutions: list[dict],
+    answers: dict[str, str],
+    output: records.RecordFile,
+    verifier: Callable,
 ) -> None:
     """Sample the verifications that the output doesn't have yet. answers: by problem id; empty where none are used."""
     N = args.num_verifications
@@ -624,7 +614,7 @@ def improve_labels(
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
     free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
-    with RecordFile(path, args, free, name, keep="merged") as output:
+    with records.RecordFile(path, args, free, name, keep="merged") as output:
         for number in range(1, args.critique_rounds + 1):
             todo, texts = [], []
             for s, base in pairs[distributed.rank() :: distributed.world_size()]:
@@ -645,12 +635,12 @@ def improve_labels(
     if distributed.rank() != 0 or not path.exists():
         return bases, 0
     ids = {s["id"] for s in solutions}
-    records = [r for r in read_records(path, [*name, "merged", "tokens"], unique=name) if r["id"] in ids]
-    records = [r for r in records if r["method"] == method and r["round"] <= args.critique_rounds]
-    records.sort(key=lambda r: r["round"])
-    last = {r["id"]: r["merged"] for r in records}
+    critiques = [r for r in records.read(path, [*name, "merged", "tokens"], unique=name) if r["id"] in ids]
+    critiques = [r for r in critiques if r["method"] == method and r["round"] <= args.critique_rounds]
+    critiques.sort(key=lambda r: r["round"])
+    last = {r["id"]: r["merged"] for r in critiques}
     labels = [merged_label(base, last.get(s["id"]), len(s["steps"])) for s, base in pairs]
-    return labels, sum(r["tokens"] for r in records)
+    return labels, sum(r["tokens"] for r in critiques)
 
 
 # --------------------------------------------------------------------------- main
@@ -680,16 +670,16 @@ def main() -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    args = parse_args(parser, TINY, "model", "solutions", "out")
+    args = records.parse_args(parser, TINY, "model", "solutions", "out")
     reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"
     if reads_answers != (args.answers is not None):
         raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
-    check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
+    records.check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)
-    solutions = read_records(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
+    solutions = records.read(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
     if reads_answers:
-        answers = read_answers([args.answers])
+        answers = records.read_answers([args.answers])
         missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
         if missing:
             raise InputError(f"{args.answers}: no answer for the problem of solution {missing[0]}; add it")
@@ -702,7 +692,7 @@ def main() -> None:
     method = "hybrid_outcome" if by_outcome else args.method
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
     free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
-    with RecordFile(path, args, free, keep="solution_sha256") as output:
+    with records.RecordFile(path, args, free, keep="solution_sha256") as output:
         verify_solutions(args, solutions, answers if guided else {}, output, verifier)
     report_path, speed = Path(args.out) / "report.json", None
     if verifier.cache_info().currsize:  # this run has sampled verifications; critiques are slower and don't count
@@ -711,7 +701,7 @@ def main() -> None:
         speed = json.loads(report_path.read_text()).get("tokens_per_second")
     if distributed.rank() != 0 and not improved:
         return
-    verifications = read_records(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
+    verifications = records.read(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
     ids = {s["id"] for s in solutions}  # --limit may be less than before
     verifications = [r for r in verifications if r["solution_id"] in ids]
     aggregate = AGGREGATES.get(args.hybrid_from if args.method == "hybrid" else args.method, single)
@@ -726,8 +716,8 @@ def main() -> None:
         truths = right if args.balance == "ground_truth" else [bool(label.outcome) for label in labels]
         labels = balance_labels(labels, truths, random.Random(f"{args.seed}/balance"))
     about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": method} for s in solutions]
-    records = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
-    write_records(Path(args.out) / f"labels_{method}.jsonl", records, args)
+    labelled = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
+    records.write_records(Path(args.out) / f"labels_{method}.jsonl", labelled, args)
     kept = [label for label in labels if label.dropped is None]
     report = {
         "method": method,
@@ -744,7 +734,7 @@ def main() -> None:
         "tokens_per_second": speed,
         "seconds": round(time.time() - started, 1),
     }
-    write_json(report_path, report)
+    records.write_json(report_path, report)
     distributed.log(" | ".join(f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in report.items()))
 
 

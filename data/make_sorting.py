@@ -24,9 +24,10 @@ from functools import partial
 from itertools import permutations
 from pathlib import Path
 
+from data import records
 from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
 from evaluate import gold_labels
-from generate import SOLVE_PROMPT, open_model, read_records, render_response, write_lines
+from generate import SOLVE_PROMPT, open_model, render_response
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.transformer import save_model
@@ -129,8 +130,8 @@ def write_problems() -> None:
     """problems.jsonl and heldout.jsonl."""
     _, *sets = make_sets()
     for file, rows in zip(("problems", "heldout"), sets, strict=True):
-        records = [{"id": f"{file[0]}{i:04d}", "problem": TEXT.format(row=row)} for i, row in enumerate(rows)]
-        write_lines(OUT / f"{file}.jsonl", records)
+        results = [{"id": f"{file[0]}{i:04d}", "problem": TEXT.format(row=row)} for i, row in enumerate(rows)]
+        records.write_lines(OUT / f"{file}.jsonl", results)
 
 
 def make_model(name: str) -> None:
@@ -149,18 +150,18 @@ def make_model(name: str) -> None:
 def check(solutions: str, out: str, cases: str | None) -> None:
     """Write {id, step_labels, outcome} for each solution, and if asked for the same as cases in ProcessBench's form; print
     how many are right."""
-    records, benchmark = [], []
-    for s in read_records(solutions, ["id", "problem", "steps", "answer"]):
+    rows, benchmark = [], []
+    for s in records.read(solutions, ["id", "problem", "steps", "answer"]):
         labels, sorts = judge(s["problem"].split()[1], s["steps"])
         outcome = sorts and s["answer"] == "done"
-        records.append({"id": s["id"], "step_labels": labels, "outcome": outcome})
+        rows.append({"id": s["id"], "step_labels": labels, "outcome": outcome})
         about = {"id": s["id"], "generator": s["model"], "problem": s["problem"]}
         benchmark.append(make_case(about, s["steps"], labels, outcome))
-    write_lines(Path(out), records)
+    records.write_lines(Path(out), rows)
     if cases:
-        write_lines(Path(cases), [case for case in benchmark if case])
-    right = sum(r["outcome"] for r in records)
-    print(f"{solutions}: {right} of {len(records)} solutions are right, {100 * right / len(records):.1f} %")
+        records.write_lines(Path(cases), [case for case in benchmark if case])
+    right = sum(r["outcome"] for r in rows)
+    print(f"{solutions}: {right} of {len(rows)} solutions are right, {100 * right / len(rows):.1f} %")
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import verify
+from data import records
 from evaluate import first_error, gold_labels
 from generate import (
     SOLVE_PROMPT,
@@ -49,7 +50,6 @@ from generate import (
     render_response,
     render_steps,
     split_steps,
-    write_lines,
 )
 from grpo import format_valid
 from kernels.transformer import Config, Transformer, save_model
@@ -211,13 +211,13 @@ def write_problems(world: World) -> None:
     _, train, heldout = make_sets(world, pool=0)
     gold = []
     for file, prefix, problems in (("problems", "t", train), ("heldout", "h", heldout)):
-        records = [
+        rows = [
             {"id": f"{prefix}{i:04d}", "problem": p.text, "source": world.directory.name}
             for i, p in enumerate(problems)
         ]
-        gold += [{"id": r["id"], "answer": p.answer, "steps": p.steps} for r, p in zip(records, problems, strict=True)]
-        write_lines(world.directory / f"{file}.jsonl", records)
-    write_lines(world.directory / "gold.jsonl", gold)
+        gold += [{"id": r["id"], "answer": p.answer, "steps": p.steps} for r, p in zip(rows, problems, strict=True)]
+        records.write_lines(world.directory / f"{file}.jsonl", rows)
+    records.write_lines(world.directory / "gold.jsonl", gold)
 
 
 # --------------------------------------------------------------------------- what the models learn from
@@ -537,8 +537,8 @@ def write_processbench(world: World, device: torch.device) -> None:
             about |= {"problem": problem.text}
             if case := make_case(about, steps, gold_labels(steps, problem.steps), right):
                 cases[case["label"] >= 0].append(case)
-    records = cases[True][:CASES] + cases[False][:CASES]
-    write_lines(world.directory / "processbench.jsonl", sorted(records, key=lambda r: r["id"]))
+    rows = cases[True][:CASES] + cases[False][:CASES]
+    records.write_lines(world.directory / "processbench.jsonl", sorted(rows, key=lambda r: r["id"]))
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from generate import find_boxes, read_records, write_records
+from data import records
+from generate import find_boxes
 from kernels import distributed
 from kernels.distributed import InputError
 
@@ -223,8 +224,8 @@ def prepare(args: argparse.Namespace) -> None:
             outputs[Path(args.out, "gold", f"{name}.jsonl")] = gold
         outputs[Path(args.out, f"{name}.jsonl")] = problems
         print(f"{name}: {len(problems)} of {len(rows)} rows from {path}; {checked}")
-    for path, records in outputs.items():
-        write_records(path, records, args)
+    for path, results in outputs.items():
+        records.write_records(path, results, args)
 
 
 def normalise(problem: str) -> str:
@@ -234,16 +235,16 @@ def normalise(problem: str) -> str:
 
 def report_overlap(args: argparse.Namespace) -> None:
     """Which benchmark problems are in the training file, as a whole; --out: the training file without them."""
-    train = [(normalise(record["problem"]), record) for record in read_records(args.train, ["id", "problem"])]
+    train = [(normalise(record["problem"]), record) for record in records.read(args.train, ["id", "problem"])]
     texts, found = {text for text, _ in train}, set()
     for path in args.benchmarks:
-        problems = {normalise(record["problem"]) for record in read_records(path, ["id", "problem"])}
+        problems = {normalise(record["problem"]) for record in records.read(path, ["id", "problem"])}
         print(f"{path}: {len(problems & texts)} of {len(problems)} different problems are in {args.train}")
         found |= problems & texts
     kept = [record for text, record in train if text not in found]
     print(f"{args.train}: {len(train) - len(kept)} of {len(train)} problems are in a benchmark")
     if args.out is not None:
-        write_records(Path(args.out), kept, args)
+        records.write_records(Path(args.out), kept, args)
 
 
 def main() -> None:

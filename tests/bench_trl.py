@@ -30,7 +30,8 @@ import warnings
 from argparse import Namespace
 from statistics import NormalDist
 
-from generate import SOLVE_PROMPT, Sampler, open_model, read_records, render_chat
+from data import records
+from generate import SOLVE_PROMPT, Sampler, open_model, render_chat
 from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
 from kernels import distributed
 from kernels.transformer import load_model
@@ -55,7 +56,7 @@ def long_tailed() -> list[int]:
 
 def first_prompts(tokenizer, n: int) -> list[str]:
     """The first n problems as the policy sees them."""
-    return [render_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in read_records(PROBLEMS, [])[:n]]
+    return [render_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in records.read(PROBLEMS, [])[:n]]
 
 
 def share_of_ones(completions: list[str], **_) -> list[float]:

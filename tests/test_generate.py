@@ -22,18 +22,8 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import generate
-from generate import (
-    RecordFile,
-    Sampler,
-    choose_tokens,
-    extract_answer,
-    find_boxes,
-    read_answers,
-    read_records,
-    render_response,
-    render_steps,
-    split_steps,
-)
+from data import records
+from generate import Sampler, choose_tokens, extract_answer, find_boxes, render_response, render_steps, split_steps
 from kernels import decode, distributed
 from kernels.decode import SlotCache, limits, ragged_attention
 from kernels.distributed import InputError
@@ -584,8 +574,8 @@ def test_garbage_takes_linear_time(function):
 # --------------------------------------------------------------------------- record files
 
 
-def open_output(path: Path, **changes) -> RecordFile:
-    return RecordFile(
+def open_output(path: Path, **changes) -> records.RecordFile:
+    return records.RecordFile(
         path, Namespace(**{"model": "m", "temperature": 0.7, "seed": 0, "slots": 4, "out": "x", **changes})
     )
 
@@ -594,34 +584,34 @@ def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
     """Guards: a torn line that swallows the next record, a whole last line that is taken for a torn one, records twice, a
     second writer, and lines cut at U+2028."""
     path = tmp_path / "deep" / "out.jsonl"
-    records = [{"id": str(i), "text": "line\u2028\x85 one\r\n“two”"} for i in range(4)]
+    written = [{"id": str(i), "text": "line\u2028\x85 one\r\n“two”"} for i in range(4)]
     with open_output(path) as output:
         assert not path.exists()
-        output.append(records[:2])
+        output.append(written[:2])
         with pytest.raises(InputError, match="another run is writing"), open_output(path):
             pass
     with open(path, "a") as file:
         file.write('{"id": "2", "te')
     with open_output(path, slots=8, out="./x") as output:  # neither changes records
         assert output.done.keys() == {"0", "1"}
-        output.append(records)
-    assert read_records(path, ["id", "text"]) == records
+        output.append(written)
+    assert records.read(path, ["id", "text"]) == written
     assert json.loads(Path(f"{path}.args.json").read_text())["arguments"]["slots"] == 8
     with pytest.raises(InputError, match=r"made with --temperature 0.7, this run has --temperature 0.9"):
         open_output(path, temperature=0.9).__enter__()
-    assert read_records(path, ["id", "text"]) == records
+    assert records.read(path, ["id", "text"]) == written
     path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as another engine may write it
     with open_output(path) as output:
         assert output.done.keys() == {"0", "1", "2", "3"}
         output.append([{"id": "4", "text": ""}])
-    assert read_records(path, ["id", "text"]) == [*records, {"id": "4", "text": ""}]
+    assert records.read(path, ["id", "text"]) == [*written, {"id": "4", "text": ""}]
     assert not list(path.parent.glob(".*"))  # no temporary file is left
 
 
 def test_a_run_is_described_without_git(monkeypatch):
     """Guards: stages that need a program which isn't in requirements.txt."""
     monkeypatch.setenv("PATH", "")
-    assert generate.describe_run(Namespace(seed=1))["commit"] is None
+    assert records.describe_run(Namespace(seed=1))["commit"] is None
 
 
 @pytest.mark.parametrize(
@@ -646,7 +636,7 @@ def test_read_records_names_what_is_wrong(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_records(path, ["id", "problem"], "python x.py")
+        records.read(path, ["id", "problem"], "python x.py")
 
 
 def test_errors_name_the_thing_once(tmp_path, capsys):
@@ -662,7 +652,7 @@ def test_errors_name_the_thing_once(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.args.json").write_text('{"arguments": {"labels_sha256": "a"}}')
     with pytest.raises(InputError, match="what --labels holds has changed since"):
-        generate.check_arguments(tmp_path / "out", {"labels_sha256": "b"}, set())
+        records.check_arguments(tmp_path / "out", {"labels_sha256": "b"}, set())
     with pytest.raises(InputError) as error:
         generate.open_config(str(tmp_path / "no/such/model"), "--prm")
     assert str(error.value).count("--prm") == 1
@@ -675,14 +665,14 @@ def test_records_of_other_engines(tmp_path):
     path.write_text(
         '{"id": 1, "problem_id": 2, "solution_id": 3, "answer": 8, "steps": ["a"]}\n{"id": 2, "answer": null}\n'
     )
-    first, second = read_records(path, ["id"])
+    first, second = records.read(path, ["id"])
     assert first == {"id": "1", "problem_id": "2", "solution_id": "3", "answer": "8", "steps": ["a"]}
     assert second == {"id": "2", "answer": None}
     with pytest.raises(InputError, match="'2' has no answer"):
-        read_answers([path])
+        records.read_answers([path])
     path.write_text('{"id": 1, "steps": "ab"}\n')
     with pytest.raises(InputError, match=r"in.jsonl:1: steps must be a list of texts, not ab"):
-        read_records(path, ["id", "steps"])
+        records.read(path, ["id", "steps"])
 
 
 # --------------------------------------------------------------------------- the command line
@@ -772,7 +762,7 @@ def test_kill_and_restart_gives_the_same_solutions(tmp_path, model_dir, problems
     """Guards: records lost, doubled, torn or drawn otherwise when a run is killed and taken up again."""
     whole, pieces = tmp_path / "whole.jsonl", tmp_path / "pieces.jsonl"
     assert run_script("generate.py", tmp_path, *generate_arguments(model_dir, problems, whole))[0] == 0
-    expected = {r["id"]: r for r in read_records(whole, ["id"])}
+    expected = {r["id"]: r for r in records.read(whole, ["id"])}
     assert set(expected) == {f"p{i}/{k}" for i in range(24) for k in range(3)}
     first = expected["p0/0"]
     assert first["steps"] == split_steps(first["text"]) and first["finish"] in ("stop", "length")
@@ -783,8 +773,8 @@ def test_kill_and_restart_gives_the_same_solutions(tmp_path, model_dir, problems
     with open(pieces, "rb+") as file:
         file.truncate(pieces.stat().st_size - 9)  # and the last line is torn
     assert run_script("generate.py", tmp_path, *again)[0] == 0
-    records = read_records(pieces, ["id"])
-    assert {r["id"]: r for r in records} == expected and len(records) == len(expected)
+    written = records.read(pieces, ["id"])
+    assert {r["id"]: r for r in written} == expected and len(written) == len(expected)
     before = pieces.read_bytes()
     assert run_script("generate.py", tmp_path, *again)[0] == 0
     assert pieces.read_bytes() == before and "complete, 72 solutions" in (tmp_path / "stdout").read_text()

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import evaluate
 import grpo
-from generate import open_sampler, read_records
+from data import records
+from generate import open_sampler
 from kernels import distributed
 from kernels.transformer import load_model
 from verify import score_solutions
@@ -234,8 +235,8 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     flags = [*judged, "--steps", 1, "--out", tmp_path / "out"]
     lives = start_ranks(2, tmp_path, *flags)
     assert [life.end() for life in lives] == [0, 0], lives[0].said("stderr")
-    heldout = read_records(judged[judged.index("--heldout") + 1], ["id", "problem"])
-    gold = {r["id"]: r["answer"] for r in read_records(TINY / "gold.jsonl", ["id", "answer"])}
+    heldout = records.read(judged[judged.index("--heldout") + 1], ["id", "problem"])
+    gold = {r["id"]: r["answer"] for r in records.read(TINY / "gold.jsonl", ["id", "answer"])}
     world = [open_sampler(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
     result = evaluate.heldout_accuracy(*world[0], heldout, gold, 1, 1.0, 120, seed=3)
     texts = [text for (text,) in result["texts"]]

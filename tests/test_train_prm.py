@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import train_prm
-from generate import encode_chat, hash_file, render_response, render_steps
+from data import records
+from generate import encode_chat, render_response, render_steps
 from grpo import format_valid
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -289,7 +290,8 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     run_main(monkeypatch, train_prm, *flags, "--out", root / "whole", "--micro_tokens", 9)  # this may change
     assert (root / "whole" / "metrics.jsonl").read_text() == before
     labels = Path(flags[flags.index("--labels") + 1])
-    monkeypatch.setattr(train_prm, "hash_file", lambda path: hash_file(path) if path != str(labels) else "other")
+    real = records.hash_file
+    monkeypatch.setattr(records, "hash_file", lambda path: real(path) if path != str(labels) else "other")
     with pytest.raises(InputError, match=r"what --labels holds has changed since; choose another --out"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import generate
 import verify
-from generate import read_records, render_steps
+from data import records
+from generate import render_steps
 from verify import (
     AGGREGATES,
     REWARD_MODELS,
@@ -373,15 +374,15 @@ def test_kill_and_restart_gives_the_same_verifications(tmp_path, world, kills):
     """Guards: verifications lost, doubled or drawn otherwise after a kill; labels without a solution left out."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert run_script("verify.py", tmp_path, *world, "--out", whole)[0] == 0
-    expected = {r["id"]: r for r in read_records(whole / "verifications.jsonl", ["id"])}
+    expected = {r["id"]: r for r in records.read(whole / "verifications.jsonl", ["id"])}
     assert set(expected) == {f"p{i}/0/{j}" for i in range(1, 13) for j in range(4)}  # p0/0 has no steps
     output, size = pieces / "verifications.jsonl", (whole / "verifications.jsonl").stat().st_size
     moments = sorted(random.random() * 0.7 for _ in range(kills))
     killed = [run_and_kill("verify.py", tmp_path, output, m * size, *world, "--out", pieces) for m in moments]
     assert killed[0] == -9
     assert run_script("verify.py", tmp_path, *world, "--out", pieces)[0] == 0
-    records = read_records(output, ["id"])
-    assert {r["id"]: r for r in records} == expected and len(records) == len(expected)
+    written = records.read(output, ["id"])
+    assert {r["id"]: r for r in written} == expected and len(written) == len(expected)
     labels = [path / "labels_step_consistency.jsonl" for path in (whole, pieces)]
     assert labels[0].read_bytes() == labels[1].read_bytes()
     report = json.loads((pieces / "report.json").read_text())
@@ -440,28 +441,28 @@ def test_critique_and_merge(tmp_path, judged):
     out = tmp_path / "out"
     assert run_script("verify.py", tmp_path, *arguments, "--out", out)[0] == 0
     before = (out / "verifications.jsonl").read_bytes()
-    kept = [r for r in read_records(out / "labels_step_consistency.jsonl", ["id"]) if r["dropped"] is None]
+    kept = [r for r in records.read(out / "labels_step_consistency.jsonl", ["id"]) if r["dropped"] is None]
     hybrid = [*arguments, "--out", out, "--method", "hybrid"]
     assert run_and_kill("verify.py", tmp_path, out / "critiques.jsonl", 0, *hybrid) in (-9, 0)
     for method in ("hybrid", "meta_critique"):
         assert run_script("verify.py", tmp_path, *arguments, "--out", out, "--method", method)[0] == 0
     assert (out / "verifications.jsonl").read_bytes() == before
     unique = ("id", "method", "round")
-    critiques = read_records(out / "critiques.jsonl", [*unique, "critique", "merged", "tokens"], unique=unique)
+    critiques = records.read(out / "critiques.jsonl", [*unique, "critique", "merged", "tokens"], unique=unique)
     assert Counter(r["method"] for r in critiques)["hybrid"] == len(kept)
-    labels = {r["id"]: r for r in read_records(out / "labels_hybrid.jsonl", ["id", "text", "dropped"])}
+    labels = {r["id"]: r for r in records.read(out / "labels_hybrid.jsonl", ["id", "text", "dropped"])}
     merged = {r["id"]: r["merged"] for r in critiques if r["method"] == "hybrid"}
     whole = [name for name in merged if labels[name]["dropped"] is None]
     assert len(whole) > len(kept) / 2 and all(labels[name]["text"] == merged[name] for name in whole)
     assert run_script("verify.py", tmp_path, *hybrid, "--critique_rounds", 2)[0] == 0
-    rounds = read_records(out / "critiques.jsonl", [*unique, "merged"], unique=unique)
+    rounds = records.read(out / "critiques.jsonl", [*unique, "merged"], unique=unique)
     assert rounds[: len(critiques)] == critiques  # the first round stays
     assert {r["id"] for r in rounds[len(critiques) :]} == set(whole)
     assert {r["round"] for r in rounds[len(critiques) :]} == {2}
     assert run_script("verify.py", tmp_path, *hybrid, "--hybrid_from", "outcome_consistency")[0] == 0
-    both = Counter(r["method"] for r in read_records(out / "critiques.jsonl", [*unique], unique=unique))
+    both = Counter(r["method"] for r in records.read(out / "critiques.jsonl", [*unique], unique=unique))
     assert both["hybrid"] == len(rounds) - both["meta_critique"] and both["hybrid_outcome"] >= len(kept)
-    assert {r["method"] for r in read_records(out / "labels_hybrid_outcome.jsonl", ["method"])} == {"hybrid_outcome"}
+    assert {r["method"] for r in records.read(out / "labels_hybrid_outcome.jsonl", ["method"])} == {"hybrid_outcome"}
 
 
 def test_a_solution_cannot_end_its_judges_prompt():
@@ -531,11 +532,11 @@ def test_references_are_read_by_those_who_may(tmp_path, judged):
     guided = [*arguments, "--out", tmp_path, "--method", "reference_guided", *answers]
     assert run_script("verify.py", tmp_path, *guided)[0] == 0
     assert not (tmp_path / "verifications.jsonl").exists()
-    assert len(read_records(tmp_path / "verifications_reference.jsonl", ["id"])) == 48
+    assert len(records.read(tmp_path / "verifications_reference.jsonl", ["id"])) == 48
     balanced = [*arguments, "--out", tmp_path, "--balance", "ground_truth", *answers]
     assert run_script("verify.py", tmp_path, *balanced)[0] == 0
-    gold = {r["id"]: r["answer"] for r in read_records(path / "gold.jsonl", ["id"])}
-    kept = [r for r in read_records(tmp_path / "labels_step_consistency.jsonl", ["id"]) if r["dropped"] is None]
+    gold = {r["id"]: r["answer"] for r in records.read(path / "gold.jsonl", ["id"])}
+    kept = [r for r in records.read(tmp_path / "labels_step_consistency.jsonl", ["id"]) if r["dropped"] is None]
     right = [r["answer"] == gold[r["id"].partition("/")[0]] for r in kept]
     assert kept and 2 * sum(right) == len(right)
 
@@ -543,7 +544,7 @@ def test_references_are_read_by_those_who_may(tmp_path, judged):
 def test_a_discriminative_prm_reads_the_last_token_of_each_step(judged):
     """Guards: log-odds read one token too early or late, of a neighbour in the batch, or of the wrong answer token."""
     path, _ = judged
-    solutions = read_records(path / "solutions.jsonl", ["id"])
+    solutions = records.read(path / "solutions.jsonl", ["id"])
     model, tokenizer, _ = generate.open_model(str(ROOT / "data/tiny/verifier"), torch.device("cpu"), torch.float32)
     yes, no = verify.answer_tokens(tokenizer)
     scored = verify.score_discriminative(model, tokenizer, solutions, batch_tokens=300)
@@ -594,14 +595,14 @@ def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     """Guards: labels made from the verifications of other solutions; costs of solutions beyond --limit; an output that is
     of no use any more because one solution doesn't fit the context."""
     path, arguments = judged
-    solutions = read_records(path / "solutions.jsonl", ["id"])[:2]
+    solutions = records.read(path / "solutions.jsonl", ["id"])[:2]
     mine = tmp_path / "solutions.jsonl"
     long = {**solutions[1], "id": "long/0", "steps": ["1+1=2"] * 300}
     mine.write_text("".join(json.dumps(s) + "\n" for s in [*solutions, long]))
     arguments = [*arguments, "--solutions", mine, "--out", tmp_path]
     assert run_script("verify.py", tmp_path, *arguments)[0] == 0
     assert run_script("verify.py", tmp_path, *arguments, "--method", "single")[0] == 0
-    labels = {r["id"]: r["dropped"] for r in read_records(tmp_path / "labels_single.jsonl", ["id"])}
+    labels = {r["id"]: r["dropped"] for r in records.read(tmp_path / "labels_single.jsonl", ["id"])}
     assert labels["long/0"] == "no_votes" and labels["q0/0"] is None
     assert run_script("verify.py", tmp_path, *arguments, "--limit", 1)[0] == 0
     assert json.loads((tmp_path / "report.json").read_text())["verifications"] == 4
@@ -617,7 +618,7 @@ def test_two_ranks_write_the_records_of_one(tmp_path, judged):
     torchrun("verify.py", *arguments, "--out", tmp_path / "ranks", "--method", "meta_critique")
     assert run_script("verify.py", tmp_path, *arguments, "--out", tmp_path / "one", "--method", "meta_critique")[0] == 0
     for name in files:
-        ranks, one = ({r["id"]: r for r in read_records(tmp_path / d / name, ["id"])} for d in ("ranks", "one"))
+        ranks, one = ({r["id"]: r for r in records.read(tmp_path / d / name, ["id"])} for d in ("ranks", "one"))
         assert ranks == one
     labels = [(tmp_path / d / "labels_meta_critique.jsonl").read_bytes() for d in ("ranks", "one")]
     assert labels[0] == labels[1]
@@ -625,5 +626,5 @@ def test_two_ranks_write_the_records_of_one(tmp_path, judged):
     problems += ["--num_samples", 3, "--max_new_tokens", 60, "--slots", 8]
     torchrun("generate.py", *problems, "--out", tmp_path / "ranks.jsonl")
     assert run_script("generate.py", tmp_path, *problems, "--out", tmp_path / "one.jsonl")[0] == 0
-    ranks, one = ({r["id"]: r for r in read_records(tmp_path / f"{d}.jsonl", ["id"])} for d in ("ranks", "one"))
+    ranks, one = ({r["id"]: r for r in records.read(tmp_path / f"{d}.jsonl", ["id"])} for d in ("ranks", "one"))
     assert ranks == one and len(one) == 21

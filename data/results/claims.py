@@ -10,8 +10,8 @@ import math
 import sys
 from pathlib import Path
 
+from data import records
 from evaluate import percent, read_metrics
-from generate import read_records, write_lines
 
 import numpy as np
 
@@ -22,7 +22,7 @@ REWARDS = ("process_aware", "rlvr", "random")
 
 def read_results(path: str | Path, model: str | None = None) -> dict[str, dict]:
     """metric -> its row in a results file; of one model, where the file has several."""
-    rows = read_records(path, ["metric", "value", "settings"])
+    rows = records.read(path, ["metric", "value", "settings"])
     return {row["metric"]: row for row in rows if model in (None, row["settings"]["model"])}
 
 
@@ -45,7 +45,7 @@ def collect(seed: str) -> dict:
     rows = [r for r in json.loads((run / "labels.json").read_text())["rows"] if r["N"] == 16]
     labels = {f"{r['method']}/{r['on']}": r for r in rows}
     measured: dict[str, dict[str, dict]] = {}
-    for r in read_records(run / "benchmark.jsonl", []):
+    for r in records.read(run / "benchmark.jsonl", []):
         model = r["settings"]["model"].removeprefix(f"{run}/")
         measured.setdefault(model, {})[r["metric"]] = {"value": r["value"], "interval": r["interval"]}
     of_valid = {}  # accuracy among format-valid responses: at the start, at the end
@@ -61,11 +61,11 @@ def main() -> None:
     path = HERE / "claims.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "benchmark.jsonl").exists())
-        write_lines(path, [collect(seed) for seed in seeds])
-    records = read_records(path, ["seed"])
+        records.write_lines(path, [collect(seed) for seed in seeds])
+    rows = records.read(path, ["seed"])
     print("| seed | one verification -> 16, voted by step | gain | kept | PRM-CoT F1 |")
     print("|---|---|---|---|---|")
-    for r in records:
+    for r in rows:
         one, voted = r["labels"]["single/all"], r["labels"]["step_consistency/all"]
         gain, low, high = voted["minus_single"]["exact"]
         kept = r["labels"]["step_consistency/kept"]
@@ -77,14 +77,14 @@ def main() -> None:
     print("| seed | start, avg@4 (greedy) | " + " | ".join(REWARDS) + " | random, among valid: start -> end |")
     print("|---|---|---|---|---|---|")
     clear = 0
-    for r in records:
+    for r in rows:
         models = [r["benchmark"][name] for name in ("data/tiny/policy", *REWARDS)]
         cells = [f"{percent(*m['avg@4'].values())} ({percent(m['greedy']['value'])})" for m in models]
         start, trained = (m["avg@4"] for m in models[:2])
         clear += trained["value"] - start["value"] >= 0.1 and trained["interval"][0] > start["interval"][1]
         before, after = r["accuracy_of_valid"]["random"]
         print(f"| {r['seed']} | {' | '.join(cells)} | {100 * before:.1f} -> {100 * after:.1f} |")
-    print(f"\nprocess_aware gains at least 10 points, intervals apart: {clear} of {len(records)} seeds")
+    print(f"\nprocess_aware gains at least 10 points, intervals apart: {clear} of {len(rows)} seeds")
 
 
 if __name__ == "__main__":

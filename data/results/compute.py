@@ -8,9 +8,9 @@ figure, from the runs of claims.sh, methods.sh and compute.sh.
 import sys
 from pathlib import Path
 
+from data import records
 from data.results.claims import over_seeds, read_results
 from evaluate import read_gold, score_label, vote_report
-from generate import read_records, write_lines
 from verify import keep_parsed
 
 import numpy as np
@@ -27,7 +27,7 @@ def collect(seed: str) -> dict:
     by the verifier's temperature; F1 of the PRM-CoTs that learnt from N votes by step."""
     claims, most = CLAIMS / seed, RUNS / seed / "votes-32"
     files = claims / "solutions.jsonl", claims / "verify" / "verifications.jsonl", most / "verifications.jsonl"
-    solutions, verifications, voters = (read_records(file, ["id"]) for file in files)
+    solutions, verifications, voters = (records.read(file, ["id"]) for file in files)
     solutions = [s for s in solutions if s["steps"]]
     gold = read_gold("data/tiny/gold.jsonl", solutions)
     votes: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
@@ -48,18 +48,18 @@ def collect(seed: str) -> dict:
     if all((directory / "report.json").exists() for directory in others.values()):
         by_temperature = {"0.8": of_sixteen(solutions, verifications)}
         for t, directory in others.items():
-            by_temperature[t] = of_sixteen(solutions, read_records(directory / "verifications.jsonl", ["id"]))
+            by_temperature[t] = of_sixteen(solutions, records.read(directory / "verifications.jsonl", ["id"]))
     files = {"1": SINGLE / seed / "single-prm_cot.jsonl", "16": claims / "processbench.jsonl"}
     files |= {N: RUNS / seed / f"votes-{N}" / "processbench.jsonl" for N in ("2", "4", "8", "32")}
     f1 = {N: read_results(file)["f1"]["value"] for N, file in files.items() if file.exists()}
     first = {r["solution_id"]: r for r in reversed(keep_parsed(verifications))}
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
-        directory, labels = file.parent, [r for r in read_records(file, ["id"]) if r["dropped"] is None]
+        directory, labels = file.parent, [r for r in records.read(file, ["id"]) if r["dropped"] is None]
         right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])[0, 1] for r in labels]
         one = [first[r["id"]] for r in labels]
         base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])[0, 1] for r in one]
-        tokens = sum(r["tokens"] for r in read_records(directory / "critiques.jsonl", ["tokens"]))
+        tokens = sum(r["tokens"] for r in records.read(directory / "critiques.jsonl", ["tokens"]))
         tokens += sum(r["tokens"] for r in verifications if r["sample"] == 0)
         of = {
             "right": float(np.mean(right)),
@@ -143,10 +143,10 @@ def main() -> None:
     path = HERE / "compute.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "votes-32" / "processbench.jsonl").exists())
-        records = [collect(seed) for seed in seeds]
-        write_lines(path, records)
-        write_lines(HERE / "compute_curves.jsonl", make_curves(records))
-    print_tables(read_records(path, ["seed"]))
+        rows = [collect(seed) for seed in seeds]
+        records.write_lines(path, rows)
+        records.write_lines(HERE / "compute_curves.jsonl", make_curves(rows))
+    print_tables(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":

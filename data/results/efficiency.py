@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from data import records
 from evaluate import read_metrics
-from generate import read_records, write_lines
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def run(*command: object) -> tuple[float, float]:
 
 def count_tokens(path: Path) -> int:
     """Tokens of all records."""
-    return sum(record["tokens"] for record in read_records(path, ["tokens"]))
+    return sum(record["tokens"] for record in records.read(path, ["tokens"]))
 
 
 def run_steps(out: Path, steps: int, *flags: object) -> tuple[float, float, int]:
@@ -150,10 +150,10 @@ def main() -> None:
     args = parser.parse_args()
     path = HERE / "efficiency.jsonl"
     if args.run:
-        records = measure()
-        write_lines(path, records)
-        write_lines(HERE / "efficiency_curves.jsonl", make_curves(records))
-    print_table(read_records(path, ["series", "x", "seconds", "MiB", "tokens"]))
+        rows = measure()
+        records.write_lines(path, rows)
+        records.write_lines(HERE / "efficiency_curves.jsonl", make_curves(rows))
+    print_table(records.read(path, ["series", "x", "seconds", "MiB", "tokens"]))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import random
 import re
 from pathlib import Path
 
+from data import records
 from data.results.claims import read_points
 from evaluate import grade_all
-from generate import SOLVE_PROMPT, encode_chat, open_sampler, read_records, render_response, write_json, write_lines
+from generate import SOLVE_PROMPT, encode_chat, open_sampler, render_response
 from grpo import format_valid, shown_solution
 from verify import score_solutions
 
@@ -127,8 +128,8 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
     """policy -> what one sample for each held-out problem is: right, rewarded under each set of constraints by the
     PRM-CoT and by the lenient judge, and which of the hacks it is; fractions."""
     device = torch.device("cpu")
-    heldout = read_records("data/tiny/heldout.jsonl", ["id", "problem"])[:problems]
-    gold = {r["id"]: r for r in read_records("data/tiny/gold.jsonl", ["id", "answer", "steps"])}
+    heldout = records.read("data/tiny/heldout.jsonl", ["id", "problem"])[:problems]
+    gold = {r["id"]: r for r in records.read("data/tiny/gold.jsonl", ["id", "answer", "steps"])}
     judges = {"prm_cot": f"runs/claims/{seed}/prm_cot", "lenient": str(RUNS / "lenient")}
     judges = {name: open_sampler(path, device, 256) for name, path in judges.items()}
     policies = {"weak": RUNS / "weak", "able": RUNS / "able", "plain": Path("data/tiny/policy")}
@@ -207,24 +208,24 @@ def main() -> None:
     args = parser.parse_args()
     path = HERE / "hacking.jsonl"
     if args.make:
-        labels = read_records(args.labels, ["steps", "answer", "text", "step_labels", "outcome", "dropped"])
-        solutions = read_records(args.solutions, ["problem", "steps", "answer", "finish"])
+        labels = records.read(args.labels, ["steps", "answer", "text", "step_labels", "outcome", "dropped"])
+        solutions = records.read(args.solutions, ["problem", "steps", "answer", "finish"])
         made = {
             "gamed": make_gamed(solutions, random.Random(0)),
             "lenient": make_lenient(labels, random.Random("0/lenient")),
         }
-        for name, records in made.items():
-            write_lines(args.make / f"{name}.jsonl", records)
+        for name, rows in made.items():
+            records.write_lines(args.make / f"{name}.jsonl", rows)
         return
     if args.rescore:
-        write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
+        records.write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
         return
     if args.collect:
         seeds = sorted(int(file.parent.name) for file in RUNS.glob("*/rescored.json"))
         rescored = [json.loads((RUNS / str(seed) / "rescored.json").read_text()) for seed in seeds]
-        write_lines(path, [{"seed": s, "rescored": found} for s, found in zip(seeds, rescored, strict=True)])
-        write_lines(HERE / "hacking_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
-    print_table(read_records(path, ["seed"]))
+        records.write_lines(path, [{"seed": s, "rescored": found} for s, found in zip(seeds, rescored, strict=True)])
+        records.write_lines(HERE / "hacking_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+    print_table(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from data import records
 from data.results.claims import over_seeds, read_results
-from generate import read_records, write_lines
 
 import numpy as np
 
@@ -36,21 +36,21 @@ def main() -> None:
     path = HERE / "methods.jsonl"
     if "--collect" in sys.argv[1:]:
         seeds = sorted(d.name for d in RUNS.iterdir() if (d / "reference_guided-disc_prm.jsonl").exists())
-        write_lines(path, [collect(seed) for seed in seeds])
-    records = read_records(path, ["seed"])
-    print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent")
+        records.write_lines(path, [collect(seed) for seed in seeds])
+    rows = records.read(path, ["seed"])
+    print(f"{len(rows)} seeds; mean ± half the 95 % interval over seeds, in percent")
     print(
         "| method | whole vector right, all | minus single, paired | kept | yield | tokens | ORM, accuracy | PRM, F1 | PRM-CoT, F1 | disc. PRM, F1 |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    base = [r["labels"]["single/all"]["exact"] for r in records]
+    base = [r["labels"]["single/all"]["exact"] for r in rows]
     for method in METHODS:
-        everything, kept = ([r["labels"][f"{method}/{on}"] for r in records] for on in ("all", "kept"))
+        everything, kept = ([r["labels"][f"{method}/{on}"] for r in rows] for on in ("all", "kept"))
         gain = [x["exact"] - b for x, b in zip(everything, base, strict=True)]
         cells = [over_seeds([x["exact"] for x in everything]), "-" if method == "single" else over_seeds(gain, "+")]
         cells.append(over_seeds([x["exact"] for x in kept]))
         cells += [over_seeds([x["yield"] for x in kept]), f"{np.mean([x['tokens'] for x in kept]) / 1000:,.0f}k"]
-        cells += [over_seeds([r["scores"][f"{method}/{kind}"] for r in records]) for kind in KINDS]
+        cells += [over_seeds([r["scores"][f"{method}/{kind}"] for r in rows]) for kind in KINDS]
         print(f"| {method} | {' | '.join(cells)} |")
 
 

@@ -15,9 +15,9 @@ import random
 import re
 from pathlib import Path
 
+from data import records
 from data.results.claims import over_seeds, read_points, read_results
 from evaluate import read_gold, read_metrics
-from generate import read_records, write_lines
 from kernels import distributed
 from kernels.distributed import InputError
 from verify import parse_verification
@@ -58,7 +58,7 @@ def collect(seed: int) -> dict:
     found = {}
     for share, run in find_runs(seed).items():
         labels = run / "labels.jsonl" if share else run / "verify" / "labels_step_consistency.jsonl"
-        labels = [x for x in read_records(labels, ["id", "steps", "answer", "outcome"]) if x["dropped"] is None]
+        labels = [x for x in records.read(labels, ["id", "steps", "answer", "outcome"]) if x["dropped"] is None]
         gold = read_gold("data/tiny/gold.jsonl", labels)
         right = sum(x["outcome"] == gold[x["id"]][1] for x in labels) / len(labels)
         policy = read_results(run / "benchmark.jsonl", str(run / "process_aware"))
@@ -101,17 +101,17 @@ def main() -> None:
     path = HERE / "noise.jsonl"
     if args.turn is not None:
         rng = random.Random(f"{args.seed}/{args.turn}")
-        labels = read_records(args.labels, ["steps", "text", "step_labels", "outcome", "dropped"])
+        labels = records.read(args.labels, ["steps", "text", "step_labels", "outcome", "dropped"])
         kept = [i for i, label in enumerate(labels) if label["dropped"] is None]
         chosen = set(rng.sample(kept, round(args.turn / 100 * len(kept))))
         turned = [turn_over(label, rng) if i in chosen else label for i, label in enumerate(labels)]
-        write_lines(args.out, turned)
+        records.write_lines(args.out, turned)
         return
     if args.collect:
         seeds = sorted({int(file.parts[-3]) for file in RUNS.glob("*/*/benchmark.jsonl")})
-        write_lines(path, [collect(seed) for seed in seeds])
-        write_lines(HERE / "noise_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
-    print_table(read_records(path, ["seed"]))
+        records.write_lines(path, [collect(seed) for seed in seeds])
+        records.write_lines(HERE / "noise_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+    print_table(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@
 import sys
 from pathlib import Path
 
+from data import records
 from data.results.claims import REWARDS as CLAIMED
 from data.results.claims import over_seeds, read_points, read_results
 from evaluate import read_metrics
-from generate import read_records, write_lines
 
 import numpy as np
 
@@ -109,25 +109,25 @@ def tokens_per_step(records: list[dict], name: str) -> tuple[float, float]:
     return tuple(float(np.mean([run[f"{phase} tokens"] for run in runs])) for phase in ("sample", "score"))
 
 
-def print_table(records: list[dict], curves: list[dict]) -> None:
+def print_table(rows: list[dict], curves: list[dict]) -> None:
     """A row for each reward; differences are paired by seed. Between the points of a curve it is a straight line."""
-    budget = 60 * sum(tokens_per_step(records, "majority"))
-    measured = read_records(HERE / "efficiency.jsonl", ["series", "seconds"])
+    budget = 60 * sum(tokens_per_step(rows, "majority"))
+    measured = records.read(HERE / "efficiency.jsonl", ["series", "seconds"])
     seconds = {r["series"].removeprefix("reward "): r["seconds"] for r in measured}
     print(
-        f"{len(records)} seeds; mean ± half the 95 % interval, in percent; start {over_seeds([r['start']['avg@4'] for r in records])}"
+        f"{len(rows)} seeds; mean ± half the 95 % interval, in percent; start {over_seeds([r['start']['avg@4'] for r in rows])}"
     )
     print("| reward | avg@4 at the last step | minus process_aware | greedy | held-out, mean of the curve ", end="")
     print(
         "| tokens a step: sampled + judged | seconds a step "
         f"| held-out after {budget / 1000:,.0f}k tokens |\n|---|---|---|---|---|---|---|---|"
     )
-    base = [r["runs"]["process_aware"]["avg@4"] for r in records]
+    base = [r["runs"]["process_aware"]["avg@4"] for r in rows]
     for name, title in NAMES.items():
-        runs = [r["runs"][name] for r in records]
+        runs = [r["runs"][name] for r in rows]
         last = [run["avg@4"] for run in runs]
         less = "-" if name == "process_aware" else over_seeds([a - b for a, b in zip(last, base, strict=True)], "+")
-        sampled, judged = tokens_per_step(records, name)
+        sampled, judged = tokens_per_step(rows, name)
         heldout = [curve for curve in curves if curve["curve"] == title]
         whole = over_seeds([np.mean(curve["y"]) for curve in heldout])
         equal = over_seeds([np.interp(budget / (sampled + judged), curve["x"], curve["y"]) for curve in heldout])
@@ -163,13 +163,13 @@ def main() -> None:
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in CLAIMED]
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
-        records = [collect(seed) for seed in seeds]
-        write_lines(path, records)
-        write_lines(HERE / "votes_curves.jsonl", vote_curves(records))
-        write_lines(HERE / "rewards_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
-    records = read_records(path, ["seed"])
-    print_table(records, read_records(HERE / "rewards_curves.jsonl", ["curve", "x", "y"]))
-    print_votes(records)
+        rows = [collect(seed) for seed in seeds]
+        records.write_lines(path, rows)
+        records.write_lines(HERE / "votes_curves.jsonl", vote_curves(rows))
+        records.write_lines(HERE / "rewards_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+    rows = records.read(path, ["seed"])
+    print_table(rows, records.read(HERE / "rewards_curves.jsonl", ["curve", "x", "y"]))
+    print_votes(rows)
 
 
 if __name__ == "__main__":

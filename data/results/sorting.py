@@ -11,11 +11,12 @@ import argparse
 import json
 from pathlib import Path
 
+from data import records
 from data.make_sorting import judge, sort
 from data.results.claims import read_results
 from data.results.hacking import CONSTRAINTS, accept
 from evaluate import read_metrics
-from generate import open_sampler, read_records, write_json, write_lines
+from generate import open_sampler
 from grpo import shown_solution
 
 import numpy as np
@@ -45,8 +46,8 @@ def rescore(seed: int) -> dict[str, dict[str, float]]:
     judges = {name: open_sampler(str(out / name / "prm_cot"), torch.device("cpu"), 256) for name in JUDGES}
     result = {}
     for name in NAMES:
-        solutions = read_records(out / f"{name}.jsonl", ["id", "problem", "text", "finish"])
-        gold = {r["id"]: r["outcome"] for r in read_records(out / f"{name}.gold.jsonl", ["id", "outcome"])}
+        solutions = records.read(out / f"{name}.jsonl", ["id", "problem", "text", "finish"])
+        gold = {r["id"]: r["outcome"] for r in records.read(out / f"{name}.gold.jsonl", ["id", "outcome"])}
         right = np.array([gold[s["id"]] for s in solutions])
         shown = [shown_solution(s["text"]) for s in solutions]
         problems, texts = ([s[key] for s in solutions] for key in ("problem", "text"))
@@ -120,12 +121,12 @@ def main() -> None:
     args = parser.parse_args()
     path = HERE / "sorting.jsonl"
     if args.rescore:
-        write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
+        records.write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
         return
     if args.collect:
         seeds = sorted(file.parent.name for file in RUNS.glob("*/rescored.json"))
-        write_lines(path, [collect(seed) for seed in seeds])
-    print_tables(read_records(path, ["seed"]))
+        records.write_lines(path, [collect(seed) for seed in seeds])
+    print_tables(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from data import make_tiny
+from data import make_tiny, records
 from data.results.claims import over_seeds, read_results
-from generate import open_model, read_records, write_lines
+from generate import open_model
 from kernels.transformer import save_model
 
 import torch
@@ -60,14 +60,14 @@ def main() -> None:
         return
     if args.collect:
         seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{m}.jsonl").exists() for m in METHODS))
-        write_lines(path, [collect(seed) for seed in seeds])
-    records = read_records(path, ["seed", "students"])
-    print(f"{len(records)} seeds; mean ± half the 95 % interval over seeds, in percent; differences are paired by seed")
+        records.write_lines(path, [collect(seed) for seed in seeds])
+    rows = records.read(path, ["seed", "students"])
+    print(f"{len(rows)} seeds; mean ± half the 95 % interval over seeds, in percent; differences are paired by seed")
     print("| labels by | whole vector right, of the kept | F1 | minus single ", end="")
     print("| wrong step found | right ones passed | unparsed |\n|---|---|---|---|---|---|---|")
     for method in METHODS:
-        of = [r["students"][method] for r in records]
-        gain = [x["f1"] - r["students"]["single"]["f1"] for x, r in zip(of, records, strict=True)]
+        of = [r["students"][method] for r in rows]
+        gain = [x["f1"] - r["students"]["single"]["f1"] for x, r in zip(of, rows, strict=True)]
         cells = [over_seeds([x[key] for x in of]) for key in ("exact", *METRICS)]
         cells.insert(2, "-" if method == "single" else over_seeds(gain, "+"))
         print(f"| {method} | {' | '.join(cells)} |")
