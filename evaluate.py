@@ -33,9 +33,10 @@ from glob import glob
 from pathlib import Path
 
 from data import records
-from generate import SOLVE_PROMPT, Sampler, encode_chat, extract_answer, open_sampler, with_progress
+from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_sampler
 from kernels import distributed
 from kernels.distributed import InputError
+from kernels.sampler import Sampler, with_progress
 from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
 
 import numpy as np

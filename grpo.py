@@ -50,10 +50,8 @@ from data import records
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import grade_all, heldout_accuracy, majority_answer
 from generate import (
-    PREFILL_TOKENS,
     SOLVE_PROMPT,
     STEP_TAG,
-    Sampler,
     encode_chat,
     extract_answer,
     find_boxes,
@@ -65,6 +63,7 @@ from generate import (
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
+from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import Config, Transformer, load_model
 from train_prm import clip_and_step, own_share, split_micro_batches
 from verify import REWARD_MODELS, Scored, score_solutions

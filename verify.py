@@ -41,9 +41,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data import records
-from generate import Sampler, defuse, encode_chat, open_sampler, render_chat, render_steps, with_progress
+from generate import defuse, encode_chat, open_sampler, render_chat, render_steps
 from kernels import distributed
 from kernels.distributed import InputError
+from kernels.sampler import Sampler, with_progress
 from kernels.transformer import Transformer
 
 import torch

@@ -41,17 +41,9 @@ from pathlib import Path
 import verify
 from data import records
 from evaluate import first_error, gold_labels
-from generate import (
-    SOLVE_PROMPT,
-    Sampler,
-    encode_chat,
-    extract_answer,
-    open_model,
-    render_response,
-    render_steps,
-    split_steps,
-)
+from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_model, render_response, render_steps, split_steps
 from grpo import format_valid
+from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import after_prompt, pack
 

@@ -27,7 +27,7 @@ import tempfile
 import time
 
 from data.make_tiny import new_model
-from generate import Sampler
+from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 
 import torch

@@ -31,9 +31,10 @@ from argparse import Namespace
 from statistics import NormalDist
 
 from data import records
-from generate import SOLVE_PROMPT, Sampler, open_model, render_chat
+from generate import SOLVE_PROMPT, open_model, render_chat
 from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
 from kernels import distributed
+from kernels.sampler import Sampler
 from kernels.transformer import load_model
 
 import torch

@@ -24,9 +24,10 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import Sampler, open_model, open_tokenizer
+from generate import open_model, open_tokenizer
 from kernels import distributed
 from kernels.distributed import InputError
+from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 from verify import Scored, score_solutions
 

@@ -23,10 +23,11 @@ from unittest.mock import MagicMock
 
 import generate
 from data import records
-from generate import Sampler, choose_tokens, extract_answer, find_boxes, render_response, render_steps, split_steps
+from generate import extract_answer, find_boxes, render_response, render_steps, split_steps
 from kernels import decode, distributed
 from kernels.decode import SlotCache, limits, ragged_attention
 from kernels.distributed import InputError
+from kernels.sampler import Sampler, choose_tokens
 from kernels.transformer import Config, Transformer, load_model, save_model
 
 import pytest
@@ -164,9 +165,10 @@ def test_sample_is_a_function_of_seed_key_and_index(models):
 
 def test_each_distinct_prompt_is_run_once(models, monkeypatch):
     """Guards: a prefill per sample, or again for a prompt whose text is there under another key."""
-    runs, original = [], generate.prefill
+    runs, original = [], decode.prefill
     monkeypatch.setattr(
-        generate, "prefill", lambda model, prompts, *args: runs.extend(prompts) or original(model, prompts, *args)
+        "kernels.sampler.prefill",
+        lambda model, prompts, *args: runs.extend(prompts) or original(model, prompts, *args),
     )
     prompts = make_prompts(5)
     settings = {"keys": list("abcdefg"), "num_samples": 6, "max_new_tokens": 4, "stop_ids": [], "seed": 3}

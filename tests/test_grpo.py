@@ -6,12 +6,11 @@ import math
 import random
 import weakref
 
-import generate
 import grpo
-from generate import Sampler
 from kernels import distributed
 from kernels.decode import SlotCache
 from kernels.distributed import InputError, RunError
+from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import load_model
 from train_prm import after_prompt, pack
 from verify import Scored
@@ -540,7 +539,7 @@ def test_estimated_memory(model_path):
     )
     assert gib["weights"] * 2**30 == 8 * parameters and gib["reward model"] * 2**30 == 2 * parameters
     cache = SlotCache(model, args.slots, 90, None)  # the reward model's: prompt, response and judgement
-    held = (cache.keys.nbytes + cache.values.nbytes) / (args.slots * 90) * 2 * generate.PREFILL_TOKENS
+    held = (cache.keys.nbytes + cache.values.nbytes) / (args.slots * 90) * 2 * PREFILL_TOKENS
     assert gib["KV cache"] * 2**30 == cache.keys.nbytes + cache.values.nbytes + held
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -572,7 +571,7 @@ def test_two_caches_are_never_there_at_once(world, monkeypatch):
             super().__init__(*sizes, **flags)
             alive.add(self)
 
-    monkeypatch.setattr(generate, "SlotCache", Counted)
+    monkeypatch.setattr("kernels.sampler.SlotCache", Counted)
     more = ["--reward", "process_aware", "--prm", root / "model", "--prm_max_new_tokens", 10]
     run_main(monkeypatch, grpo, *flags, *more, "--steps", 1, "--out", root / "counted")
 

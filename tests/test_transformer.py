@@ -7,8 +7,8 @@ import pathlib
 import shutil
 import weakref
 
-from generate import Sampler
 from kernels import transformer
+from kernels.sampler import Sampler
 from kernels.transformer import Config, load_model, packed_attention, rotary_angles, save_model
 
 import pytest

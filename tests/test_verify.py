@@ -13,6 +13,7 @@ import generate
 import verify
 from data import records
 from generate import render_steps
+from kernels.sampler import Sample
 from verify import (
     AGGREGATES,
     REWARD_MODELS,
@@ -508,7 +509,7 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
         model = SimpleNamespace(config=SimpleNamespace(max_positions=10_000))
 
         def stream(self, prompts, *, num_samples, **_):
-            yield 0, [generate.Sample(ids=text) for text in texts[kind][:num_samples]]
+            yield 0, [Sample(ids=text) for text in texts[kind][:num_samples]]
 
     monkeypatch.setattr(verify, "encode_chat", lambda *_: [0])
     monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
