@@ -1,6 +1,16 @@
-"""The schedule of the sampler: which sample sits in which slot, when prompts are run, what is drawn and when a row ends.
+"""The schedule of the sampler: which sample has which slot, what it has drawn, and who gets its slot when it ends.
 
-It knows token ids and no text. The tensors, a cache with slots and attention over it, are in kernels/decode.py.
+It knows token ids and no text. The tensors, that is keys, values, attention and CUDA graphs, are in kernels/decode.py.
+
+    sampler = Sampler(model)
+    groups = sampler.sample(prompts, keys=["a", "b"], num_samples=8, temperature=1.0, max_new_tokens=100, stop_ids=[2])
+
+Two slots, three prompts of one sample each: A ends with its 2nd token, B with its 4th, C with its 3rd. A prompt is run
+when a slot is free for one of its samples; the first token of a sample comes from what that run leaves.
+
+    round     1 start   2 decode   3 start   4 decode   5 decode
+    slot 0    A1        A2 end     C1        C2         C3 end
+    slot 1    B1        B2         (waits)   B3         B4 end
 """
 
 import math
@@ -10,15 +20,105 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from kernels import distributed
-from kernels.decode import Prefix, SlotCache, prefill
-from kernels.distributed import InputError, RunError
-from kernels.transformer import Transformer
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+from kernels.decode import PromptKV, SlotCache, prefill
+from kernels.distributed import InputError, RunError, rank
+from kernels.transformer import Config, Transformer
+
+PREFILL_TOKENS = 16_384  # of new prompts that are run at once
+NUCLEUS_TOKENS = 4096  # the nucleus of top_p is looked for among so many of the likeliest tokens
+CPU_SLOTS = 128  # where --slots isn't given; on a GPU, as many as its memory allows
+MOST_SLOTS = 512  # beyond these a step takes longer in proportion
+
+# --------------------------------------------------------------------------- drawing a token
+
+
+def choose_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution at one uniform number per row.
+
+    logits (B, V) fp32, uniform (B,) in [0, 1) -> (tokens (B,), logprobs (B,), full_logprobs (B,)): the log-probability
+    under the truncated distribution that was drawn from, and under the whole one at the same temperature. top_k = 0: no
+    limit; otherwise top_p is a share of what top_k leaves. The nucleus is the smallest set of likeliest tokens, among
+    the first NUCLEUS_TOKENS of them, with mass >= top_p. temperature 0 is greedy, with log-probabilities at 1.
+
+        probabilities   0.1  0.5  0.06  0.3  0.04     top_p 0.85, uniform 0.7
+        ranked          0.5  0.3  0.1   0.06  0.04    of tokens 1, 3, 0, 2, 4
+        likelier        0    0.5  0.8   0.9   0.96    the mass of all likelier tokens: kept while < 0.85
+        cumulative      0.5  0.8  0.9                 0.7 * 0.9 = 0.63 lies in the second: token 3, at 0.3 / 0.9
+
+    The sums are in fp64: over 152k tokens, fp32 would misplace the tail. No value decides which operations are made, so
+    that a CUDA graph can capture them.
+    """
+    full = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        logprobs, tokens = full.max(-1)
+        return tokens, logprobs, logprobs
+    if top_p == 1 and top_k == 0:
+        tokens, _ = draw(full, uniform)  # (B, 1)
+        logprobs = full.gather(1, tokens)[:, 0]
+        return tokens[:, 0], logprobs, logprobs
+    kept = min(top_k or NUCLEUS_TOKENS, full.shape[1])
+    ranked, token_of_place = full.topk(kept, dim=-1)  # (B, kept), likeliest first
+    mass = ranked.exp().cumsum(-1, dtype=torch.float64)
+    likelier = mass - ranked.exp()
+    enough = top_p * mass[:, -1:] if top_k else top_p
+    ranked = ranked.masked_fill(likelier >= enough, -torch.inf)
+    place, total = draw(ranked, uniform)  # (B, 1) each
+    full_logprobs = ranked.gather(1, place)[:, 0]
+    return token_of_place.gather(1, place)[:, 0], full_logprobs - total[:, 0].log().float(), full_logprobs
+
+
+def draw(logprobs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum of exp(logprobs (B, C)) passes uniform (B,) times its total: (place, total), (B, 1)."""
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # (B, C)
+    total = cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, uniform.double()[:, None] * total, right=True)
+    return place.clamp(max=logprobs.shape[1] - 1), total  # it is beyond the last where the logits are NaN
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL(uniform || softmax(logits)) in nats, of each row: (B, V) -> (B,). 0 for a uniform distribution."""
+    return -F.log_softmax(logits, dim=-1).mean(-1) - math.log(logits.shape[1])
+
+
+# --------------------------------------------------------------------------- how many slots
+
+
+def slots_that_fit(
+    free: int, weights: int, config: Config, prompt_lengths: list[int], limits: list[int], element_size: int = 2
+) -> int:
+    """How many slots a GPU has memory for, at least 1; each has to take the longest prompt with its limit.
+
+    free: bytes without the weights; weights: bytes that they will take of these (0 once they are loaded). limits: new
+    tokens of each prompt. Set aside are the keys and values of PREFILL_TOKENS of prompts, twice while they are put
+    together; what running them takes, which is largest in the MLP (three numbers of its width, four of the hidden size
+    per token); and 1.5 GiB for the libraries.
+
+        Qwen2.5-14B in bf16 on a GPU with 139.8 GiB: 27.5 GiB of weights, 192 KiB per token, 9.4 GiB set aside;
+        a slot of 2,000 + 8,192 tokens takes 1.87 GiB, so that 55 fit
+    """
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size  # bytes of keys and values
+    activations = (3 * config.intermediate_size + 4 * config.hidden_size) * element_size  # bytes per token
+    set_aside = PREFILL_TOKENS * (2 * token + activations) + 3 * 2**29
+    longest = max(prompt + limit for prompt, limit in zip(prompt_lengths, limits, strict=True))
+    return max(1, (free - weights - set_aside) // (longest * token))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a new cache may take on a GPU: what is free, and what PyTorch keeps for its own use. None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+# --------------------------------------------------------------------------- the schedule
 
 
 @dataclass
@@ -35,99 +135,83 @@ class Sample:
 
 @dataclass
 class Row:
-    """A sample in progress: where it belongs, its own random numbers, and how far it is."""
+    """A sample in progress. Row i of a call sits in slot i."""
 
-    prompt: int
-    number: int
-    prefix: int  # tokens of the prompt that are in its slot
-    limit: int  # tokens that it may have
-    rng: random.Random
+    prompt: int  # index of its prompt
+    number: int  # which sample of that prompt it is
+    prompt_tokens: int  # of its prompt that are in its slot: none if prompts are shared
+    limit: int  # tokens that it may draw
+    rng: random.Random  # its own random numbers
     sample: Sample = field(default_factory=Sample)
 
     @property
     def length(self) -> int:
-        """Tokens in its slot: the prompt's, unless shared, and all but the newest of its own."""
-        return self.prefix + len(self.sample.ids) - 1
-
-    def reason(self, token: int, count: int, stop_ids: list[int]) -> str:
-        """Why it ends with this token, the count-th of its own: as in `Sample.finish`."""
-        return "stop" if token in stop_ids else "length" if count == self.limit else ""
+        """Tokens in its slot: the newest one isn't there yet."""
+        return self.prompt_tokens + len(self.sample.ids) - 1
 
 
-def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, window: int = 0):
-    """Draw one token a row by inverting the distribution function at one uniform number a row.
+@dataclass
+class Call:
+    """One call of `Sampler.stream`: what was asked for, and where it stands."""
 
-    logits (B, V) fp32, uniform (B,) in [0, 1) -> (tokens (B,), logprobs (B,), full_logprobs (B,), exact (B,)). The
-    nucleus is the smallest set of most likely tokens with mass >= top_p; top_k = 0 means no limit. temperature 0 is
-    greedy, with log-probabilities at temperature 1. fp64 sums: at V = 152k, fp32 would misplace the tail.
+    prompts: list[tuple[int, ...]]
+    keys: list[str]
+    limits: list[int]  # new tokens of each prompt
+    num_samples: int
+    choose: Callable  # logits (n, V), uniform (n,) -> tensors (n,): token, log-prob, full log-prob (, certainty)
+    stop_ids: set[int]
+    seed: int
+    batches: Iterator[list[int]]  # of the work queue: numbers of places in `order`
+    order: list[int]  # the prompts, longest first
+    shared: bool  # whether prompts are kept once for all their samples
+    cache: SlotCache | None = None
+    slot_tokens: int = 0  # tokens of the longest sample that the cache was made for
+    rows: list[Row] = field(default_factory=list)
+    queue: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, number) of samples without a slot
+    waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # samples in the queue of each distinct prompt
+    held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # prompts that were run and still wait
+    places: dict[int, int] = field(default_factory=dict)  # where each prompt in use is shared
+    free_places: list[int] = field(default_factory=list)
+    groups: dict[int, dict[int, Sample]] = field(default_factory=dict)  # finished samples of unfinished prompts
 
-    The nucleus is looked for among the `window` most likely tokens; 0: among as many as it takes, which needs a look at
-    values that a CUDA graph can't take. exact: whether it was found there.
-    """
-    full = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
-    exact = torch.ones_like(full[:, 0], dtype=torch.bool)
-    if temperature == 0:
-        logprobs, tokens = full.max(-1)
-        return tokens, logprobs, logprobs, exact
-    ranked, order, truncated = full, None, top_p < 1 or top_k > 0
-    if truncated:
-        size = min(top_k or window or 64, full.shape[1])
-        ranked, order = full.topk(size, dim=-1)  # (B, size), most likely first
-        # The nucleus nearly always lies within a small window; widen it when it doesn't.
-        while not (top_k or window) and size < full.shape[1] and bool((ranked.exp().sum(-1) < top_p).any()):
-            size = min(4 * size, full.shape[1])
-            ranked, order = full.topk(size, dim=-1)
-        mass = ranked.exp().cumsum(-1, dtype=torch.float64)
-        if not top_k and size < full.shape[1]:
-            exact = mass[:, -1] >= top_p
-        before = mass - ranked.exp()  # what lies before a kept token is less than top_p
-        ranked = ranked.masked_fill(before >= (top_p * mass[:, -1:] if top_k else top_p), -torch.inf)
-    cdf = ranked.exp().cumsum(-1, dtype=torch.float64)  # (B, V) or (B, size)
-    place = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)  # (B, 1)
-    place = place.clamp(max=ranked.shape[1] - 1)  # it is beyond where the logits are NaN
-    logprobs = ranked.gather(1, place)[:, 0]
-    if not truncated:
-        return place[:, 0], logprobs, logprobs, exact
-    return order.gather(1, place)[:, 0], logprobs - cdf[:, -1].log().float(), logprobs, exact
-
-
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(uniform || softmax(logits)) in nats, of each row: (B, V) -> (B,). 0 where nothing is known."""
-    return -F.log_softmax(logits, dim=-1).mean(-1) - math.log(logits.shape[1])
-
-
-PREFILL_TOKENS = 16_384  # of new prompts that are run at once
+    def tokens(self, prompt: int) -> int:
+        """Tokens that a sample of this prompt may come to, the prompt included."""
+        return len(self.prompts[prompt]) + self.limits[prompt]
 
 
 class Sampler:
-    """Batched sampling with a slot KV cache: per-row lengths, no left padding, refill and compaction.
+    """Batched sampling with a slot KV cache: a length for each row, no left padding, refill and compaction.
 
-    Running rows always fill the first n slots. Each decoding step feeds one token a row; rows that finish are
-    overwritten by the last ones, and new rows are appended when an eighth of the slots is free. A prompt is
-    run once, packed with others; its keys and values are copied to the slots of all its samples, or kept once for
-    all of them if share_prompts, which by default is decided by the lengths.
+    The running rows are always the first n slots. A decoding step feeds one token per row; rows that finish are
+    overwritten by the last ones, and new rows come when an eighth of the slots is free. A prompt is run once, packed
+    with others; its keys and values are copied to the slots of all its samples, or kept once for all of them if
+    share_prompts, which by default is decided by the lengths.
 
-    `steps` are made between two looks at what was drawn, 8 on a GPU, where a look makes the device wait; what a row
-    draws after its end is thrown away.
-
-    This is the schedule; the tensors are in kernels/decode.py.
+    slots: rows that run at once; None: as many as the GPU's memory allows, or CPU_SLOTS. steps: decoding steps between
+    two looks of the host at what was drawn, 8 on a GPU, where a look makes the device wait; tokens after a row's end
+    are discarded.
     """
 
     def __init__(
         self,
         model: Transformer,
-        slots: int = 64,
+        slots: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         steps: int | None = None,
         share_prompts: bool | None = None,
     ):
-        self.model, self.slots, self.prefill_tokens = model, max(slots, 1), prefill_tokens
-        self.steps, self.share_prompts = steps or (8 if model.device.type == "cuda" else 1), share_prompts
-        self.tokens, self.graphs = 0, True  # sampled so far, by all calls; whether CUDA graphs are tried
+        self.model = model
+        self.slots = slots
+        self.prefill_tokens = prefill_tokens
+        self.steps = steps or (8 if model.device.type == "cuda" else 1)
+        self.share_prompts = share_prompts
+        self.tokens = 0  # sampled so far, in all calls
+        self.graphs = True  # whether CUDA graphs are tried
 
     def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
-        """num_samples samples of every prompt, in order; the settings are those of `stream`."""
-        return [samples for _, samples in sorted(self.stream(prompts, **settings), key=lambda pair: pair[0])]
+        """num_samples samples of every prompt, in the order of the prompts; settings as for `stream`."""
+        groups = dict(self.stream(prompts, **settings))
+        return [groups[i] for i in range(len(prompts))]
 
     def stream(
         self,
@@ -144,12 +228,13 @@ class Sampler:
         certainty: bool = False,
         turns: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all, or one per prompt.
-        turns: which prompts are this rank's, asked for when slots are free (`distributed.work_queue`); none: all of them.
+        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all prompts, or one for each.
+        turns: numbers from 0 to len(prompts) - 1 that are this rank's, asked for when slots are free
+        (`distributed.work_queue`); None: all of them.
 
-        A sample is a function of (seed, key of its prompt, sample index): these seed its random numbers, so neither
-        the slots nor the order matter (but for ties within rounding, which other batch shapes may break otherwise).
-        Raises InputError, a ValueError, for settings out of range and for a prompt with too little room.
+        A sample is a function of (seed, key of its prompt, sample number): these seed its random numbers, so neither
+        the slots nor the order matter (except for ties within rounding, which other batch shapes may break otherwise).
+        Raises InputError, a ValueError, for settings out of range and for a prompt that leaves too little context.
         """
         limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
         if not len(keys) == len(limits) == len(prompts):
@@ -162,144 +247,232 @@ class Sampler:
                 sizes = f"a prompt of {len(prompt)} tokens and --max_new_tokens {limit}"
                 raise InputError(f"{key}: {sizes} don't fit the model's context of {context}; lower the flag")
 
-        def choose(logits: Tensor, uniform: Tensor, window: int = 0) -> tuple[Tensor, ...]:
-            drawn = choose_tokens(logits, uniform, temperature, top_p, top_k, window)
-            return (*drawn, kl_to_uniform(logits)) if certainty else drawn
+        def choose(logits: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+            drawn = choose_tokens(logits, uniform, temperature, top_p, top_k)
+            if certainty:
+                drawn += (kl_to_uniform(logits),)
+            return drawn
 
-        turns = turns or iter([range(len(prompts))])
-        return self._run(prompts, keys, limits, num_samples, choose, stop_ids, seed, turns)
+        call = Call(
+            prompts=[tuple(prompt) for prompt in prompts],
+            keys=keys,
+            limits=limits,
+            num_samples=num_samples,
+            choose=choose,
+            stop_ids=set(stop_ids),
+            seed=seed,
+            batches=turns or iter([list(range(len(prompts)))]),
+            order=sorted(range(len(prompts)), key=lambda p: -len(prompts[p]) - limits[p]),
+            shared=self._shares_prompts(prompts, limits, num_samples),
+        )
+        return self._run(call)
 
     @torch.no_grad()
-    def _run(
-        self, prompts, keys, limits, num_samples, choose, stop_ids, seed, turns
-    ) -> Iterator[tuple[int, list[Sample]]]:
-        queue: deque[tuple[int, int]] = deque()  # (prompt, number of the sample)
-        waiting: Counter[tuple[int, ...]] = Counter()  # how often each distinct prompt is in the queue
-        held: dict[tuple[int, ...], Prefix] = {}  # what running a prompt left, while it is in the queue
-        share = self._shares(prompts, limits, num_samples)
-        places: dict[int, int] = {}  # where each prompt whose samples are running is shared
-        cache = self._cache(prompts, limits, num_samples, share, choose)
-        free_places = list(range(cache.prompts))[::-1]  # the lowest first: the CPU looks at all up to the highest
-        rows: list[Row] = []  # row i sits in slot i
-        groups: dict[int, dict[int, Sample]] = {}
+    def _run(self, call: Call) -> Iterator[tuple[int, list[Sample]]]:
+        """The rounds of a call; see the trace at the top of the file."""
         while True:
-            free, new, missing, room = cache.slots - len(rows), [], {}, self.prefill_tokens
-            if free >= max(1, cache.slots // 8):
-                if not queue:
-                    for p in next(turns, []):
-                        waiting[tuple(prompts[p])] += num_samples
-                        queue.extend((p, k) for k in range(num_samples))
-                while queue and len(new) < free and room > 0:  # what a prefill leaves is held beside the cache
-                    p = queue[0][0]
-                    if share and p not in places:
-                        if not free_places:
-                            break
-                        places[p] = free_places.pop()
-                    new.append(queue.popleft())
-                    ids = tuple(prompts[p])
-                    if ids not in held and ids not in missing:
-                        missing[ids] = None
-                        room -= len(ids)
-            if not new and not rows:
-                return
+            new = self._admit(call)
             if new:
-                wanted = [tuple(prompts[p]) for p, _ in new]
-                if missing:
-                    held |= zip(missing, prefill(self.model, list(missing), self.prefill_tokens), strict=True)
-                for p in dict.fromkeys(p for p, k in new if share and k == 0):
-                    cache.share(places[p], held[tuple(prompts[p])])
-                logits = cache.add(len(rows), [held[ids] for ids in wanted])  # (len(new), V)
-                waiting.subtract(wanted)
-                held = {ids: prefix for ids, prefix in held.items() if waiting[ids]}
-                rngs = [random.Random(f"{seed}/{keys[p]}/{k}") for p, k in new]
-                lengths = [0 if share else len(prompts[p]) for p, _ in new]
-                drawing = [Row(p, k, n, limits[p], rng) for (p, k), n, rng in zip(new, lengths, rngs, strict=True)]
-                rows += drawing
-                uniform = torch.tensor([row.rng.random() for row in drawing], dtype=torch.float64, device=logits.device)
-                drawn = [x[None].tolist() for x in choose(logits, uniform)]
+                self._start(call, new)
+            elif call.rows:
+                self._decode(call)
             else:
-                drawing = rows
-                uniform = [[row.rng.random() for row in rows] for _ in range(self.steps)]
-                drawn = self._decode(cache, rows, uniform, stop_ids)
-            self._note(drawing, drawn, stop_ids)
-            finished = self._take_finished(rows, cache)
-            for row in finished:
-                group = groups.setdefault(row.prompt, {})
-                group[row.number] = row.sample
-                if len(group) == num_samples:
-                    if share:
-                        free_places.append(places.pop(row.prompt))
-                    yield row.prompt, [group[k] for k in range(num_samples)]
-                    del groups[row.prompt]
-            if share and rows and (new or finished):
-                cache.arrange([places[row.prompt] for row in rows])
+                return
+            yield from self._retire(call)
 
-    def _decode(self, cache: SlotCache, rows: list[Row], uniform: list[list[float]], stop_ids: list[int]) -> list:
-        """What `SlotCache.decode` draws; again without a CUDA graph if a row's nucleus was larger than a graph's
-        window, unless that was after its end."""
-        tokens, lengths = [row.sample.ids[-1] for row in rows], [row.length for row in rows]
-        drawn = cache.decode(tokens, lengths, uniform)
-        self.graphs = cache.graphs is not None  # where capturing one has failed, it isn't tried again
-        for i, row in enumerate(rows if not all(map(all, drawn[3])) else []):
-            for step, (ids, exact) in enumerate(zip(drawn[0], drawn[3], strict=True), 1):
-                if not exact[i]:
-                    return cache.decode(tokens, lengths, uniform, exact=True)
-                if row.reason(ids[i], len(row.sample.ids) + step, stop_ids):
+    def _admit(self, call: Call) -> list[tuple[int, int]]:
+        """Samples from the queue for the free slots, as (prompt, number); none if there are too few of either."""
+        # 1. A prefill makes all running rows wait, so a few slots have to be free.
+        if call.cache is not None and call.cache.slots - len(call.rows) < max(1, call.cache.slots // 8):
+            return []
+
+        # 2. If the queue is empty, more work for this rank; the longest prompts come first.
+        if not call.queue:
+            for place in next(call.batches, []):
+                prompt = call.order[place]
+                call.waiting[call.prompts[prompt]] += call.num_samples
+                call.queue.extend((prompt, number) for number in range(call.num_samples))
+        if not call.queue:
+            return []
+
+        # 3. Slots of another length? Two caches don't fit side by side, so the running rows end first.
+        if self._needs_new_cache(call):
+            if call.rows:
+                return []
+            self._make_cache(call)
+
+        # 4. As many samples as there are free slots, and new prompts as fit in one prefill.
+        new = []
+        to_run = set()
+        tokens_left = self.prefill_tokens
+        while call.queue and len(new) < call.cache.slots - len(call.rows) and tokens_left > 0:
+            if self._needs_new_cache(call):
+                break
+            prompt = call.queue[0][0]
+            if call.shared and prompt not in call.places:
+                if not call.free_places:
                     break
-        return drawn
+                call.places[prompt] = call.free_places.pop()
+            new.append(call.queue.popleft())
+            ids = call.prompts[prompt]
+            if ids not in call.held and ids not in to_run:
+                to_run.add(ids)
+                tokens_left -= len(ids)
+        return new
 
-    def _note(self, rows: list[Row], drawn: list[list[list]], stop_ids: list[int]) -> None:
-        """Give each row what it has drawn in one step or several, up to its end."""
-        for step in zip(*drawn, strict=True):
-            for row, token, logprob, full_logprob, _, *spread in zip(rows, *step, strict=True):
+    def _start(self, call: Call, new: list[tuple[int, int]]) -> None:
+        """Run the prompts of new samples, put them into the next slots, and draw their first tokens."""
+        # 1. Run each distinct prompt that hasn't been run.
+        wanted = [call.prompts[prompt] for prompt, _ in new]
+        to_run = [ids for ids in dict.fromkeys(wanted) if ids not in call.held]
+        if to_run:
+            call.held |= zip(to_run, prefill(self.model, to_run, self.prefill_tokens), strict=True)
+
+        # 2. Into the cache: once per prompt if shared, else to the slot of each sample.
+        if call.shared:
+            for prompt, number in new:
+                if number == 0:
+                    call.cache.share(call.places[prompt], call.held[call.prompts[prompt]])
+        logits = call.cache.add(len(call.rows), [call.held[ids] for ids in wanted])  # (len(new), V)
+
+        # 3. Keep what other samples in the queue need, with memory of its own, and let the rest go.
+        call.waiting.subtract(wanted)
+        call.held = {ids: kv for ids, kv in call.held.items() if call.waiting[ids] > 0}
+        for ids in to_run:
+            if ids in call.held:
+                call.held[ids] = call.held[ids].clone()
+
+        # 4. The first tokens.
+        rows = []
+        for prompt, number in new:
+            rng = random.Random(f"{call.seed}/{call.keys[prompt]}/{number}")
+            prompt_tokens = 0 if call.shared else len(call.prompts[prompt])
+            rows.append(Row(prompt, number, prompt_tokens, call.limits[prompt], rng))
+        uniform = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
+        drawn = [values[None].tolist() for values in call.choose(logits, uniform)]  # as of one step
+        call.rows += rows
+        self._note(rows, drawn, call.stop_ids)
+        if call.shared:
+            call.cache.arrange([call.places[row.prompt] for row in call.rows])
+
+    def _decode(self, call: Call) -> None:
+        """Draw the next tokens of all rows, `steps` of them at most."""
+        newest = [row.sample.ids[-1] for row in call.rows]
+        lengths = [row.length for row in call.rows]
+        uniform = [[row.rng.random() for row in call.rows] for _ in range(self.steps)]
+        drawn = call.cache.decode(newest, lengths, uniform)
+        self.graphs = call.cache.can_capture
+        self._note(call.rows, drawn, call.stop_ids)
+
+    def _note(self, rows: list[Row], drawn: list[list[list]], stop_ids: set[int]) -> None:
+        """Append to each row what it drew, up to its end. drawn: for each result of `choose`, steps of rows."""
+        for results in zip(*drawn, strict=True):  # of one step
+            for row, token, logprob, full_logprob, *certainty in zip(rows, *results, strict=True):
                 sample = row.sample
-                if sample.finish:  # in an earlier one of these steps
+                if sample.finish:  # it ended in an earlier one of these steps
                     continue
                 if math.isnan(logprob):
-                    raise RunError("the model's log-probs are NaN, so its weights are spoilt: take an earlier "
-                                     "checkpoint; if it was in training, lower --lr, with another --out")  # fmt: skip
+                    raise RunError("the model's log-probs are NaN, so its weights are, too: go back to an earlier "
+                                   "checkpoint; if it was in training, lower --lr, with another --out")  # fmt: skip
                 sample.ids.append(token)
                 sample.logprobs.append(logprob)
                 sample.full_logprobs.append(full_logprob)
-                sample.certainty.extend(spread)
-                sample.finish = row.reason(token, len(sample.ids), stop_ids)
+                sample.certainty += certainty
+                if token in stop_ids:
+                    sample.finish = "stop"
+                elif len(sample.ids) == row.limit:
+                    sample.finish = "length"
                 self.tokens += 1
 
-    def _shares(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
-        """Whether prompts are kept once for all their samples: where the keys that needn't be read for each of them are
-        more than a quarter of those of a row in its middle. They have to make up for a second call of attention."""
-        if self.share_prompts is not None or not prompts or num_samples < 2:
-            return bool(self.share_prompts and prompts)
-        prompt, own = sum(map(len, prompts)) / len(prompts), sum(limits) / len(limits) / 2
+    def _retire(self, call: Call) -> Iterator[tuple[int, list[Sample]]]:
+        """Take the finished rows out, move the last running rows into the holes, and yield the finished groups.
+
+        Rows a b C d E, of which C and E have ended: n = 3 run on, the hole at 2 lies among the first n, the mover d
+        (row 3) beyond them: a b d.
+        """
+        finished = [row for row in call.rows if row.sample.finish]
+        if not finished:
+            return
+        n = len(call.rows) - len(finished)
+        holes = [i for i in range(n) if call.rows[i].sample.finish]
+        movers = [i for i in range(n, len(call.rows)) if not call.rows[i].sample.finish]
+        for hole, mover in zip(holes, movers, strict=True):
+            call.rows[hole] = call.rows[mover]
+            call.cache.move(mover, hole, call.rows[mover].length)
+        del call.rows[n:]
+
+        whole = []
+        for row in finished:
+            group = call.groups.setdefault(row.prompt, {})
+            group[row.number] = row.sample
+            if len(group) == call.num_samples:
+                whole.append(row.prompt)
+        if call.shared:
+            call.free_places += [call.places.pop(prompt) for prompt in whole]
+            if call.rows:
+                call.cache.arrange([call.places[row.prompt] for row in call.rows])
+        for prompt in whole:
+            group = call.groups.pop(prompt)
+            yield prompt, [group[number] for number in range(call.num_samples)]
+
+    # ------------------------------------------------------------------- sizes
+
+    def _shares_prompts(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
+        """Whether prompts are kept once for all their samples: a second call of attention pays if the keys that needn't
+        be read again are more than a quarter of those of a row halfway through its answer."""
+        if self.share_prompts is not None:
+            return self.share_prompts and bool(prompts)
+        if not prompts or num_samples < 2:
+            return False
+        prompt = sum(map(len, prompts)) / len(prompts)
+        own = sum(limits) / len(limits) / 2
         return prompt * (1 - 1 / num_samples) > (prompt + own) / 4
 
-    def _cache(self, prompts, limits, num_samples, share: bool, choose: Callable) -> SlotCache:
-        """Slots for the longest row; with shared prompts four times as many places for these as full groups would take,
-        since of some only a last sample is left."""
-        slots, flags = min(self.slots, len(prompts) * num_samples), {"steps": self.steps, "graphs": self.graphs}
-        if share:
-            longest, places = max(map(len, prompts)), min(len(prompts), slots, 4 * slots // num_samples + 1)
-            shared = {"prompts": places, "prompt_length": longest, "group": min(num_samples, slots)}
-            return SlotCache(self.model, slots, max(limits), choose, **flags, **shared)
-        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
-        return SlotCache(self.model, slots, longest, choose, **flags)
+    def _needs_new_cache(self, call: Call) -> bool:
+        """Whether the next sample needs a cache: the first one, and where memory decides how many slots there are, one
+        that two thirds of a slot are enough for. As the longest come first, so do all that follow."""
+        if call.cache is None:
+            return True
+        if self.slots is not None or free_memory(self.model.device) is None:
+            return False
+        next_prompt = call.queue[0][0]
+        return 3 * call.tokens(next_prompt) <= 2 * call.slot_tokens
 
-    def _take_finished(self, rows: list[Row], cache: SlotCache) -> list[Row]:
-        """Take the finished rows out; the last running ones move into the holes, so that the first slots stay dense."""
-        finished = [row for row in rows if row.sample.finish]
-        n = len(rows) - len(finished)
-        holes = [i for i in range(n) if rows[i].sample.finish]
-        movers = [i for i in range(n, len(rows)) if not rows[i].sample.finish]
-        for hole, mover in zip(holes, movers, strict=True):
-            rows[hole] = rows[mover]
-            cache.move(mover, hole, rows[mover].length)
-        del rows[n:]
-        return finished
+    def _make_cache(self, call: Call) -> None:
+        """Slots for the next sample of the queue, which is the longest of the rest of the prompts."""
+        call.cache = None  # its memory has to be free before the new one is measured
+        next_prompt = call.queue[0][0]
+        call.slot_tokens = call.tokens(next_prompt)
+        rest = call.order[call.order.index(next_prompt) :]
+        prompt_lengths = [len(call.prompts[prompt]) for prompt in rest]
+        limits = [call.limits[prompt] for prompt in rest]
+
+        slots = self.slots
+        free = free_memory(self.model.device)
+        if slots is None and free is None:
+            slots = CPU_SLOTS
+        elif slots is None:
+            per_slot = prompt_lengths
+            if call.shared:  # there is a place for a prompt per num_samples / 4 slots, see below
+                per_slot = [math.ceil(4 * length / call.num_samples) for length in prompt_lengths]
+            size = self.model.dtype.itemsize
+            slots = min(MOST_SLOTS, slots_that_fit(free, 0, self.model.config, per_slot, limits, size))
+        slots = min(slots, len(rest) * call.num_samples)
+
+        settings = {"steps": self.steps, "graphs": self.graphs}
+        if not call.shared:
+            call.cache = SlotCache(self.model, slots, call.slot_tokens, call.choose, **settings)
+            return
+        # Four times as many places for prompts as full groups would need, since of some only a last sample is left.
+        places = min(len(rest), slots, 4 * slots // call.num_samples + 1)
+        settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.num_samples, slots)}
+        call.cache = SlotCache(self.model, slots, max(limits), call.choose, **settings)
+        call.free_places = list(reversed(range(places)))  # the lowest first: the CPU looks at all up to the highest
 
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
-    """Pass a sampler's stream through, with a progress bar over rank 0's samples, tokens/s and the time left."""
-    bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=distributed.rank() != 0, mininterval=1.0)
+    """Pass a sampler's stream through, with a progress bar over rank 0's samples, tokens per second and time left."""
+    bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=rank() != 0, mininterval=1.0)
     started, before = time.time(), sampler.tokens
     with bar:
         for i, samples in stream:

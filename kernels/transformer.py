@@ -293,6 +293,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.vocabulary = config.vocab_size  # rows of the head that count: a padded one has more than there are tokens
         self.checkpointing = False  # recompute each block's activations in the backward pass
         self.model = nn.ModuleDict(
             {
@@ -305,13 +306,22 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The (V, D) output weight; the embedding itself where the two are tied."""
-        return self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
+        """The (V, D) output weight, without the rows of a padded vocabulary that no token has; the embedding itself where
+        the two are tied. Under FSDP it is whole within `forward` only."""
+        weight = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
+        if self.vocabulary == len(weight):
+            return weight
+        return weight[: self.vocabulary]
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.head.device
+        return self.model["embed_tokens"].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.model["embed_tokens"].weight.dtype
 
     def forward(
         self,
@@ -338,7 +348,9 @@ class Transformer(nn.Module):
         hidden = self.model["norm"](x)
         if targets is None:
             return hidden
-        return token_logprobs(hidden.flatten(0, 1), self.head, targets.flatten(), temperature)
+        # In more slices of the vocabulary, the gradient of the hidden states is added up more often.
+        workspace = (1 << 30) if hidden.is_cuda else (256 << 20)
+        return token_logprobs(hidden.flatten(0, 1), self.head, targets.flatten(), temperature, workspace=workspace)
 
     def packed(
         self,
@@ -367,8 +379,16 @@ def read_config(path: str | Path) -> Config:
     return Config.from_dict(json.loads(file.read_text()))
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int | None = None,
+) -> Transformer:
     """Load a Hugging Face directory: `config.json` and `model.safetensors` (or shards with an index).
+
+    vocabulary: how many token ids the tokenizer has, where the config's vocabulary is padded to more rows. Those beyond
+    are never drawn and get no probability, in the sampler and in training alike; None: all rows count.
 
     The model is built on the meta device and each weight is read once, straight to `device` and `dtype`,
     so there is never a second copy. Raises FileNotFoundError for a missing file and ValueError for an
@@ -404,6 +424,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     if missing:
         raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
     model.load_state_dict(loaded, assign=True)
+    model.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
     return model.eval()
 
 
@@ -429,7 +450,7 @@ def save_model(
         (part / name).chmod(0o644)
         (part / name).replace(path / name)
 
-    dtype = str(model.head.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     raw = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"}  # the old spelling
     put("config.json", lambda to: to.write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n"))
     for pattern in TOKENIZER_FILES if tokenizer_from is not None else ():

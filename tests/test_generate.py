@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import time
+import weakref
 from argparse import Namespace
 from collections import Counter
 from functools import partial
@@ -24,8 +25,8 @@ from unittest.mock import MagicMock
 import generate
 from data import records
 from generate import extract_answer, find_boxes, render_response, render_steps, split_steps
-from kernels import decode, distributed
-from kernels.decode import SlotCache, limits, ragged_attention
+from kernels import decode, distributed, sampler
+from kernels.decode import SlotCache, ragged_attention, visible_keys
 from kernels.distributed import InputError
 from kernels.sampler import Sampler, choose_tokens
 from kernels.transformer import Config, Transformer, load_model, save_model
@@ -119,10 +120,10 @@ def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p, mod
     spy("move", SlotCache.move)
     prompts = make_prompts(11)
     limits = [1, 30, 3, 17, 1, 60, 2, 8, 25, 1, 12]
-    samples = Sampler(ours, slots=5, **mode).sample(
+    samples = Sampler(ours, slots=7, **mode).sample(
         prompts,
         keys=[str(i) for i in range(11)],
-        num_samples=3,
+        num_samples=4,
         temperature=0.7,
         top_p=top_p,
         max_new_tokens=limits,
@@ -130,7 +131,7 @@ def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p, mod
     )
     assert happened["add"] > 5 and happened["move"] > 5
     for prompt, limit, group in zip(prompts, limits, samples, strict=True):
-        assert [len(sample.ids) for sample in group] == [limit] * 3
+        assert [len(sample.ids) for sample in group] == [limit] * 4
         for sample in group:
             check_logprobs(theirs, prompt, sample, 0.7, top_p)
             assert (sample.logprobs == sample.full_logprobs) == (top_p == 1.0)
@@ -164,17 +165,26 @@ def test_sample_is_a_function_of_seed_key_and_index(models):
 
 
 def test_each_distinct_prompt_is_run_once(models, monkeypatch):
-    """Guards: a prefill per sample, or again for a prompt whose text is there under another key."""
+    """Guards: a prefill per sample, or again for a prompt whose text is there under another key; a prompt that waits and
+    keeps everything that was run with it in memory."""
     runs, original = [], decode.prefill
     monkeypatch.setattr(
         "kernels.sampler.prefill",
         lambda model, prompts, *args: runs.extend(prompts) or original(model, prompts, *args),
     )
+    held, start = [], Sampler._start
+
+    def spy(self, call, new):
+        start(self, call, new)
+        held.extend(call.held.values())
+
+    monkeypatch.setattr(Sampler, "_start", spy)
     prompts = make_prompts(5)
     settings = {"keys": list("abcdefg"), "num_samples": 6, "max_new_tokens": 4, "stop_ids": [], "seed": 3}
     queue = [*prompts, prompts[1], prompts[0]]
     together = Sampler(models["Qwen2"][0], slots=4).sample(queue, **settings)
     assert sorted(runs) == sorted(map(tuple, prompts))
+    assert held and all(x.untyped_storage().nbytes() == x.nbytes for kv in held for x in kv)
     piecewise = Sampler(models["Qwen2"][0], slots=42, prefill_tokens=8).sample(queue, **settings)
     assert [[s.ids for s in group] for group in piecewise] == [[s.ids for s in group] for group in together]
 
@@ -212,6 +222,81 @@ def test_one_long_row_among_short_ones(models, mode):
     assert Sampler(ours).sample([], keys=[], stop_ids=[]) == []
 
 
+def test_padded_vocabulary(models):
+    """Guards: ids that the tokenizer doesn't have, drawn from the rows that pad an embedding, which vanish in the text; a
+    sampler and a trainer that don't leave out the same ones."""
+    model = copy.copy(models["Qwen2"][0])
+    model.vocabulary = 40
+    prompts = make_prompts(6)
+    groups = Sampler(model).sample(prompts, keys=list("abcdef"), num_samples=5, max_new_tokens=30, stop_ids=[])
+    assert max(max(sample.ids) for group in groups for sample in group) == 39
+    sample = groups[3][0]
+    ids, lengths = torch.tensor(prompts[3] + sample.ids), torch.tensor([len(prompts[3]) + 30])
+    targets = torch.cat([torch.full((len(prompts[3]) - 1,), -1), torch.tensor([*sample.ids, -1])])
+    logprobs, _ = model.packed(ids, lengths, targets)
+    torch.testing.assert_close(logprobs[targets >= 0], torch.tensor(sample.logprobs), atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), [model.model["embed_tokens"].weight if model.lm_head is None
+                                                       else model.lm_head.weight])  # fmt: skip
+    assert gradient.shape[0] == 97 and gradient[:40].any()
+    assert model.lm_head is None or not gradient[40:].any()
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_slots_from_memory(models, monkeypatch, share_prompts):
+    """Guards: slots that are all as long as the longest prompt of a run; a new cache while rows are running, or beside
+    the old one; samples that depend on any of this."""
+    ours = models["Qwen2"][0]
+    prompts = [[2 + i] * length for i, length in enumerate([9, 60, 5, 58, 7, 12, 61, 6])]
+    settings = {"keys": list("abcdefgh"), "num_samples": 3, "max_new_tokens": 10, "stop_ids": [5]}
+
+    def draw(slots):
+        groups = Sampler(ours, slots, share_prompts=share_prompts).sample(prompts, **settings)
+        return [[sample.ids for sample in group] for group in groups]
+
+    expected = draw(4)
+    made, alive, original = [], weakref.WeakSet(), SlotCache.__init__
+
+    def spy(cache, model, slots, length, *args, **flags):
+        assert not alive
+        alive.add(cache)
+        made.append((slots, length, flags.get("prompt_length")))
+        original(cache, model, slots, length, *args, **flags)
+
+    monkeypatch.setattr(SlotCache, "__init__", spy)
+    monkeypatch.setattr(sampler, "free_memory", lambda device: 0)
+    monkeypatch.setattr(sampler, "slots_that_fit", lambda free, weights, config, lengths, limits, size: 330 // max(
+        a + b for a, b in zip(lengths, limits, strict=True)))  # fmt: skip
+    assert draw(None) == expected
+    if share_prompts:  # prompts take 4/3 of their length from each slot
+        assert made == [(3, 10, 61), (12, 10, 12)]
+    else:
+        assert made == [(4, 71, None), (15, 22, None)]
+
+
+# README of kernels: rows by card, model and command; the longest prompt, new tokens -> slots of an H100 and of an H200
+@pytest.mark.parametrize(
+    "shape, billions, new_tokens, rows",
+    [
+        ((5120, 13824, 48, 40, 8), 14.77, 8192, {512: (26, 64), 1000: (25, 61), 2000: (22, 55)}),
+        ((5120, 25600, 64, 64, 8), 32.76, 8192, {2000: (2, 26), 3000: (2, 24), 5000: (1, 20), 9000: (1, 15)}),
+        ((5120, 13824, 48, 40, 8), 14.77, 4096, {2000: (37, 92), 4000: (28, 69)}),
+        ((3584, 18944, 28, 28, 4), 7.616, 3072, {1000: (273, 552)}),
+    ],
+)  # fmt: skip
+def test_slots_that_fit(shape, billions, new_tokens, rows):
+    """Guards: a cache that doesn't fit beside the weights, or leaves half of the card free. The table was worked out by
+    hand from the models' shapes."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    raw = dict(zip(names, shape, strict=True)) | {"vocab_size": 152064, "head_dim": 128}
+    config = Config.from_dict(raw | {"architectures": ["Qwen3ForCausalLM"]})
+    for longest, (h100, h200) in rows.items():
+        for total, wanted in ((79.1, h100), (139.8, h200)):
+            free, weights = int(total * 2**30), int(2e9 * billions)
+            found = sampler.slots_that_fit(free, weights, config, [30, longest], [new_tokens] * 2)
+            assert abs(found - wanted) <= 0.02 * wanted, (longest, total, found)
+    assert sampler.slots_that_fit(0, 0, config, [10], [10]) == 1  # let the allocation itself say that it doesn't fit
+
+
 def test_shared_prompts_are_chosen_by_length(models, monkeypatch):
     """Guards: prompts copied to each of sixteen samples that verify a long solution; a second call of attention for
     short ones; fewer places than prompts, so that a queue stalls."""
@@ -232,7 +317,7 @@ def test_ragged_attention(G, lengths):
     """Guards: keys beyond a row's end, a group's heads in another order, a log-sum-exp of scaled or rounded scores."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2 * G, 6), torch.randn(3, 2, 9, 6), torch.randn(3, 2, 9, 6)
-    out, lse = ragged_attention(q, k, v, limits(torch.tensor(lengths), k), merged=True)
+    out, lse = ragged_attention(q, k, v, visible_keys(torch.tensor(lengths), k), merged=True)
     for b, n in enumerate(lengths):
         keys, values = (x[b, :, :n].double().repeat_interleave(G, 0) for x in (k, v))  # (H, n, E)
         scores = q[b].double().transpose(0, 1) @ keys.mT / 6**0.5  # (H, R, n)
@@ -240,13 +325,17 @@ def test_ragged_attention(G, lengths):
         torch.testing.assert_close(lse[b].double(), scores.logsumexp(-1).T, rtol=1e-5, atol=1e-5)
 
 
-def test_a_window_that_is_too_small_says_so():
-    """Guards: a nucleus cut at the number of tokens that a CUDA graph looks at."""
+def test_a_nucleus_beyond_the_likeliest_tokens(monkeypatch):
+    """Guards: a nucleus that is larger than the tokens looked at, of which only some are kept, or whose probabilities
+    don't add up to one; a small one that depends on how many are looked at."""
     flat, peaked = torch.zeros(400), torch.zeros(400).index_fill(0, torch.tensor([7]), 30.0)
-    logits, uniform = torch.stack([flat, peaked]), torch.tensor([0.9, 0.9], dtype=torch.float64)
-    for top_p, top_k, exact in ((0.95, 0, [False, True]), (1.0, 0, [True, True]), (0.95, 4, [True, True])):
-        assert choose_tokens(logits, uniform, 1.0, top_p, top_k, window=16)[3].tolist() == exact
-        assert choose_tokens(logits, uniform, 1.0, top_p, top_k)[3].tolist() == [True, True]
+    logits, uniform = torch.stack([flat, peaked]), torch.tensor([0.99, 0.9], dtype=torch.float64)
+    whole = choose_tokens(logits, uniform, 1.0, 0.949, 0)
+    monkeypatch.setattr(sampler, "NUCLEUS_TOKENS", 16)
+    tokens, logprobs, full_logprobs = choose_tokens(logits, uniform, 1.0, 0.949, 0)
+    assert whole[1].exp().tolist() == pytest.approx([1 / 380, 1.0])  # 0.95 of 400
+    assert logprobs.exp().tolist() == pytest.approx([1 / 16, 1.0])
+    assert full_logprobs.exp().tolist() == pytest.approx([1 / 400, 1.0]) and tokens[1] == whole[0][1] == 7
 
 
 def test_a_step_never_looks_at_values(models, monkeypatch):
@@ -263,8 +352,8 @@ def test_a_step_never_looks_at_values(models, monkeypatch):
             cache = SlotCache(model, 8, 16, choose, steps=4, **shared)
             for _ in range(2):
                 with torch.inference_mode():
-                    cache.step(8, 16, window=64)
-            assert [x.dtype for x in cache.drawn[:4]] == [torch.long, torch.float32, torch.float32, torch.bool]
+                    cache.step(8, 16)
+            assert [x.dtype for x in cache.drawn] == [torch.long, torch.float32, torch.float32]
             assert all(x.shape == (4, 8) for x in cache.drawn)
 
 
@@ -272,8 +361,9 @@ def test_a_step_never_looks_at_values(models, monkeypatch):
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_graphs_replay_a_step(models, monkeypatch, share_prompts, top_p):
     """Guards: what surrounds CUDA graphs, tried on the CPU with a graph that is its step made again: a trial step that
-    spoils the tokens or lengths of rows, idle slots that write to running ones, a graph for fewer rows than there are,
-    a window too small for the nucleus, a capture that fails and takes the run down."""
+    spoils the tokens or lengths of rows, idle slots that write to running ones or go on reading all keys that they ever
+    held, a graph for fewer rows than there are, a capture that fails and takes the run down, and one without memory
+    after which later calls don't try again."""
     replayed, steps, original = Counter(), [], SlotCache.step
 
     class Graph:
@@ -285,24 +375,33 @@ def test_graphs_replay_a_step(models, monkeypatch, share_prompts, top_p):
             return None
 
     @contextlib.contextmanager
-    def capture(graph, pool, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
         yield
         graph.work = steps[-1]
 
     for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("stream", contextlib.nullcontext)):
         monkeypatch.setattr(torch.cuda, name, fake)
-    for name in ("Stream", "current_stream", "set_stream"):
+    for name in ("Stream", "current_stream", "set_stream", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+    decode.capture_stream.cache_clear()
     monkeypatch.setattr(SlotCache, "step", lambda *args: steps.append(args) or original(*args))
-    monkeypatch.setattr(decode, "GRAPH_ROWS", (2, 4))
-    monkeypatch.setattr(decode, "WINDOW", 60)  # of 97 tokens: at times too few for 0.9 of the mass
+    loaded, load = [], SlotCache.load
+
+    def spy(cache, tokens, *args):
+        load(cache, tokens, *args)
+        loaded.append((copy.copy(cache), len(tokens)))
+        loaded[-1][0].ends = cache.ends.clone()
+
+    monkeypatch.setattr(SlotCache, "load", spy)
+    monkeypatch.setattr(decode, "GRAPH_ROWS", (3, 6))
     prompts, limits = make_prompts(9), [1, 30, 3, 17, 1, 60, 2, 8, 25]
     settings = {"keys": list("abcdefghi"), "num_samples": 3, "max_new_tokens": limits, "stop_ids": [5], "top_p": top_p}
     settings |= {"temperature": 1.5}
 
+    engine = Sampler(models["Qwen2"][0], 7, steps=3, share_prompts=share_prompts)
+
     def draw():
-        samples = Sampler(models["Qwen2"][0], 7, steps=3, share_prompts=share_prompts).sample(prompts, **settings)
-        return [[sample.ids for sample in group] for group in samples]
+        return [[sample.ids for sample in group] for group in engine.sample(prompts, **settings)]
 
     expected = draw()
     steps.clear()
@@ -310,15 +409,24 @@ def test_graphs_replay_a_step(models, monkeypatch, share_prompts, top_p):
 
     def with_graphs(self, *args, **flags):
         made(self, *args, **flags)
-        self.graphs = {}
+        self.graphs = {} if flags["graphs"] else None
 
     monkeypatch.setattr(SlotCache, "__init__", with_graphs)
     assert draw() == expected
-    assert set(replayed) == {2, 4, 7}
-    assert any(len(args) == 3 for args in steps) == (top_p < 1)  # steps again, without a graph and its window
+    assert set(replayed) == {3, 6, 7}
+    idle = [cache.ends[n:].max() for cache, n in loaded if n < 7]
+    assert len(idle) > 5 and not any(idle)
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "CUDAGraph", MagicMock(side_effect=torch.OutOfMemoryError("full")))
+        with pytest.warns(UserWarning, match="no memory for a CUDA graph.*full"):
+            assert draw() == expected
+    assert torch.cuda.empty_cache.call_count == 1
+    replayed.clear()
+    assert draw() == expected and set(replayed) == {3, 6, 7}
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock(side_effect=RuntimeError("not permitted")))
     with pytest.warns(UserWarning, match="no CUDA graphs.*not permitted"):
         assert draw() == expected
+    assert not engine.graphs
 
 
 def take_turns(rank: int, pause: float, path: str, results) -> None:
@@ -419,7 +527,7 @@ def test_sampled_frequencies_are_exact(vocabulary, scale, temperature, top_p, to
     rows = torch.cat([peaked, logits.expand(N, vocabulary)])
     uniform = torch.rand(N + 1, generator=generator)
     uniform[0] = 0.99999
-    tokens, logprobs, full, _ = choose_tokens(rows, uniform, temperature, top_p, top_k)
+    tokens, logprobs, full = choose_tokens(rows, uniform, temperature, top_p, top_k)
     assert tokens[0] == 3
     # The definition, in fp64: top_k first, then the smallest set of most likely tokens with mass >= top_p of the rest.
     p = (logits.double() / temperature).softmax(-1)
