@@ -24,11 +24,11 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from kernels.logprob import product
 from kernels.transformer import Transformer, packed_attention
+
+import torch
+from torch import Tensor
 
 # A CUDA graph has a fixed number of rows. The next larger one is used; its slots beyond the running rows are idle.
 GRAPH_ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)

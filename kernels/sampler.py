@@ -20,14 +20,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from kernels.decode import PromptKV, SlotCache, prefill
+from kernels.distributed import InputError, RunError, rank
+from kernels.transformer import Config, Transformer
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-
-from kernels.decode import PromptKV, SlotCache, prefill
-from kernels.distributed import InputError, RunError, rank
-from kernels.transformer import Config, Transformer
 
 PREFILL_TOKENS = 16_384  # of new prompts that are run at once
 NUCLEUS_TOKENS = 4096  # the nucleus of top_p is looked for among so many of the likeliest tokens
