@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import evaluate
+from data import report
 from evaluate import (
     bootstrap,
     bootstrap_interval,
@@ -552,7 +553,7 @@ def test_plot_command(tmp_path, monkeypatch):
     for name, records in (("one", first), ("two", second)):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / name / "metrics.jsonl", records)
-    assert evaluate.read_metrics(str(tmp_path / "two"))["kl/k3"] == {1: 0.1, 2: 0.2}
+    assert report.read_metrics(str(tmp_path / "two"))["kl/k3"] == {1: 0.1, 2: 0.2}
     out = tmp_path / "plots/curves.png"
     run(monkeypatch, "plot", "--runs", tmp_path / "one", tmp_path / "two", "--out", out)
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and list(out.parent.iterdir()) == [out]
@@ -570,7 +571,7 @@ def test_plot_of_seeds(tmp_path, monkeypatch):
     curves = [{"panel": "p", "curve": "c", "x": [1, 10], "y": y, "xscale": "log"} for y in ([0, 1], [4, 3])]
     curves += [{"panel": "p", "curve": "memory", "x": [1], "y": [7], "right": True}]
     file, drawn = write_lines(tmp_path / "curves.jsonl", curves), []
-    monkeypatch.setattr(evaluate, "save_figure", lambda figure, out: drawn.append(figure))
+    monkeypatch.setattr(report, "save_figure", lambda figure, out: drawn.append(figure))
     run(monkeypatch, "plot", "--runs", tmp_path / "*/grpo", file, "--keys", "reward/mean", "--out", tmp_path / "x.png")
     reward, left, right = drawn[0].axes
     assert [line.get_xydata().tolist() for line in reward.lines] == [[[0, 1], [1, 2], [2, 3]]]

@@ -11,11 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from data import records
+from data import records, report
 from data.make_sorting import judge, sort
 from data.results.claims import read_results
 from data.results.hacking import CONSTRAINTS, accept
-from evaluate import read_metrics
 from generate import open_sampler
 from grpo import shown_solution
 
@@ -77,7 +76,7 @@ def collect(seed: str) -> dict:
         judged[name] |= {m: row["value"] for m, row in read_results(out / name / "processbench.jsonl").items()}
     curves = {}
     for name in list(NAMES)[1:]:
-        reward = read_metrics(str(out / name))["reward/mean"]
+        reward = report.read_metrics(str(out / name))["reward/mean"]
         curves[name] = {str(step): round(value, 4) for step, value in reward.items()}
     rescored = json.loads((out / "rescored.json").read_text())
     return {"seed": int(seed), "judges": judged, "reward": curves, "policies": rescored}
