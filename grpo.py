@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data import records
+from data import records, report
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import grade_all, heldout_accuracy, majority_answer
@@ -626,13 +626,17 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
     return {name: count / 2**30 for name, count in needed.items()}
 
 
+def describe_rollout(r: Rollout, advantage: float) -> dict:
+    """A response as a record: what --dump_rollouts writes and `report.show_rollout` shows."""
+    return {
+        "problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
+        "reward": r.reward, "advantage": advantage, "judgement": r.scored and vars(r.scored),
+    }  # fmt: skip
+
+
 def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
     """Everything about a step's responses, one a line, for reading later."""
-    rows = [
-        {"problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
-         "reward": r.reward, "advantage": a, "judgement": r.scored and vars(r.scored)}
-        for r, a in zip(rollouts, advantages.tolist(), strict=True)
-    ]  # fmt: skip
+    rows = [describe_rollout(r, a) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
     records.write_lines(path, rows)
 
 
@@ -645,11 +649,7 @@ def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
 
 def print_sample(problem: dict, r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
-    tqdm.write(f"--- step {step} · {problem['problem']}\n{r.text}")
-    if r.scored is not None:
-        tqdm.write(r.scored.text)
-    form = "valid" if r.valid else "invalid"
-    tqdm.write(f"--- reward {r.reward:.2f}, advantage {advantage:+.2f}, format {form}, {r.finish}")
+    tqdm.write(f"--- step {step} · {problem['problem']}\n{report.show_rollout(describe_rollout(r, advantage))}")
 
 
 # --------------------------------------------------------------------------- main

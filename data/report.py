@@ -139,7 +139,7 @@ def show_label(label: dict) -> str:
 
 
 def show_rollout(rollout: dict) -> str:
-    """A response of GRPO with its judgement, reward and advantage, from a line that grpo.py --dump_rollouts wrote."""
+    """A response of GRPO with its judgement, reward and advantage, from what grpo.py --dump_rollouts writes."""
     judgement, form = rollout["judgement"] or {}, "valid" if rollout["valid"] else "invalid"
     numbers = (
         f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement.get('verdict')}"
