@@ -23,8 +23,6 @@ import inspect
 import json
 import math
 import os
-import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from data import records, report
+from data import grader, records, report
 from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_sampler
 from kernels import distributed
 from kernels.distributed import InputError
@@ -74,57 +72,6 @@ PAPER = {  # in percent
 
 # --------------------------------------------------------------------------- grading answers
 
-# The program of a grading worker: JSON over its pipes. It grades in a forked child under an alarm that kills, because
-# computer algebra can hang or fill the memory inside C code that no Python exception reaches; the parent keeps the
-# imported library, so a death costs a fork and not an import. The alarm counts CPU time (with a clock behind it), so a
-# busy machine doesn't change verdicts. math-verify's own time limits are off: they would say "wrong".
-GRADER = r"""
-import json, logging, os, resource, signal, sys
-from math_verify import parse, verify
-
-def judge(prediction, reference):
-    answers = [text if "\\boxed" in text else "\\boxed{" + text + "}" for text in (prediction, reference)]
-    ours, gold = (parse(text, parsing_timeout=None) for text in answers)
-    failed = False
-    for a in gold:
-        for b in ours:
-            try:
-                if verify(a, b, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except Exception:
-                failed = True
-    return None if failed else False
-
-def set_alarms(seconds):
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
-
-logging.disable(logging.CRITICAL)
-sys.set_int_max_str_digits(0)
-for alarm in (signal.SIGPROF, signal.SIGALRM):
-    signal.signal(alarm, signal.SIG_DFL)
-if sys.platform == "linux":
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-replies, sys.stdout = sys.stdout, sys.stderr
-judge(r"\frac{1}{2}", "0.5")  # fills the library's caches, which every child inherits
-while True:
-    child = os.fork()
-    if child == 0:
-        for line in iter(sys.stdin.readline, ""):
-            prediction, reference, timeout = json.loads(line)
-            set_alarms(timeout)
-            verdict = judge(prediction, reference)
-            set_alarms(0)
-            print(json.dumps(verdict), file=replies, flush=True)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-    print("null", file=replies, flush=True)
-"""
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)e([+-]?[0-9]{1,3})(?!\w)", re.IGNORECASE)  # 4.5e33
-_idle: list[subprocess.Popen] = []  # workers between two questions; they end when this process does
-
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
@@ -136,25 +83,10 @@ def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool 
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
-    prediction, reference = (text.strip().removesuffix(".") for text in (prediction or "", reference))
-    if not prediction or prediction == reference:
-        return bool(prediction)
-    if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):
-        return int(prediction) == int(reference)
     try:
-        worker = _idle.pop()
-    except IndexError:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        worker = subprocess.Popen([sys.executable, "-c", GRADER], text=True, start_new_session=True, **pipes)
-    try:
-        print(json.dumps([prediction, reference, timeout]), file=worker.stdin, flush=True)
-        verdict = json.loads(worker.stdout.readline())
-    except (BrokenPipeError, json.JSONDecodeError):
-        raise InputError(f"the grading worker ended with status {worker.wait()}; is math-verify installed?") from None
-    _idle.append(worker)
-    # Only if it isn't right as written, because 2e-1 may also be about Euler's number.
-    decimal = E_NOTATION.sub(r"\1 \\times 10^{\2}", prediction)
-    return verdict if verdict or decimal == prediction else grade(decimal, reference, timeout)
+        return grader.equal(prediction or "", reference, timeout)
+    except ChildProcessError as error:
+        raise InputError(str(error)) from None
 
 
 def grade_all(

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import evaluate
-from data import report
+from data import grader, report
 from evaluate import (
     bootstrap,
     bootstrap_interval,
@@ -76,8 +76,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh_workers(monkeypatch):
-    """No idle grading workers: the next question starts one, from whatever evaluate.GRADER is then."""
-    monkeypatch.setattr(evaluate, "_idle", [])
+    """No idle grading workers: the next question starts one, from whatever grader.WORKER is then."""
+    monkeypatch.setattr(grader, "_idle", [])
 
 
 # --------------------------------------------------------------------------- grading
@@ -157,19 +157,37 @@ def test_hangs_stay_alone_in_a_batch():
     assert all(verdict is True for verdict in verdicts if verdict is not None)
 
 
-def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monkeypatch):
+def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monkeypatch, tmp_path):
     """Guards against a crash of the library, or the library missing, passing for a wrong answer."""
+    program = grader.WORKER.read_text()
+    for name, old, new in (
+        ("dies", "verdict = judge(", "verdict = os.kill(os.getpid(), 9) and ("),
+        ("lacks", "from math_verify import", "from no_such_library import"),
+    ):
+        assert program.count(old) == 1
+        (tmp_path / f"{name}.py").write_text(program.replace(old, new))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluate, "GRADER", evaluate.GRADER.replace("verdict = judge(", "verdict = os.kill(os.getpid(), 9) and (")
-        )
+        patch.setattr(grader, "WORKER", tmp_path / "dies.py")
         assert [grade("1/2", "0.5"), grade("1/3", "0.5")] == [None, None]
-    evaluate._idle.clear()
-    monkeypatch.setattr(evaluate, "GRADER", "import no_such_library")
+    grader._idle.clear()
+    monkeypatch.setattr(grader, "WORKER", tmp_path / "lacks.py")
     with pytest.raises(InputError, match="math-verify"):
         grade("1/2", "0.5")
     with pytest.raises(ValueError, match="positive"):
         grade("1/2", "0.5", timeout=0)
+
+
+def test_the_worker_sees_nothing_of_the_current_directory(fresh_workers, monkeypatch, tmp_path):
+    """Guards against a file that lies where the user works, or beside the worker, taken for a library of the same name."""
+    for name in ("math_verify", "sympy", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert grade("1/2", "0.5") is True
+    grader._idle.clear()
+    (tmp_path / "worker.py").write_text(grader.WORKER.read_text())
+    (tmp_path / "json.py").unlink()  # of the standard library, which the worker itself begins with
+    monkeypatch.setattr(grader, "WORKER", tmp_path / "worker.py")
+    assert grade("1/2", "0.5") is True
 
 
 @pytest.mark.parametrize(
@@ -200,8 +218,8 @@ def test_grades_agree_with_stored_verdicts(name, least):
 def test_importing_starts_nothing():
     """Guards against a worker, a plot library or computer algebra started by everybody who imports the grader."""
     code = (
-        "import sys, evaluate\n"
-        "print([m for m in ('matplotlib', 'math_verify') if m in sys.modules], evaluate._idle, end='')"
+        "import sys, evaluate\nfrom data import grader\n"
+        "print([m for m in ('matplotlib', 'math_verify') if m in sys.modules], grader._idle, end='')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[] []"
