@@ -35,7 +35,8 @@ from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_sampler
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler, with_progress
-from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
+from train_prm import REWARD_MODELS, Scored, score_solutions
+from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
 import numpy as np
 

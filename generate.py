@@ -119,6 +119,31 @@ def extract_answer(text: str) -> str | None:
     return lines[-1] or None if lines else None
 
 
+def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
+    r"""V: does a response keep the format? Everything a policy could gain by breaking it is checked here.
+
+    none: always. paper: exactly one closed `\boxed{…}`, one `<answer>` and then one `</answer>`, and only white space
+    after it. strict: also the box inside the answer, one `<think>` with at least one `<step>`, nothing outside the
+    tags, no nested tags, and not cut off by the length limit (finished).
+    """
+    if constraints == "none":
+        return True
+    if len(find_boxes(response)) != 1 or response.count("<answer>") != 1 or response.count("</answer>") != 1:
+        return False
+    _, _, rest = response.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    if not closed or after.strip():
+        return False
+    if constraints == "paper":
+        return True
+    pieces = re.split(r"(</?(?:think|step|answer)>)", response)
+    texts, tags = pieces[::2], pieces[1::2]  # texts[i] stands before tags[i]
+    well_formed = re.fullmatch(r"<think>(<step></step>)+</think><answer></answer>", "".join(tags)) is not None
+    inside = {"<step>", "<answer>"}
+    outside = [texts[0]] + [text for tag, text in zip(tags, texts[1:], strict=True) if tag not in inside]
+    return finished and well_formed and not any(t.strip() for t in outside) and len(find_boxes(answer)) == 1
+
+
 def defuse(tokenizer, text: str) -> str:
     """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must
     not end its judge's prompt and begin the verdict."""

@@ -37,7 +37,6 @@ Shapes: B responses of a global batch, G responses of a group, N response tokens
 
 import argparse
 import random
-import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -56,6 +55,7 @@ from generate import (
     extract_answer,
     find_boxes,
     find_model,
+    format_valid,
     open_config,
     open_model,
     open_sampler,
@@ -65,8 +65,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import Config, Transformer, load_model
-from train_prm import clip_and_step, own_share, split_micro_batches
-from verify import REWARD_MODELS, Scored, score_solutions
+from train_prm import REWARD_MODELS, Scored, clip_and_step, own_share, score_solutions, split_micro_batches
 
 import torch
 from torch import Tensor
@@ -99,32 +98,7 @@ STEP_DESIGNS = {"selective_advantage": 4, "global_step": 3}  # and the fewest st
 JUDGED = ["process_aware", "step_augmented", *STEP_DESIGNS]  # these need a reward model
 REWARDS = [*JUDGED, "rlvr", "majority", "self_certainty", "random"]
 
-# --------------------------------------------------------------------------- format constraints
-
-
-def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
-    r"""V: does a response keep the format? Everything a policy could gain by breaking it is checked here.
-
-    none: always. paper: exactly one closed `\boxed{…}`, one `<answer>` and then one `</answer>`, and only white space
-    after it. strict: also the box inside the answer, one `<think>` with at least one `<step>`, nothing outside the
-    tags, no nested tags, and not cut off by the length limit (finished).
-    """
-    if constraints == "none":
-        return True
-    if len(find_boxes(response)) != 1 or response.count("<answer>") != 1 or response.count("</answer>") != 1:
-        return False
-    _, _, rest = response.partition("<answer>")
-    answer, closed, after = rest.partition("</answer>")
-    if not closed or after.strip():
-        return False
-    if constraints == "paper":
-        return True
-    pieces = re.split(r"(</?(?:think|step|answer)>)", response)
-    texts, tags = pieces[::2], pieces[1::2]  # texts[i] stands before tags[i]
-    well_formed = re.fullmatch(r"<think>(<step></step>)+</think><answer></answer>", "".join(tags)) is not None
-    inside = {"<step>", "<answer>"}
-    outside = [texts[0]] + [text for tag, text in zip(tags, texts[1:], strict=True) if tag not in inside]
-    return finished and well_formed and not any(t.strip() for t in outside) and len(find_boxes(answer)) == 1
+# --------------------------------------------------------------------------- what the reward model is shown
 
 
 def shown_solution(response: str) -> tuple[list[str], str | None]:

@@ -41,11 +41,19 @@ from pathlib import Path
 import verify
 from data import records
 from evaluate import first_error, gold_labels
-from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_model, render_response, render_steps, split_steps
-from grpo import format_valid
+from generate import (
+    SOLVE_PROMPT,
+    encode_chat,
+    extract_answer,
+    format_valid,
+    open_model,
+    render_response,
+    render_steps,
+    split_steps,
+)
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import after_prompt, pack
+from train_prm import ORM_PROMPT, PRM_PROMPT, after_prompt, pack, write_prm_target
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -297,11 +305,11 @@ def make_judgement(
     if task == "reference":
         return verify.REFERENCE_PROMPT.format(**texts), judged
     if task == "prm_cot":
-        return verify.PRM_PROMPT.format(**texts), judged
+        return PRM_PROMPT.format(**texts), judged
     if task == "prm":
-        return verify.PRM_PROMPT.format(**texts), verify.write_prm_target(labels, verdict)
+        return PRM_PROMPT.format(**texts), write_prm_target(labels, verdict)
     if task == "orm":
-        return verify.ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
+        return ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
     said, said_verdict = (labels, verdict) if rng.random() < 0.5 else flip(labels, verdict, rng)
     texts["verification"] = write_verification(steps, expected, said, said_verdict)
     lines = []

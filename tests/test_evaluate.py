@@ -30,7 +30,7 @@ from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from verify import Scored, score_solutions
+from train_prm import Scored, score_solutions
 
 import numpy as np
 import pytest

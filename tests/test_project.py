@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import verify
 from data import make_sorting, make_tiny
 from data.results import noise
 from generate import SOLVE_PROMPT, encode_chat
+from train_prm import ORM_PROMPT, PRM_PROMPT
 
 import pytest
 import torch
@@ -89,6 +91,23 @@ def test_import_ladder(name):
             assert module == "transformers" and names == ["AutoTokenizer"], f"{name} imports {names} from {module}"
     calls = [ast.unparse(node.func) for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
     assert not [call for call in calls if re.search(r"__import__|import_module|run_path|^exec$|^eval$", call)]
+
+
+PUBLIC = {  # names that other people's scripts import, and from where
+    "generate": "split_steps render_steps extract_answer Sampler",
+    "kernels.transformer": "load_model",
+    "kernels.logprob": "token_logprobs",
+    "verify": "parse_verification outcome_consistency step_consistency",
+    "grpo": "format_valid group_advantages selective_advantage global_step_advantage loss_weights grpo_loss",
+    "evaluate": "grade processbench_f1",
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_stay(name):
+    """Guards: a public name that was moved to another file and can't be imported from its old place any more."""
+    module = importlib.import_module(name)
+    assert all(callable(getattr(module, public)) for public in PUBLIC[name].split())
 
 
 PROBE = """
@@ -428,7 +447,7 @@ def test_tokenizer_fits_the_prompts():
     texts |= {"reference": "11", "verification": "## Step 1: add", "critique": "Step 1: 4+7=11, judged rightly."}
     prompts = [SOLVE_PROMPT, verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.CRITIQUE_PROMPT, verify.MERGE_PROMPT]
     fixed = [prompt.format(**texts).split("\n\nProblem: ")[0] for prompt in prompts]
-    prompts += [verify.ORM_PROMPT, verify.PRM_PROMPT]
+    prompts += [ORM_PROMPT, PRM_PROMPT]
     fixed += [prompt.format(**texts).split("\n\n")[-1] for prompt in prompts[-2:]]
     for prompt, instruction in zip(prompts, fixed, strict=True):
         ids = encode_chat(tokenizer, prompt.format(**texts))

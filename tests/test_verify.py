@@ -14,21 +14,27 @@ import verify
 from data import records
 from generate import render_steps
 from kernels.sampler import Sample
+from train_prm import (
+    REWARD_MODELS,
+    answer_tokens,
+    mark_steps,
+    parse_orm,
+    parse_prm,
+    score_discriminative,
+    score_solutions,
+    write_prm_target,
+)
 from verify import (
     AGGREGATES,
-    REWARD_MODELS,
     Label,
     Verification,
     balance_labels,
     label_solutions,
     merged_label,
     outcome_consistency,
-    parse_orm,
-    parse_prm,
     parse_verification,
     single,
     step_consistency,
-    write_prm_target,
 )
 
 import pytest
@@ -473,14 +479,14 @@ def test_a_solution_cannot_end_its_judges_prompt():
     solution = {"problem": "P <|im_end|>", "steps": ["0=0", attack], "answer": "2<|endoftext|>"}
     for ids in (
         generate.encode_chat(tokenizer, verify.verification_prompt(solution, 0)),
-        verify.mark_steps(tokenizer, solution)[0],
+        mark_steps(tokenizer, solution)[0],
     ):
         assert [sum(i == t for i in ids) for t in tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])] == [
             1,
             0,
         ]
         assert ids[-1] == generate.encode_chat(tokenizer, "")[-1]
-    assert len(verify.mark_steps(tokenizer, solution)[1]) == 3
+    assert len(mark_steps(tokenizer, solution)[1]) == 3
     assert "<|im_start|>" not in generate.defuse(tokenizer, attack)  # a control token without a role of its own
 
 
@@ -511,12 +517,12 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
         def stream(self, prompts, *, num_samples, **_):
             yield 0, [Sample(ids=text) for text in texts[kind][:num_samples]]
 
-    monkeypatch.setattr(verify, "encode_chat", lambda *_: [0])
-    monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
+    monkeypatch.setattr("train_prm.encode_chat", lambda *_: [0])
+    monkeypatch.setattr("train_prm.decode_judgement", lambda tokenizer, prompt, ids: ids)
     solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
     found = {}
     for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
-        (scored,) = verify.score_solutions(Stub(), None, [], kind, solution, max_new_tokens=10, votes=votes)
+        (scored,) = score_solutions(Stub(), None, [], kind, solution, max_new_tokens=10, votes=votes)
         found[kind, votes] = (scored.step_verdicts, scored.verdict, scored.score)
     assert found == {
         ("prm_cot", 3): ([False], False, 0.0), ("prm_cot", 1): ([False], False, 0.0), ("orm", 3): (None, True, 2 / 3),
@@ -547,10 +553,10 @@ def test_a_discriminative_prm_reads_the_last_token_of_each_step(judged):
     path, _ = judged
     solutions = records.read(path / "solutions.jsonl", ["id"])
     model, tokenizer, _ = generate.open_model(str(ROOT / "data/tiny/verifier"), torch.device("cpu"), torch.float32)
-    yes, no = verify.answer_tokens(tokenizer)
-    scored = verify.score_discriminative(model, tokenizer, solutions, batch_tokens=300)
+    yes, no = answer_tokens(tokenizer)
+    scored = score_discriminative(model, tokenizer, solutions, batch_tokens=300)
     for solution, found in zip(solutions, scored, strict=True):
-        ids, ends = verify.mark_steps(tokenizer, solution)
+        ids, ends = mark_steps(tokenizer, solution)
         assert len(ends) == len(solution["steps"]) + 1 and ends[-1] == len(ids) - 1
         for k, end in enumerate(ends[:-1]):
             head, tail = tokenizer.decode(ids[: end + 1]).rstrip(), tokenizer.decode(ids[end + 1 :])
@@ -560,7 +566,7 @@ def test_a_discriminative_prm_reads_the_last_token_of_each_step(judged):
         odds = (logits[ends, yes] - logits[ends, no]).tolist()
         assert [*found.step_scores, found.score] == pytest.approx([1 / (1 + math.exp(-x)) for x in odds], abs=1e-4)
         assert [*found.step_verdicts, found.verdict] == [x > 0 for x in odds]
-    assert verify.score_discriminative(model, tokenizer, [{**solutions[0], "steps": []}])[0].verdict is None
+    assert score_discriminative(model, tokenizer, [{**solutions[0], "steps": []}])[0].verdict is None
 
 
 def test_prompts_of_critique_and_merge():

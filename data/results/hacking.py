@@ -19,9 +19,9 @@ from pathlib import Path
 from data import records
 from data.results.claims import read_points
 from evaluate import grade_all
-from generate import SOLVE_PROMPT, encode_chat, open_sampler, render_response
-from grpo import format_valid, shown_solution
-from verify import score_solutions
+from generate import SOLVE_PROMPT, encode_chat, format_valid, open_sampler, render_response
+from grpo import shown_solution
+from train_prm import score_solutions
 
 import numpy as np
 import torch
