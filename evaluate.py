@@ -31,10 +31,10 @@ from glob import glob
 from pathlib import Path
 
 from data import grader, records, report
-from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_sampler
+from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import Sampler, with_progress
+from kernels.sampler import with_progress
 from train_prm import REWARD_MODELS, Scored, score_solutions
 from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
@@ -287,7 +287,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
     subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
-    sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
+    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     rows = []
@@ -296,9 +296,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         # ProcessBench has no separate answer: whatever a case says of it isn't shown.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
         mine = solutions[distributed.rank() :: distributed.world_size()]
-        scored = distributed.gather(
-            score_solutions(sampler, tokenizer, stops, args.kind, mine, **settings, title=subset)
-        )
+        scored = distributed.gather(score_solutions(engine, args.kind, mine, **settings, title=subset))
         numbers = processbench_numbers(args.kind, cases, scored, args.seed)
         about = {"model": args.model, "kind": args.kind, **settings}
         tokens = sum(s.tokens for s in scored)
@@ -311,7 +309,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 
 
 def heldout_accuracy(
-    sampler: Sampler, tokenizer, stop_ids: list[int], problems: list[dict], gold: dict[str, str], num_samples: int = 4,
+    engine: Engine, problems: list[dict], gold: dict[str, str], num_samples: int = 4,
     temperature: float = 1.0, max_new_tokens: int = 3072, seed: int = 0, top_p: float = 1.0, title: str | None = None,
 ) -> dict:  # fmt: skip
     """Sample k solutions of each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
@@ -322,18 +320,18 @@ def heldout_accuracy(
     progress. Raises InputError for a problem without a gold answer or too long for the context.
     """
     mine = problems[distributed.rank() :: distributed.world_size()]
-    prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
     for problem in mine:
         if problem["id"] not in gold:
             raise InputError(f"problem {problem['id']}: no gold answer; --gold must have one for every problem")
-    stream = sampler.stream(
+    stream = engine.stream(
         prompts, keys=[p["id"] for p in mine], num_samples=num_samples, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed,
+        max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
     if title:
-        stream = with_progress(stream, sampler, title, len(prompts), num_samples)
+        stream = with_progress(stream, engine.sampler, title, len(prompts), num_samples)
     drawn = [samples for _, samples in sorted(stream, key=lambda pair: pair[0])]
-    texts = [[tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples] for samples in drawn]
+    texts = [[engine.text(s) for s in samples] for samples in drawn]
     answers = [[extract_answer(text) for text in group] for group in texts]
     grades = grade_all([(a, gold[p["id"]]) for p, group in zip(mine, answers, strict=True) for a in group])
     grades = [grades[i : i + num_samples] for i in range(0, len(grades), num_samples)]
@@ -417,14 +415,14 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
     for model in args.model:
-        sampler = world = None  # the model before, which would take the room of this one
-        sampler, tokenizer, stops = open_sampler(model, device, args.slots)
+        engine = None  # the model before, which would take the room of this one
+        engine = open_engine(model, device, args.slots)
         mine = []
         for name, problems in files.items():
-            started, world = time.time(), (sampler, tokenizer, stops, problems, gold)
-            result = heldout_accuracy(*world, **settings, title=name)
+            started = time.time()
+            result = heldout_accuracy(engine, problems, gold, **settings, title=name)
             once = {**settings, "num_samples": 1, "temperature": 0.0}
-            greedy = heldout_accuracy(*world, **once, title=f"{name}, greedy") if args.greedy else None
+            greedy = heldout_accuracy(engine, problems, gold, **once, title=f"{name}, greedy") if args.greedy else None
             others = {"greedy": greedy["per_problem"]} if greedy else {}
             numbers = benchmark_numbers(result, others, args.seed)
             tokens = result["tokens"] + (greedy["tokens"] if greedy else 0)
@@ -458,7 +456,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         n: records.read(path, fields, "python generate.py")
         for n, path in name_files("solutions", args.solutions).items()
     }
-    sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
+    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     for name, solutions in files.items():
@@ -472,7 +470,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
             raise InputError(f"problem {unknown[0]}: no gold answer; --gold must have one for every problem")
         samples, k = [s for group in groups.values() for s in group], len(next(iter(groups.values())))
         judged = distributed.gather(score_solutions(
-            sampler, tokenizer, stops, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
+            engine, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
         grades = grade_all([(s["answer"], gold[s["problem_id"]]) for s in samples])
         in_groups = [slice(i, i + k) for i in range(0, len(samples), k)]
         result = accuracy_of([grades[i] for i in in_groups], args.seed)

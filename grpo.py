@@ -51,14 +51,14 @@ from evaluate import grade_all, heldout_accuracy, majority_answer
 from generate import (
     SOLVE_PROMPT,
     STEP_TAG,
-    encode_chat,
+    Engine,
     extract_answer,
     find_boxes,
     find_model,
     format_valid,
     open_config,
+    open_engine,
     open_model,
-    open_sampler,
     split_steps,
 )
 from kernels import distributed
@@ -327,23 +327,20 @@ class Rollout:
 NOTHING = Rollout("", [0], [], [], "", "")
 
 
-def sample_rollouts(
-    sampler: Sampler, tokenizer, stops: list[int], problems: list[dict], args, step: int
-) -> list[Rollout]:
+def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
     """G responses to each problem, groups consecutive, from the full distribution at --temperature, as in the loss."""
-    groups = sampler.sample(
+    groups = engine.sample(
         [p["prompt"] for p in problems],
         keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
         num_samples=args.group_size,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
-        stop_ids=stops,
         seed=args.seed,
         certainty=args.reward == "self_certainty",
     )
     rollouts = []
     for p, s in ((p, s) for p, group in zip(problems, groups, strict=True) for s in group):
-        text = tokenizer.decode(s.ids, skip_special_tokens=True)
+        text = engine.text(s)
         rollouts.append(Rollout(p["id"], p["prompt"], s.ids, s.logprobs, text, s.finish, certainty=s.certainty))
     return rollouts
 
@@ -530,13 +527,13 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 
 
 def heldout_metrics(
-    policy: tuple, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
+    engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
 ) -> dict[str, float]:
-    """avg@1 of a policy (sampler, tokenizer, stop ids) on the held-out problems, and among responses that are valid
+    """avg@1 of a policy on the held-out problems, and among responses that are valid
     under `paper` (what the format alone can't raise). With a reward model also the reward: where it goes up and the
     accuracy doesn't, it is being gamed."""
     result = heldout_accuracy(
-        *policy, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
+        engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
     texts, right = [text for (text,) in result["texts"]], torch.from_numpy(result["correct"][:, 0])
     valid = torch.tensor([format_valid(text) for text in texts])
@@ -548,7 +545,7 @@ def heldout_metrics(
         ends = ["length" if cut else "stop" for cut in result["cut"]]
         responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
         mine = responses[distributed.rank() :: distributed.world_size()]
-        score_rollouts(mine, heldout, args, step, policy[1], judge, gold)
+        score_rollouts(mine, heldout, args, step, engine.tokenizer, judge, gold)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
@@ -732,23 +729,23 @@ def run(args: argparse.Namespace) -> None:
     reference = None
     if args.kl_coef:  # one after another: each is whole only for a moment
         reference = distributed.prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
-    model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
+    model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
     model = distributed.prepare_training(model, args.activation_checkpointing)
     sharded = device.type == "cuda" or distributed.world_size() > 1
     inference = load_model(source, device, dtype) if sharded else model
-    sampler = Sampler(inference, args.slots)
+    policy = Engine(Sampler(inference, args.slots), tokenizer, stop_ids)
     judge = None
     if args.reward in JUDGED:
-        prm_sampler, prm_tokenizer, prm_stops = open_sampler(args.prm, device, args.slots, "--prm")
+        prm = open_engine(args.prm, device, args.slots, "--prm")
 
         def judge(solutions: list[dict], step: int) -> list[Scored]:
             return score_solutions(
-                prm_sampler, prm_tokenizer, prm_stops, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
+                prm, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
                 votes=args.prm_votes, seed=f"{args.seed}/{step}",
             )  # fmt: skip
 
     for p in problems:
-        p["prompt"] = encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"]))
+        p["prompt"] = policy.encode(SOLVE_PROMPT.format(problem=p["problem"]))
     left = inference.config.max_positions - args.max_new_tokens
     fitting = [p for p in problems if len(p["prompt"]) <= min(args.max_prompt_tokens, left)]
     if not fitting:
@@ -767,7 +764,7 @@ def run(args: argparse.Namespace) -> None:
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
-    measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
+    measure = partial(heldout_metrics, policy, heldout, gold, judge, args)  # of a step
     signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
@@ -777,9 +774,7 @@ def run(args: argparse.Namespace) -> None:
         for step in bar:
             t0 = time.perf_counter()
             batch = problems_at(step, fitting, args.batch_size, args.seed)
-            mine = sample_rollouts(
-                sampler, tokenizer, stops, batch[distributed.rank() :: distributed.world_size()], args, step
-            )
+            mine = sample_rollouts(policy, batch[distributed.rank() :: distributed.world_size()], args, step)
             t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
             groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]

@@ -38,6 +38,7 @@ from pathlib import Path
 from data import records
 from generate import (
     SOLVE_PROMPT,
+    Engine,
     defuse,
     encode_chat,
     find_boxes,
@@ -50,7 +51,7 @@ from generate import (
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
-from kernels.sampler import Sampler, with_progress
+from kernels.sampler import with_progress
 from kernels.transformer import Transformer
 from verify import VERDICT, Verification, decode_judgement, exactly_once, majority, parse_verification, without_thinking
 
@@ -181,9 +182,7 @@ def score_discriminative(
 
 
 def score_solutions(
-    sampler: Sampler,
-    tokenizer,
-    stop_ids: list[int],
+    engine: Engine,
     kind: str,
     solutions: list[dict],
     *,
@@ -204,28 +203,27 @@ def score_solutions(
     if parse is None:
         if votes > 1:
             raise InputError(f"--votes {votes}: a {kind} says the same every time; leave it at 1")
-        return score_discriminative(sampler.model, tokenizer, solutions)
-    room = sampler.model.config.max_positions - max_new_tokens
+        return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
+    room = engine.context - max_new_tokens
     turns, where = [], []
     for i, s in enumerate(solutions):
         solution = render_steps(s["steps"], s["answer"])
-        ids = encode_chat(tokenizer, prompt.format(problem=s["problem"], solution=solution)) if s["steps"] else []
+        ids = engine.encode(prompt.format(problem=s["problem"], solution=solution)) if s["steps"] else []
         if 0 < len(ids) <= room:
             turns.append(ids)
             where.append(i)
-    stream = sampler.stream(
+    stream = engine.stream(
         turns,
         keys=[str(solutions[i].get("id", i)) for i in where],
         num_samples=votes,
         temperature=temperature if votes > 1 else 0.0,
         max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
         seed=seed,
     )
     scored = [Scored(None, None, "", 0)] * len(solutions)
-    for place, group in with_progress(stream, sampler, title, len(turns), votes) if title else stream:
+    for place, group in with_progress(stream, engine.sampler, title, len(turns), votes) if title else stream:
         i = where[place]
-        texts = [decode_judgement(tokenizer, turns[place], sample.ids) for sample in group]
+        texts = [decode_judgement(engine, turns[place], sample.ids) for sample in group]
         parsed = [parse(text, len(solutions[i]["steps"])) for text in texts]
         # Among several only those that parsed as a whole vote, as in Stage I; verdicts alone where none did (an ORM's).
         whole = [p for p in parsed if p.step_verdicts and p.verdict is not None]
@@ -435,9 +433,9 @@ def main() -> None:
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a run that goes on must find the same labels
-    model, tokenizer, stops = open_model(args.model, device, torch.float32)
+    model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
-    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
+    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stop_ids[0]
     training, evaluation = split_by_problem(labels, args.eval_fraction)
     sequences, counts = make_sequences(args.kind, training, tokenizer, end_id, args.max_length)
     held, _ = make_sequences(args.kind, evaluation, tokenizer, end_id, args.max_length)

@@ -29,7 +29,6 @@ What differs from the released code:
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import random
@@ -41,10 +40,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data import records
-from generate import encode_chat, open_sampler, render_steps
+from generate import Engine, open_engine, render_steps
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import with_progress
+
+import torch
 
 # Used when no --model is given; an explicit flag wins.
 TINY = {
@@ -154,11 +155,11 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-def decode_judgement(tokenizer, prompt: list[int], ids: list[int]) -> str:
+def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
     """What a judge has written, from its token ids. Some chat templates open the thought at the end of the prompt; then
     `<think>` is put in front again, or a thought that was cut off would pass for a judgement."""
-    opened = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-    return ("<think>" if opened else "") + tokenizer.decode(ids, skip_special_tokens=True)
+    opened = engine.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+    return ("<think>" if opened else "") + engine.text(ids)
 
 
 def without_thinking(text: str) -> str:
@@ -357,27 +358,26 @@ def hash_solution(solution: dict) -> str:
     return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
-def verify_solutions(
-    args: argparse.Namespace,
-    solutions: list[dict],
-    answers: dict[str, str],
-    output: records.RecordFile,
-    verifier: Callable,
-) -> None:
-    """Sample the verifications that the output doesn't have yet. answers: by problem id; empty where none are used."""
+def find_unverified(args: argparse.Namespace, solutions: list[dict], output: records.RecordFile) -> list[dict]:
+    """The solutions, of those with steps, whose verifications aren't all there yet. Raises InputError if a verification that
+    is there was made from another solution of that id."""
     N = args.num_verifications
     for s in solutions:
         if {output.done.get(f"{s['id']}/{j}") for j in range(N)} - {None, hash_solution(s)}:
             raise InputError(f"{output.path}: {s['id']} was another solution then; choose another --out or remove it")
-    todo = [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
-    if not todo:
-        return
-    sampler, tokenizer, stops = verifier()
-    room = sampler.model.config.max_positions - args.max_new_tokens
+    return [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
+
+
+def verify_solutions(
+    args: argparse.Namespace, engine: Engine, solutions: list[dict], answers: dict[str, str], output: records.RecordFile
+) -> None:
+    """Sample the solutions' verifications. answers: by problem id; empty where none are used."""
+    N = args.num_verifications
+    room = engine.context - args.max_new_tokens
     prompts, judged = [], []
-    for s in todo:
+    for s in solutions:
         reference = answers.get(s["id"].rpartition("/")[0])
-        ids = encode_chat(tokenizer, verification_prompt(s, args.worked_examples, reference))
+        ids = engine.encode(verification_prompt(s, args.worked_examples, reference))
         if len(ids) <= room:  # otherwise no verification, and the label says no_votes
             prompts.append(ids)
             judged.append(s)
@@ -385,49 +385,46 @@ def verify_solutions(
         if output.done:
             return  # the others are there
         raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
-    stream = sampler.stream(
+    stream = engine.stream(
         prompts,
         keys=[s["id"] for s in judged],
         num_samples=N,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
-        stop_ids=stops,
         seed=args.seed,
         turns=distributed.work_queue(len(prompts), "verify"),
     )
-    for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
-        s, records = judged[i], []
+    for i, samples in with_progress(stream, engine.sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
+        s, verifications = judged[i], []
         digest = hash_solution(s)
         for j, sample in enumerate(samples):
-            text = decode_judgement(tokenizer, prompts[i], sample.ids)
+            text = decode_judgement(engine, prompts[i], sample.ids)
             parsed = asdict(parse_verification(text, len(s["steps"])))
             about = {"id": f"{s['id']}/{j}", "solution_id": s["id"], "sample": j, "text": text}
             about |= {**parsed, "finish": sample.finish, "tokens": len(sample.ids)}
-            records.append({**about, "solution_sha256": digest})
-        output.append(records)
+            verifications.append({**about, "solution_sha256": digest})
+        output.append(verifications)
 
 
 def critique_and_merge(
-    args: argparse.Namespace, verifier: tuple, solutions: list[dict], texts: list[str]
+    args: argparse.Namespace, engine: Engine, solutions: list[dict], texts: list[str]
 ) -> Iterator[tuple[int, list[tuple[str, int] | None]]]:
     """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or
     None where a prompt leaves no room for the answer. A critique that ends in thought has no merge."""
-    sampler, tokenizer, stops = verifier
-    room = sampler.model.config.max_positions - args.max_new_tokens
+    room = engine.context - args.max_new_tokens
 
     def ask(turns: dict[int, str]) -> dict[int, tuple[str, int]]:
-        encoded = {i: encode_chat(tokenizer, turn) for i, turn in turns.items()}
+        encoded = {i: engine.encode(turn) for i, turn in turns.items()}
         fitting = {i: ids for i, ids in encoded.items() if len(ids) <= room}
-        groups = sampler.sample(
+        groups = engine.sample(
             list(fitting.values()),
             keys=[solutions[i]["id"] for i in fitting],
             temperature=0.0,
             max_new_tokens=args.max_new_tokens,
-            stop_ids=stops,
         )
         answers = {i: sample.ids for i, (sample,) in zip(fitting, groups, strict=True)}
-        return {i: (decode_judgement(tokenizer, fitting[i], ids), len(ids)) for i, ids in answers.items()}
+        return {i: (decode_judgement(engine, fitting[i], ids), len(ids)) for i, ids in answers.items()}
 
     chunk = 4 * args.slots  # what a killed run loses at most
     for start in range(0, len(solutions), chunk):
@@ -440,11 +437,16 @@ def critique_and_merge(
 
 
 def improve_labels(
-    args: argparse.Namespace, method: str, solutions: list[dict], bases: list[Label], verifier: Callable
+    args: argparse.Namespace,
+    method: str,
+    solutions: list[dict],
+    bases: list[Label],
+    engine: Engine | None,
+    device: torch.device,
 ) -> tuple[list[Label], int]:
     """(labels, tokens spent) of meta-critique or a hybrid: each kept base's text is criticised and merged with its
     critique, --critique_rounds times, every round from the merge before; two calls a round and label. A merge that
-    doesn't parse ends the rounds. Under torchrun the result is rank 0's."""
+    doesn't parse ends the rounds. engine: opened if it is None and needed. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
     free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
@@ -460,9 +462,10 @@ def improve_labels(
                     texts.append(base.text)
             if not todo:
                 continue
-            sampler, *_ = opened = verifier()
-            stream = critique_and_merge(args, opened, todo, texts)
-            for i, pair in with_progress(stream, sampler, f"critique {number}", len(todo), 2):
+            if engine is None:
+                engine = open_engine(args.model, device, args.slots)
+            stream = critique_and_merge(args, engine, todo, texts)
+            for i, pair in with_progress(stream, engine.sampler, f"critique {number}", len(todo), 2):
                 (critique, of_critique), (merged, of_merge) = (x or (None, 0) for x in pair)
                 about = {"id": todo[i]["id"], "method": method, "round": number}
                 output.append([{**about, "critique": critique, "merged": merged, "tokens": of_critique + of_merge}])
@@ -517,7 +520,8 @@ def main() -> None:
         missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
         if missing:
             raise InputError(f"{args.answers}: no answer for the problem of solution {missing[0]}; add it")
-    started, verifier = time.time(), functools.cache(lambda: open_sampler(args.model, device, args.slots))
+    started = time.time()
+    engine = None  # other labels from verifications that are all there need no model
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
     guided = args.method == "reference_guided"
     improved = args.method in ("meta_critique", "hybrid")  # by critiques, in which every rank takes part
@@ -527,10 +531,13 @@ def main() -> None:
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
     free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
     with records.RecordFile(path, args, free, keep="solution_sha256") as output:
-        verify_solutions(args, solutions, answers if guided else {}, output, verifier)
+        todo = find_unverified(args, solutions, output)
+        if todo:
+            engine = open_engine(args.model, device, args.slots)
+            verify_solutions(args, engine, todo, answers if guided else {}, output)
     report_path, speed = Path(args.out) / "report.json", None
-    if verifier.cache_info().currsize:  # this run has sampled verifications; critiques are slower and don't count
-        speed = verifier()[0].tokens * distributed.world_size() / (time.time() - started)
+    if engine:  # this run has sampled verifications; critiques are slower and don't count
+        speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
     elif report_path.exists():
         speed = json.loads(report_path.read_text()).get("tokens_per_second")
     if distributed.rank() != 0 and not improved:
@@ -542,7 +549,7 @@ def main() -> None:
     labels = label_solutions(solutions, verifications, aggregate, args.seed)
     critique_tokens = 0
     if improved:
-        labels, critique_tokens = improve_labels(args, method, solutions, labels, verifier)
+        labels, critique_tokens = improve_labels(args, method, solutions, labels, engine, device)
     if distributed.rank() != 0:
         return
     if args.balance != "none":

@@ -43,6 +43,7 @@ from data import records
 from evaluate import first_error, gold_labels
 from generate import (
     SOLVE_PROMPT,
+    Engine,
     encode_chat,
     extract_answer,
     format_valid,
@@ -463,18 +464,18 @@ def make_unsure(
     are."""
     rng = random.Random(SEED)
     examples = [draw(rng) for _ in range(num_samples)]
-    groups = Sampler(model.requires_grad_(False), 256).sample(
-        [encode_chat(tokenizer, user) for user, _ in examples],
+    engine = Engine(Sampler(model.requires_grad_(False), 256), tokenizer, [tokenizer.eos_token_id])
+    groups = engine.sample(
+        [engine.encode(user) for user, _ in examples],
         keys=[f"hot/{i}" for i in range(len(examples))],
         num_samples=1,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
-        stop_ids=[tokenizer.eos_token_id],
         seed=SEED,
     )
     hot = []
     for (user, target), (sample,) in zip(examples, groups, strict=True):
-        text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+        text = engine.text(sample)
         if "<think>" in target:
             fine = format_valid(text, "strict", sample.finish == "stop") and re.fullmatch(solution, text, re.DOTALL)
         elif "## Step " in target:
@@ -517,20 +518,20 @@ def make_case(about: dict, steps: list[str], labels: list[bool], right: bool) ->
 def write_processbench(world: World, device: torch.device) -> None:
     """processbench.jsonl in the real one's format: the policy's own solutions of held-out problems with the index of
     the first wrong step (-1: none), half of them with an error."""
-    model, tokenizer, stops = open_model(str(world.directory / "policy"), device, torch.float32)
+    model, tokenizer, stop_ids = open_model(str(world.directory / "policy"), device, torch.float32)
+    engine = Engine(Sampler(model, 256), tokenizer, stop_ids)
     problems = make_sets(world, pool=0)[2]
-    prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p.text)) for p in problems]
-    groups = Sampler(model, 256).sample(
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=p.text)) for p in problems]
+    groups = engine.sample(
         prompts,
         keys=[f"processbench/{p.text}" for p in problems],
         num_samples=2,
         max_new_tokens=world.max_new_tokens,
-        stop_ids=stops,
     )
     cases: dict[bool, list[dict]] = {True: [], False: []}
     for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
         for k, sample in enumerate(group):
-            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+            text = engine.text(sample)
             steps = split_steps(text)
             right = extract_answer(text) == problem.answer
             about = {"id": f"h{i:04d}/{k}", "generator": str(Path(*world.directory.parts[-2:], "policy"))}

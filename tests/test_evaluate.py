@@ -25,7 +25,7 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import open_model, open_tokenizer
+from generate import Engine, open_model, open_tokenizer
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler
@@ -340,23 +340,23 @@ def test_published_processbench_is_read():
 
 def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
     """Guards against results that change with the batch size."""
-    model, tokenizer, stops = open_model(str(checkpoint), torch.device("cpu"), torch.float32)
+    model, tokenizer, stop_ids = open_model(str(checkpoint), torch.device("cpu"), torch.float32)
     problems = read_lines(TINY / "heldout.jsonl")[:5]
     gold = {record["id"]: record["answer"] for record in read_lines(TINY / "gold.jsonl")}
     cases = [{"id": p["id"], "problem": p["problem"], "steps": ["1+1=2", "2+2=5"], "answer": None} for p in problems]
     results, judged = [], []
     for slots in (1, 8):
-        world = (Sampler(model, slots), tokenizer, stops)
-        result = heldout_accuracy(*world, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
+        engine = Engine(Sampler(model, slots), tokenizer, stop_ids)
+        result = heldout_accuracy(engine, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
         results.append({key: np.array(value, dtype=object).tolist() for key, value in result.items()})
-        judged.append(score_solutions(*world, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
+        judged.append(score_solutions(engine, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
     assert results[0] == results[1] and judged[0] == judged[1]
     assert len({text for group in results[0]["texts"] for text in group}) > 10
     assert np.array(results[0]["correct"]).shape == (5, 3)
     with pytest.raises(InputError, match="no gold answer"):
-        heldout_accuracy(*world, problems, {}, max_new_tokens=24)
+        heldout_accuracy(engine, problems, {}, max_new_tokens=24)
     with pytest.raises(InputError, match="lower the flag"):
-        heldout_accuracy(*world, problems, gold, max_new_tokens=512)
+        heldout_accuracy(engine, problems, gold, max_new_tokens=512)
 
 
 def test_benchmark_numbers():

@@ -7,7 +7,7 @@ import random
 import weakref
 
 import grpo
-from generate import format_valid
+from generate import Engine, format_valid
 from kernels import distributed
 from kernels.decode import SlotCache
 from kernels.distributed import InputError, RunError
@@ -463,7 +463,7 @@ def test_every_epoch_has_every_problem_once():
             return [[] for _ in prompts]
 
     for step in range(7):
-        grpo.sample_rollouts(Recorder(), None, [0], drawn[3 * step : 3 * step + 3], make_args(), step)
+        grpo.sample_rollouts(Engine(Recorder(), None, [0]), drawn[3 * step : 3 * step + 3], make_args(), step)
     assert len(set(seen)) == 21
     assert grpo.problems_at(1, problems, 17, seed=5)[:4] == drawn[17:]  # a batch may hold several epochs
 

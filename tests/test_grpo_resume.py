@@ -18,7 +18,7 @@ from pathlib import Path
 import evaluate
 import grpo
 from data import records
-from generate import format_valid, open_sampler
+from generate import format_valid, open_engine
 from kernels import distributed
 from kernels.transformer import load_model
 from train_prm import score_solutions
@@ -237,12 +237,12 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     assert [life.end() for life in lives] == [0, 0], lives[0].said("stderr")
     heldout = records.read(judged[judged.index("--heldout") + 1], ["id", "problem"])
     gold = {r["id"]: r["answer"] for r in records.read(TINY / "gold.jsonl", ["id", "answer"])}
-    world = [open_sampler(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
-    result = evaluate.heldout_accuracy(*world[0], heldout, gold, 1, 1.0, 120, seed=3)
+    policy, prm = [open_engine(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
+    result = evaluate.heldout_accuracy(policy, heldout, gold, 1, 1.0, 120, seed=3)
     texts = [text for (text,) in result["texts"]]
     shown = [grpo.shown_solution(text) for text in texts]
     asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
-    scored = score_solutions(*world[1], "prm_cot", asked, max_new_tokens=200)
+    scored = score_solutions(prm, "prm_cot", asked, max_new_tokens=200)
     rewards = [format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
     first = read_metrics(tmp_path / "out")[0]
     assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0

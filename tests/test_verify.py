@@ -500,7 +500,9 @@ def test_a_thought_that_the_prompt_opens_is_a_thought():
         ("", ([True], True)),
     ):
         prompt = tokenizer(f"<|im_start|>assistant\n{opening}", add_special_tokens=False).input_ids
-        parsed = verify.parse_verification(verify.decode_judgement(tokenizer, prompt, draft), 1)
+        parsed = verify.parse_verification(
+            verify.decode_judgement(generate.Engine(None, tokenizer, []), prompt, draft), 1
+        )
         assert (parsed.step_verdicts, parsed.verdict) == expected, opening
 
 
@@ -517,12 +519,12 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
         def stream(self, prompts, *, num_samples, **_):
             yield 0, [Sample(ids=text) for text in texts[kind][:num_samples]]
 
-    monkeypatch.setattr("train_prm.encode_chat", lambda *_: [0])
-    monkeypatch.setattr("train_prm.decode_judgement", lambda tokenizer, prompt, ids: ids)
+    monkeypatch.setattr(generate, "encode_chat", lambda *_: [0])
+    monkeypatch.setattr("train_prm.decode_judgement", lambda engine, prompt, ids: ids)
     solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
     found = {}
     for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
-        (scored,) = score_solutions(Stub(), None, [], kind, solution, max_new_tokens=10, votes=votes)
+        (scored,) = score_solutions(generate.Engine(Stub(), None, []), kind, solution, max_new_tokens=10, votes=votes)
         found[kind, votes] = (scored.step_verdicts, scored.verdict, scored.score)
     assert found == {
         ("prm_cot", 3): ([False], False, 0.0), ("prm_cot", 1): ([False], False, 0.0), ("orm", 3): (None, True, 2 / 3),
@@ -588,12 +590,12 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
         asked.append(keys)
         return [[SimpleNamespace(ids=said[key])] for key in keys]
 
-    monkeypatch.setattr(verify, "encode_chat", lambda tokenizer, turn: [1])
-    monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
+    monkeypatch.setattr(generate, "encode_chat", lambda tokenizer, turn: [1])
+    monkeypatch.setattr(verify, "decode_judgement", lambda engine, prompt, ids: ids)
     sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
     solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
     found = verify.critique_and_merge(
-        SimpleNamespace(max_new_tokens=9, slots=4), (sampler, None, []), solutions, ["x", "y"]
+        SimpleNamespace(max_new_tokens=9, slots=4), generate.Engine(sampler, None, []), solutions, ["x", "y"]
     )
     assert [merge is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
 
