@@ -220,7 +220,8 @@ def documented_commands(text: str) -> list[list[str]]:
 def documents() -> dict[str, str | None]:
     """The texts whose commands are checked: the docstring of each script, the shell loops (in which `stage` is python),
     and the README's fenced blocks."""
-    texts = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items() if not name.startswith("kernels")}
+    scripts = [*STAGES, *(name for name in TREES if name not in LADDER)]
+    texts = {name: ast.get_docstring(TREES[name]) or "" for name in scripts}
     texts |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("data/**/*.sh")}
     readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else None
     return texts | {"README": readme and "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))}
