@@ -23,8 +23,6 @@ import inspect
 import json
 import math
 import os
-import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,12 +30,13 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from data import records
-from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_sampler
+from data import grader, records, report
+from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import Sampler, with_progress
-from verify import AGGREGATES, REWARD_MODELS, Scored, group_by_solution, keep_parsed, label_solutions, score_solutions
+from kernels.sampler import with_progress
+from train_prm import REWARD_MODELS, Scored, score_solutions
+from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
 import numpy as np
 
@@ -74,57 +73,6 @@ PAPER = {  # in percent
 
 # --------------------------------------------------------------------------- grading answers
 
-# The program of a grading worker: JSON over its pipes. It grades in a forked child under an alarm that kills, because
-# computer algebra can hang or fill the memory inside C code that no Python exception reaches; the parent keeps the
-# imported library, so a death costs a fork and not an import. The alarm counts CPU time (with a clock behind it), so a
-# busy machine doesn't change verdicts. math-verify's own time limits are off: they would say "wrong".
-GRADER = r"""
-import json, logging, os, resource, signal, sys
-from math_verify import parse, verify
-
-def judge(prediction, reference):
-    answers = [text if "\\boxed" in text else "\\boxed{" + text + "}" for text in (prediction, reference)]
-    ours, gold = (parse(text, parsing_timeout=None) for text in answers)
-    failed = False
-    for a in gold:
-        for b in ours:
-            try:
-                if verify(a, b, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except Exception:
-                failed = True
-    return None if failed else False
-
-def set_alarms(seconds):
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
-
-logging.disable(logging.CRITICAL)
-sys.set_int_max_str_digits(0)
-for alarm in (signal.SIGPROF, signal.SIGALRM):
-    signal.signal(alarm, signal.SIG_DFL)
-if sys.platform == "linux":
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-replies, sys.stdout = sys.stdout, sys.stderr
-judge(r"\frac{1}{2}", "0.5")  # fills the library's caches, which every child inherits
-while True:
-    child = os.fork()
-    if child == 0:
-        for line in iter(sys.stdin.readline, ""):
-            prediction, reference, timeout = json.loads(line)
-            set_alarms(timeout)
-            verdict = judge(prediction, reference)
-            set_alarms(0)
-            print(json.dumps(verdict), file=replies, flush=True)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-    print("null", file=replies, flush=True)
-"""
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)e([+-]?[0-9]{1,3})(?!\w)", re.IGNORECASE)  # 4.5e33
-_idle: list[subprocess.Popen] = []  # workers between two questions; they end when this process does
-
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
@@ -136,25 +84,10 @@ def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool 
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
-    prediction, reference = (text.strip().removesuffix(".") for text in (prediction or "", reference))
-    if not prediction or prediction == reference:
-        return bool(prediction)
-    if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):
-        return int(prediction) == int(reference)
     try:
-        worker = _idle.pop()
-    except IndexError:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        worker = subprocess.Popen([sys.executable, "-c", GRADER], text=True, start_new_session=True, **pipes)
-    try:
-        print(json.dumps([prediction, reference, timeout]), file=worker.stdin, flush=True)
-        verdict = json.loads(worker.stdout.readline())
-    except (BrokenPipeError, json.JSONDecodeError):
-        raise InputError(f"the grading worker ended with status {worker.wait()}; is math-verify installed?") from None
-    _idle.append(worker)
-    # Only if it isn't right as written, because 2e-1 may also be about Euler's number.
-    decimal = E_NOTATION.sub(r"\1 \\times 10^{\2}", prediction)
-    return verdict if verdict or decimal == prediction else grade(decimal, reference, timeout)
+        return grader.equal(prediction or "", reference, timeout)
+    except ChildProcessError as error:
+        raise InputError(str(error)) from None
 
 
 def grade_all(
@@ -249,21 +182,6 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
     return result_rows(benchmark, "average", numbers, rows[0]["settings"], seconds, tokens)
 
 
-def percent(value: float | None, low_high: tuple[float, float] | None = None) -> str:
-    """A fraction as tables show it: 61.2, or 61.2 [58.0, 64.1]; a dash for None."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + (f" [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]" if low_high else "")
-
-
-def print_table(header: list[str], rows: list[list]) -> None:
-    """Print aligned columns, on rank 0."""
-    cells = [header] + [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        distributed.log("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 def publish(rows: list[dict], args: argparse.Namespace) -> None:
     """Print the results, a line for each model and subset with the paper's numbers below, and write their file."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
@@ -272,21 +190,13 @@ def publish(rows: list[dict], args: argparse.Namespace) -> None:
         lines.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), {})[row["metric"]] = row
     table = []
     for names, line in lines.items():
-        numbers = [percent(line[m]["value"], line[m]["interval"]) if m in line else "-" for m in metrics]
+        numbers = [report.percent(line[m]["value"], line[m]["interval"]) if m in line else "-" for m in metrics]
         any_row = next(iter(line.values()))
         table.append([*names, any_row["n"], *numbers, any_row["tokens"], any_row["seconds"]])
-    print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
+    report.print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
     distributed.log(PAPER[args.command])
     if distributed.rank() == 0:
         records.write_records(Path(args.out), rows, args)
-
-
-def save_figure(figure, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(out)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
@@ -377,7 +287,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
     subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
-    sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
+    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     rows = []
@@ -386,9 +296,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         # ProcessBench has no separate answer: whatever a case says of it isn't shown.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
         mine = solutions[distributed.rank() :: distributed.world_size()]
-        scored = distributed.gather(
-            score_solutions(sampler, tokenizer, stops, args.kind, mine, **settings, title=subset)
-        )
+        scored = distributed.gather(score_solutions(engine, args.kind, mine, **settings, title=subset))
         numbers = processbench_numbers(args.kind, cases, scored, args.seed)
         about = {"model": args.model, "kind": args.kind, **settings}
         tokens = sum(s.tokens for s in scored)
@@ -401,7 +309,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 
 
 def heldout_accuracy(
-    sampler: Sampler, tokenizer, stop_ids: list[int], problems: list[dict], gold: dict[str, str], num_samples: int = 4,
+    engine: Engine, problems: list[dict], gold: dict[str, str], num_samples: int = 4,
     temperature: float = 1.0, max_new_tokens: int = 3072, seed: int = 0, top_p: float = 1.0, title: str | None = None,
 ) -> dict:  # fmt: skip
     """Sample k solutions of each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
@@ -412,18 +320,18 @@ def heldout_accuracy(
     progress. Raises InputError for a problem without a gold answer or too long for the context.
     """
     mine = problems[distributed.rank() :: distributed.world_size()]
-    prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
     for problem in mine:
         if problem["id"] not in gold:
             raise InputError(f"problem {problem['id']}: no gold answer; --gold must have one for every problem")
-    stream = sampler.stream(
+    stream = engine.stream(
         prompts, keys=[p["id"] for p in mine], num_samples=num_samples, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed,
+        max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
     if title:
-        stream = with_progress(stream, sampler, title, len(prompts), num_samples)
+        stream = with_progress(stream, engine.sampler, title, len(prompts), num_samples)
     drawn = [samples for _, samples in sorted(stream, key=lambda pair: pair[0])]
-    texts = [[tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples] for samples in drawn]
+    texts = [[engine.text(s) for s in samples] for samples in drawn]
     answers = [[extract_answer(text) for text in group] for group in texts]
     grades = grade_all([(a, gold[p["id"]]) for p, group in zip(mine, answers, strict=True) for a in group])
     grades = [grades[i : i + num_samples] for i in range(0, len(grades), num_samples)]
@@ -507,14 +415,14 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
     for model in args.model:
-        sampler = world = None  # the model before, which would take the room of this one
-        sampler, tokenizer, stops = open_sampler(model, device, args.slots)
+        engine = None  # the model before, which would take the room of this one
+        engine = open_engine(model, device, args.slots)
         mine = []
         for name, problems in files.items():
-            started, world = time.time(), (sampler, tokenizer, stops, problems, gold)
-            result = heldout_accuracy(*world, **settings, title=name)
+            started = time.time()
+            result = heldout_accuracy(engine, problems, gold, **settings, title=name)
             once = {**settings, "num_samples": 1, "temperature": 0.0}
-            greedy = heldout_accuracy(*world, **once, title=f"{name}, greedy") if args.greedy else None
+            greedy = heldout_accuracy(engine, problems, gold, **once, title=f"{name}, greedy") if args.greedy else None
             others = {"greedy": greedy["per_problem"]} if greedy else {}
             numbers = benchmark_numbers(result, others, args.seed)
             tokens = result["tokens"] + (greedy["tokens"] if greedy else 0)
@@ -548,7 +456,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         n: records.read(path, fields, "python generate.py")
         for n, path in name_files("solutions", args.solutions).items()
     }
-    sampler, tokenizer, stops = open_sampler(args.model, distributed.init_distributed(args.device), args.slots)
+    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     for name, solutions in files.items():
@@ -562,7 +470,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
             raise InputError(f"problem {unknown[0]}: no gold answer; --gold must have one for every problem")
         samples, k = [s for group in groups.values() for s in group], len(next(iter(groups.values())))
         judged = distributed.gather(score_solutions(
-            sampler, tokenizer, stops, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
+            engine, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
         grades = grade_all([(s["answer"], gold[s["problem_id"]]) for s in samples])
         in_groups = [slice(i, i + k) for i in range(0, len(samples), k)]
         result = accuracy_of([grades[i] for i in in_groups], args.seed)
@@ -739,100 +647,28 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     counts["unknown_outcomes"] = sum(outcome is None for _, outcome in gold.values())
     records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
     records.write_json(Path(args.out), {**counts, "rows": rows})
-    report = Path(args.verifications).with_name("report.json")
-    speed = json.loads(report.read_text()).get("tokens_per_second") if report.exists() else None
+    report_path = Path(args.verifications).with_name("report.json")
+    speed = json.loads(report_path.read_text()).get("tokens_per_second") if report_path.exists() else None
     table = []
     for kept, r in zip(rows[::2], rows[1::2], strict=True):
-        gains = [percent(x[0], x[1:]) if (x := r.get("minus_single", {}).get(m)) else "" for m in LABEL_METRICS[:2]]
+        gains = [
+            report.percent(x[0], x[1:]) if (x := r.get("minus_single", {}).get(m)) else "" for m in LABEL_METRICS[:2]
+        ]
         drops = ", ".join(f"{reason} {n}" for reason, n in r["dropped"].items())
-        numbers = [percent(r[m]) for m in LABEL_METRICS] + [percent(kept["yield"]), percent(kept["exact"])]
+        numbers = [report.percent(r[m]) for m in LABEL_METRICS] + [
+            report.percent(kept["yield"]),
+            report.percent(kept["exact"]),
+        ]
         seconds = round(r["tokens"] / speed) if speed else "-"
-        cost = [percent(r.get("agreement")), r["ties"], drops, r.get("unparsed", ""), r["tokens"], seconds]
+        cost = [report.percent(r.get("agreement")), r["ties"], drops, r.get("unparsed", ""), r["tokens"], seconds]
         table.append([r["method"], r["N"] or "", r["solutions"], *numbers, *gains, *cost])
     header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
-    print_table([*header, "agreement", "ties", "dropped", "unparsed", "tokens", "seconds"], table)
-    draw_curves(label_curves([r for r in rows if r["on"] == "all"]), Path(args.out).with_suffix(".png"))
+    report.print_table([*header, "agreement", "ties", "dropped", "unparsed", "tokens", "seconds"], table)
+    report.draw_curves(label_curves([r for r in rows if r["on"] == "all"]), Path(args.out).with_suffix(".png"))
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 
 # --------------------------------------------------------------------------- curves
-
-PANELS = {  # key in metrics.jsonl -> title; the last six show a policy that games its reward, or a sampler that differs
-    "reward/mean": "reward",
-    "heldout/accuracy": "held-out accuracy",
-    "format/valid": "valid format",
-    "response/steps": "steps per response",
-    "response/length": "tokens per response",
-    "kl/k3": "KL from the initial policy (k3)",
-    "format/boxes": "boxes per response",
-    "format/text_after_answer": "text after the answer",
-    "reward/count_mismatch": "verdicts for another number of steps",
-    "heldout/reward_minus_accuracy": "held-out reward minus accuracy",
-    "format/answers": "answers per response",
-    "gap/mean": "sampler against trainer, nats a token",
-}
-AXES = ("xlabel", "ylabel", "ylim", "xscale")
-
-
-def read_metrics(run: str) -> dict[str, dict[int, float]]:
-    """key -> {step: value}, in order, from a run's metrics.jsonl; of a step that was done again the last counts."""
-    by_step = {r["step"]: r for r in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py")}
-    curves: dict[str, dict[int, float]] = {}
-    for step in sorted(by_step):
-        for key, value in by_step[step].items():
-            curves.setdefault(key, {})[step] = value
-    return curves
-
-
-def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
-    """A run's metrics as curves of this name, each in the panel of its key; accuracies with their interval."""
-    metrics, curves = read_metrics(run), []
-    for key in keys:
-        points = metrics.get(key, {})
-        curve: dict = {"panel": PANELS.get(key, key), "curve": name, "x": list(points), "y": list(points.values())}
-        if key == "heldout/accuracy":
-            for end in ("low", "high"):
-                found = metrics.get(f"heldout/{end}", {})
-                curve[end] = [found.get(step, value) for step, value in points.items()]
-        curves += [curve] if points else []
-    return curves
-
-
-def draw_curves(curves: list[dict], out: Path) -> None:
-    """A panel for each `panel`, a colour for each `curve`, of points `x`, `y`.
-
-    Curves of one name in one panel are seeds: what is drawn is their mean at the points that all have, and a band from
-    the least to the greatest. A curve alone has its own band, `low` to `high`, if any. One that is `right` has its axis
-    there. What else it may bring are settings of its panel: AXES.
-    """
-    from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
-
-    panels: dict[str, dict[str, list[dict]]] = {}
-    for curve in curves:
-        panels.setdefault(curve["panel"], {}).setdefault(curve["curve"], []).append(curve)
-    names = list(dict.fromkeys(curve["curve"] for curve in curves))
-    across = math.ceil(len(panels) ** 0.5)
-    down, lines = -(-len(panels) // across), {}
-    figure = Figure(figsize=(max(6, 4.2 * across), max(4, 3.0 * down) + 0.07 * len(names)), layout="constrained")
-    for place, (title, inside) in enumerate(panels.items(), 1):
-        left = figure.add_subplot(down, across, place, xlabel="step")
-        left.set_title(title, fontsize=10)
-        left.grid(alpha=0.3)
-        right = left.twinx() if any(seeds[0].get("right") for seeds in inside.values()) else None
-        for name, seeds in inside.items():
-            first = seeds[0]
-            number = names.index(name)  # colours repeat after ten
-            axes, style = (right, ":") if first.get("right") else (left, "-" if number < 10 else "--")
-            axes.set(**{key: first[key] for key in AXES if key in first})
-            points = [dict(zip(curve["x"], curve["y"], strict=True)) for curve in seeds]
-            x = [at for at in points[0] if all(at in others for others in points)]
-            y = np.array([[own[at] for at in x] for own in points], float)  # (seeds, points)
-            low, high = (y.min(0), y.max(0)) if len(seeds) > 1 else (first.get(end, y[0]) for end in ("low", "high"))
-            colour, marker = f"C{number}", "s" if len(x) == 1 else "." if len(x) < 30 else ""
-            (lines[name],) = axes.plot(x, y.mean(0), style, color=colour, marker=marker)
-            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
-    save_figure(figure, out)
 
 
 def run_plot(parser: argparse.ArgumentParser) -> None:
@@ -842,7 +678,9 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", nargs="+", help="directories with metrics.jsonl, patterns of them, files of curves "
                         "(panel, curve, x, y); none: the tiny world")  # fmt: skip
     parser.add_argument("--out", help="PNG to write")
-    parser.add_argument("--keys", nargs="+", default=list(PANELS), help="metrics to draw; what no run has is skipped")
+    parser.add_argument(
+        "--keys", nargs="+", default=list(report.PANELS), help="metrics to draw; what no run has is skipped"
+    )
     args = parse_command(parser, "runs")
     curves = []
     for pattern in args.runs:
@@ -850,41 +688,15 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
             if run.endswith(".jsonl"):
                 curves += records.read(run, ["panel", "curve", "x", "y"])
             else:
-                curves += run_curves(run, pattern, args.keys)
+                curves += report.run_curves(run, pattern, args.keys)
     if not curves:
         raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
-    draw_curves(curves, Path(args.out))
+    report.draw_curves(curves, Path(args.out))
     panels, names = ({curve[key] for curve in curves} for key in ("panel", "curve"))
     print(f"{args.out}: {len(panels)} panels, {len(names)} runs")
 
 
 # --------------------------------------------------------------------------- one problem
-
-
-def paint(text: str, right: bool | None) -> str:
-    """Green for right and red for wrong, on a terminal."""
-    return text if right is None or not sys.stdout.isatty() else f"\033[{32 if right else 31}m{text}\033[0m"
-
-
-def show_label(label: dict) -> str:
-    """A solution with the votes on its steps, the label, and the verification that was chosen for it."""
-    votes, labels = label["votes"] or [None] * len(label["steps"]), label["step_labels"] or [None] * len(label["steps"])
-    lines = [f"--- {label['id']}, {label['method']}: " + (label["dropped"] or "kept")]
-    for k, (step, vote, right) in enumerate(zip(label["steps"], votes, labels, strict=True), 1):
-        count = f"   [{vote[0]} correct, {vote[1]} incorrect]" if vote else ""
-        lines.append(paint(f"Step {k}: {step}{count}", right))
-    lines.append(paint(f"Answer: {label['answer']}   [judged {label['outcome']}]", label["outcome"]))
-    return "\n".join(lines) + (f"\n\n{label['text']}" if label["text"] else "")
-
-
-def show_rollout(rollout: dict) -> str:
-    """A response of GRPO with its judgement, reward and advantage, from a line that grpo.py --dump_rollouts wrote."""
-    judgement, form = rollout["judgement"] or {}, "valid" if rollout["valid"] else "invalid"
-    numbers = (
-        f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement.get('verdict')}"
-    )
-    head = f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {form}, {numbers}"
-    return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement.get("text", "(not judged)")])
 
 
 def run_show(parser: argparse.ArgumentParser) -> None:
@@ -912,9 +724,9 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     if found:
         distributed.log(found[0]["problem"])
     for label in found:
-        distributed.log("\n" + show_label(label))
+        distributed.log("\n" + report.show_label(label))
     for step, rollout in rollouts:
-        distributed.log(f"\nGRPO step {step}\n" + show_rollout(rollout))
+        distributed.log(f"\nGRPO step {step}\n" + report.show_rollout(rollout))
 
 
 # --------------------------------------------------------------------------- main

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 generate.py --model ... --problems ... --out ...       # sharded by problem
 
 The file introduces what the later stages share, in this order: the solver prompt, the step splitter and its
-renderer; the chat template; opening models.
+renderer; the chat template; the engine, a model that can be asked.
 
 What differs from the paper: nothing in the method. The released script talks to an inference server; here the
 sampler, kernels/sampler.py, is part of what is to be read. Answers in the problems file are never opened.
@@ -17,12 +17,15 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data import records
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import Sampler, with_progress
+from kernels.sampler import Sample, Sampler, with_progress
 from kernels.transformer import Config, load_model, read_config
 
 import torch
@@ -119,6 +122,31 @@ def extract_answer(text: str) -> str | None:
     return lines[-1] or None if lines else None
 
 
+def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
+    r"""V: does a response keep the format? Everything a policy could gain by breaking it is checked here.
+
+    none: always. paper: exactly one closed `\boxed{…}`, one `<answer>` and then one `</answer>`, and only white space
+    after it. strict: also the box inside the answer, one `<think>` with at least one `<step>`, nothing outside the
+    tags, no nested tags, and not cut off by the length limit (finished).
+    """
+    if constraints == "none":
+        return True
+    if len(find_boxes(response)) != 1 or response.count("<answer>") != 1 or response.count("</answer>") != 1:
+        return False
+    _, _, rest = response.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    if not closed or after.strip():
+        return False
+    if constraints == "paper":
+        return True
+    pieces = re.split(r"(</?(?:think|step|answer)>)", response)
+    texts, tags = pieces[::2], pieces[1::2]  # texts[i] stands before tags[i]
+    well_formed = re.fullmatch(r"<think>(<step></step>)+</think><answer></answer>", "".join(tags)) is not None
+    inside = {"<step>", "<answer>"}
+    outside = [texts[0]] + [text for tag, text in zip(tags, texts[1:], strict=True) if tag not in inside]
+    return finished and well_formed and not any(t.strip() for t in outside) and len(find_boxes(answer)) == 1
+
+
 def defuse(tokenizer, text: str) -> str:
     """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must
     not end its judge's prompt and begin the verdict."""
@@ -174,8 +202,8 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = 
         model = load_model(path, device, dtype)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
-    tokenizer, stops = open_tokenizer(path, flag)
-    return model, tokenizer, stops
+    tokenizer, stop_ids = open_tokenizer(path, flag)
+    return model, tokenizer, stop_ids
 
 
 def open_tokenizer(path: Path, flag: str = "--model"):
@@ -186,18 +214,49 @@ def open_tokenizer(path: Path, flag: str = "--model"):
         raise InputError(f"{flag} {path}: no tokenizer that can be loaded ({str(error).splitlines()[0]})") from None
     if not tokenizer.chat_template:
         raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
-    stops = {tokenizer.eos_token_id}
+    stop_ids = {tokenizer.eos_token_id}
     if (path / "generation_config.json").is_file():
         listed = json.loads((path / "generation_config.json").read_text()).get("eos_token_id", [])
-        stops |= set(listed if isinstance(listed, list) else [listed])
-    return tokenizer, sorted(stops - {None})
+        stop_ids |= set(listed if isinstance(listed, list) else [listed])
+    return tokenizer, sorted(stop_ids - {None})
 
 
-def open_sampler(name: str, device: torch.device, slots: int, flag: str = "--model"):
-    """(sampler, tokenizer, stop ids) of a Hugging Face directory or hub name, in bf16 on a GPU, in fp32 elsewhere."""
+@dataclass
+class Engine:
+    """A model that can be asked: text goes in as token ids, samples come out, and become text again."""
+
+    sampler: Sampler
+    tokenizer: Any  # of transformers, with a chat template
+    stop_ids: list[int]
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return self.sampler.model.config.max_positions
+
+    def encode(self, user: str) -> list[int]:
+        """Token ids of one user turn and the opening of the assistant's."""
+        return encode_chat(self.tokenizer, user)
+
+    def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
+        """`Sampler.sample` up to one of the model's stop ids."""
+        return self.sampler.sample(prompts, stop_ids=self.stop_ids, **settings)
+
+    def stream(self, prompts: list[list[int]], **settings) -> Iterator[tuple[int, list[Sample]]]:
+        """`Sampler.stream` up to one of the model's stop ids."""
+        return self.sampler.stream(prompts, stop_ids=self.stop_ids, **settings)
+
+    def text(self, sample: Sample | list[int]) -> str:
+        """The text of a sample, or of token ids, without special tokens."""
+        ids = sample.ids if isinstance(sample, Sample) else sample
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def open_engine(name: str, device: torch.device, slots: int, flag: str = "--model") -> Engine:
+    """The engine of a Hugging Face directory or hub name, in bf16 on a GPU, in fp32 elsewhere."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer, stops = open_model(name, device, dtype, flag)
-    return Sampler(model, slots), tokenizer, stops
+    model, tokenizer, stop_ids = open_model(name, device, dtype, flag)
+    return Engine(Sampler(model, slots), tokenizer, stop_ids)
 
 
 # --------------------------------------------------------------------------- main
@@ -230,30 +289,29 @@ def main() -> None:
         if not todo:
             distributed.log(f"{args.out}: complete, {len(output.done)} solutions")
             return
-        sampler, tokenizer, stops = open_sampler(args.model, device, args.slots)
-        prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in todo]
-        stream = sampler.stream(
+        engine = open_engine(args.model, device, args.slots)
+        prompts = [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in todo]
+        stream = engine.stream(
             prompts,
             keys=[p["id"] for p in todo],
             num_samples=args.num_samples,
             temperature=args.temperature,
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
-            stop_ids=stops,
             seed=args.seed,
             turns=distributed.work_queue(len(prompts), "generate"),
         )
         started, per_rank = time.time(), -(-len(prompts) // distributed.world_size())
-        for i, samples in with_progress(stream, sampler, "generate", per_rank, args.num_samples):
+        for i, samples in with_progress(stream, engine.sampler, "generate", per_rank, args.num_samples):
             problem, solutions = todo[i], []
             for k, sample in enumerate(samples):
-                text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+                text = engine.text(sample)
                 about = {"id": f"{problem['id']}/{k}", "problem_id": problem["id"], "problem": problem["problem"]}
                 about |= {"sample": k, "text": text, "steps": split_steps(text), "answer": extract_answer(text)}
                 about |= {"finish": sample.finish, "tokens": len(sample.ids), "model": args.model, "seed": args.seed}
                 solutions.append(about)
             output.append(solutions)
-    speed = sampler.tokens * distributed.world_size() / (time.time() - started)
+    speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
     distributed.log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
 

@@ -37,7 +37,6 @@ Shapes: B responses of a global batch, G responses of a group, N response tokens
 
 import argparse
 import random
-import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -45,28 +44,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data import records
+from data import records, report
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import grade_all, heldout_accuracy, majority_answer
 from generate import (
     SOLVE_PROMPT,
     STEP_TAG,
-    encode_chat,
+    Engine,
     extract_answer,
     find_boxes,
     find_model,
+    format_valid,
     open_config,
+    open_engine,
     open_model,
-    open_sampler,
     split_steps,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import Config, Transformer, load_model
-from train_prm import clip_and_step, own_share, split_micro_batches
-from verify import REWARD_MODELS, Scored, score_solutions
+from train_prm import REWARD_MODELS, Scored, clip_and_step, own_share, score_solutions, split_micro_batches
 
 import torch
 from torch import Tensor
@@ -99,32 +98,7 @@ STEP_DESIGNS = {"selective_advantage": 4, "global_step": 3}  # and the fewest st
 JUDGED = ["process_aware", "step_augmented", *STEP_DESIGNS]  # these need a reward model
 REWARDS = [*JUDGED, "rlvr", "majority", "self_certainty", "random"]
 
-# --------------------------------------------------------------------------- format constraints
-
-
-def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
-    r"""V: does a response keep the format? Everything a policy could gain by breaking it is checked here.
-
-    none: always. paper: exactly one closed `\boxed{…}`, one `<answer>` and then one `</answer>`, and only white space
-    after it. strict: also the box inside the answer, one `<think>` with at least one `<step>`, nothing outside the
-    tags, no nested tags, and not cut off by the length limit (finished).
-    """
-    if constraints == "none":
-        return True
-    if len(find_boxes(response)) != 1 or response.count("<answer>") != 1 or response.count("</answer>") != 1:
-        return False
-    _, _, rest = response.partition("<answer>")
-    answer, closed, after = rest.partition("</answer>")
-    if not closed or after.strip():
-        return False
-    if constraints == "paper":
-        return True
-    pieces = re.split(r"(</?(?:think|step|answer)>)", response)
-    texts, tags = pieces[::2], pieces[1::2]  # texts[i] stands before tags[i]
-    well_formed = re.fullmatch(r"<think>(<step></step>)+</think><answer></answer>", "".join(tags)) is not None
-    inside = {"<step>", "<answer>"}
-    outside = [texts[0]] + [text for tag, text in zip(tags, texts[1:], strict=True) if tag not in inside]
-    return finished and well_formed and not any(t.strip() for t in outside) and len(find_boxes(answer)) == 1
+# --------------------------------------------------------------------------- what the reward model is shown
 
 
 def shown_solution(response: str) -> tuple[list[str], str | None]:
@@ -353,23 +327,20 @@ class Rollout:
 NOTHING = Rollout("", [0], [], [], "", "")
 
 
-def sample_rollouts(
-    sampler: Sampler, tokenizer, stops: list[int], problems: list[dict], args, step: int
-) -> list[Rollout]:
+def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
     """G responses to each problem, groups consecutive, from the full distribution at --temperature, as in the loss."""
-    groups = sampler.sample(
+    groups = engine.sample(
         [p["prompt"] for p in problems],
         keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
         num_samples=args.group_size,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
-        stop_ids=stops,
         seed=args.seed,
         certainty=args.reward == "self_certainty",
     )
     rollouts = []
     for p, s in ((p, s) for p, group in zip(problems, groups, strict=True) for s in group):
-        text = tokenizer.decode(s.ids, skip_special_tokens=True)
+        text = engine.text(s)
         rollouts.append(Rollout(p["id"], p["prompt"], s.ids, s.logprobs, text, s.finish, certainty=s.certainty))
     return rollouts
 
@@ -556,13 +527,13 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 
 
 def heldout_metrics(
-    policy: tuple, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
+    engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
 ) -> dict[str, float]:
-    """avg@1 of a policy (sampler, tokenizer, stop ids) on the held-out problems, and among responses that are valid
+    """avg@1 of a policy on the held-out problems, and among responses that are valid
     under `paper` (what the format alone can't raise). With a reward model also the reward: where it goes up and the
     accuracy doesn't, it is being gamed."""
     result = heldout_accuracy(
-        *policy, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
+        engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
     texts, right = [text for (text,) in result["texts"]], torch.from_numpy(result["correct"][:, 0])
     valid = torch.tensor([format_valid(text) for text in texts])
@@ -574,7 +545,7 @@ def heldout_metrics(
         ends = ["length" if cut else "stop" for cut in result["cut"]]
         responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
         mine = responses[distributed.rank() :: distributed.world_size()]
-        score_rollouts(mine, heldout, args, step, policy[1], judge, gold)
+        score_rollouts(mine, heldout, args, step, engine.tokenizer, judge, gold)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
@@ -626,13 +597,17 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
     return {name: count / 2**30 for name, count in needed.items()}
 
 
+def describe_rollout(r: Rollout, advantage: float) -> dict:
+    """A response as a record: what --dump_rollouts writes and `report.show_rollout` shows."""
+    return {
+        "problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
+        "reward": r.reward, "advantage": advantage, "judgement": r.scored and vars(r.scored),
+    }  # fmt: skip
+
+
 def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
     """Everything about a step's responses, one a line, for reading later."""
-    rows = [
-        {"problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
-         "reward": r.reward, "advantage": a, "judgement": r.scored and vars(r.scored)}
-        for r, a in zip(rollouts, advantages.tolist(), strict=True)
-    ]  # fmt: skip
+    rows = [describe_rollout(r, a) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
     records.write_lines(path, rows)
 
 
@@ -645,11 +620,7 @@ def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
 
 def print_sample(problem: dict, r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
-    tqdm.write(f"--- step {step} · {problem['problem']}\n{r.text}")
-    if r.scored is not None:
-        tqdm.write(r.scored.text)
-    form = "valid" if r.valid else "invalid"
-    tqdm.write(f"--- reward {r.reward:.2f}, advantage {advantage:+.2f}, format {form}, {r.finish}")
+    tqdm.write(f"--- step {step} · {problem['problem']}\n{report.show_rollout(describe_rollout(r, advantage))}")
 
 
 # --------------------------------------------------------------------------- main
@@ -758,23 +729,23 @@ def run(args: argparse.Namespace) -> None:
     reference = None
     if args.kl_coef:  # one after another: each is whole only for a moment
         reference = distributed.prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
-    model, tokenizer, stops = open_model(args.policy, device, torch.float32, "--policy")
+    model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
     model = distributed.prepare_training(model, args.activation_checkpointing)
     sharded = device.type == "cuda" or distributed.world_size() > 1
     inference = load_model(source, device, dtype) if sharded else model
-    sampler = Sampler(inference, args.slots)
+    policy = Engine(Sampler(inference, args.slots), tokenizer, stop_ids)
     judge = None
     if args.reward in JUDGED:
-        prm_sampler, prm_tokenizer, prm_stops = open_sampler(args.prm, device, args.slots, "--prm")
+        prm = open_engine(args.prm, device, args.slots, "--prm")
 
         def judge(solutions: list[dict], step: int) -> list[Scored]:
             return score_solutions(
-                prm_sampler, prm_tokenizer, prm_stops, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
+                prm, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
                 votes=args.prm_votes, seed=f"{args.seed}/{step}",
             )  # fmt: skip
 
     for p in problems:
-        p["prompt"] = encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"]))
+        p["prompt"] = policy.encode(SOLVE_PROMPT.format(problem=p["problem"]))
     left = inference.config.max_positions - args.max_new_tokens
     fitting = [p for p in problems if len(p["prompt"]) <= min(args.max_prompt_tokens, left)]
     if not fitting:
@@ -793,7 +764,7 @@ def run(args: argparse.Namespace) -> None:
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
-    measure = partial(heldout_metrics, (sampler, tokenizer, stops), heldout, gold, judge, args)  # of a step
+    measure = partial(heldout_metrics, policy, heldout, gold, judge, args)  # of a step
     signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
         if start == 0 and heldout:
@@ -803,9 +774,7 @@ def run(args: argparse.Namespace) -> None:
         for step in bar:
             t0 = time.perf_counter()
             batch = problems_at(step, fitting, args.batch_size, args.seed)
-            mine = sample_rollouts(
-                sampler, tokenizer, stops, batch[distributed.rank() :: distributed.world_size()], args, step
-            )
+            mine = sample_rollouts(policy, batch[distributed.rank() :: distributed.world_size()], args, step)
             t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
             groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]

@@ -22,7 +22,8 @@ What differs from the paper: its fine-tuning settings are not published, so lear
 ours. `--kind policy` fine-tunes the policy's format on the reference-free labels (the paper: on solutions of a larger
 model, App. D).
 
-The file introduces what GRPO shares: packed batches and the update. FSDP2 and checkpoints are in kernels/distributed.py.
+The file introduces what evaluation and GRPO share: the reward models and scoring with them, packed batches and the update.
+FSDP2 and checkpoints are in kernels/distributed.py.
 """
 
 import argparse
@@ -30,23 +31,29 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import records
 from generate import (
     SOLVE_PROMPT,
+    Engine,
+    defuse,
     encode_chat,
     find_boxes,
     find_model,
     open_boxes,
     open_model,
+    render_chat,
     render_response,
     render_steps,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
+from kernels.sampler import with_progress
 from kernels.transformer import Transformer
-from verify import ORM_PROMPT, PRM_PROMPT, answer_tokens, mark_steps, without_thinking, write_prm_target
+from verify import VERDICT, Verification, decode_judgement, exactly_once, majority, parse_verification, without_thinking
 
 import torch
 from torch import Tensor
@@ -70,6 +77,169 @@ FREE = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing
 
 # A training sequence: token ids, and for each position the token that it is to predict, or -1.
 Sequence = tuple[list[int], list[int]]
+
+# --------------------------------------------------------------------------- reward models: prompt, target, parser, score
+
+ORM_PROMPT = "Problem: {problem}\n\nSolution: {solution}\n\nIs the answer correct (Yes/No)?"
+
+
+def parse_orm(text: str, num_steps: int) -> Verification:
+    """The outcome reward model says Yes or No and nothing else."""
+    return Verification(None, {"yes": True, "no": False}.get(text.strip().lower()))
+
+
+PRM_PROMPT = "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
+
+
+PRM_LINE = re.compile(r"[ \t]*Step (\d{1,6}): (Correct|Incorrect)[ \t.]*", re.IGNORECASE)
+
+
+def write_prm_target(labels: list[bool], outcome: bool) -> str:
+    """The PRM's target: one line a step, then the Verification line."""
+    lines = [f"Step {k}: {'Correct' if label else 'Incorrect'}" for k, label in enumerate(labels, 1)]
+    lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if outcome else 'No'}**")
+    return "\n".join(lines)
+
+
+def parse_prm(text: str, num_steps: int) -> Verification:
+    """Parses `write_prm_target`."""
+    lines = text.replace("\r", "").rstrip().split("\n")
+    steps = [match for line in lines if (match := PRM_LINE.fullmatch(line))]
+    verdicts = [match.group(1).lower() == "yes" for line in lines if (match := VERDICT.fullmatch(line))]
+    return exactly_once([(int(m.group(1)), m.group(2).lower() == "correct") for m in steps], verdicts, num_steps)
+
+
+# kind of reward model -> (user turn, parser of its answer); PRM and PRM-CoT share the turn, their training differs
+REWARD_MODELS: dict[str, tuple[str, Callable[[str, int], Verification] | None]] = {
+    "orm": (ORM_PROMPT, parse_orm),
+    "prm": (PRM_PROMPT, parse_prm),
+    "prm_cot": (PRM_PROMPT, parse_verification),
+    "disc_prm": (PRM_PROMPT, None),  # says nothing: its log-odds are read off, see `score_discriminative`
+}
+
+
+def mark_steps(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
+    """(token ids of a PRM's prompt, n + 1 positions in them): the last token of each of n steps, and the prompt's."""
+    rendered = defuse(tokenizer, render_steps(solution["steps"], solution["answer"]))
+    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start, ends, token = text.rindex(rendered), [], 0
+    for k in range(1, len(solution["steps"]) + 1):
+        end = start + len(defuse(tokenizer, render_steps(solution["steps"][:k])))
+        while token + 1 < len(encoded.input_ids) and encoded.offset_mapping[token + 1][0] < end:
+            token += 1
+        ends.append(token)
+    return encoded.input_ids, [*ends, len(encoded.input_ids) - 1]
+
+
+def answer_tokens(tokenizer) -> tuple[int, int]:
+    """The two fixed tokens of a discriminative PRM: the first of "Yes" and the first of "No"."""
+    yes, no = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("Yes", "No"))
+    if yes == no:
+        raise InputError("the tokenizer begins Yes and No with one token: no discriminative PRM with this model")
+    return yes, no
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A reward model's judgement of one solution: parsed, and the text it was parsed from. The scores are the shares of
+    votes for it, 0 or 1 if there is one, and a disc_prm's probabilities."""
+
+    step_verdicts: list[bool] | None
+    verdict: bool | None
+    text: str
+    tokens: int
+    step_scores: list[float] | None = None
+    score: float | None = None
+
+
+@torch.no_grad()
+def score_discriminative(
+    model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
+) -> list[Scored]:
+    """Judge solutions with a discriminative PRM: a step is correct if at its last token Yes is likelier than No, and so
+    is the outcome at the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
+    yes, no = answer_tokens(tokenizer)
+    scored = [Scored(None, None, "", 0)] * len(solutions)
+    batches: list[list[tuple[int, list[int], list[int]]]] = [[]]
+    for i, s in enumerate(solutions):
+        ids, ends = mark_steps(tokenizer, s) if s["steps"] else ([], [])
+        if 0 < len(ids) <= model.config.max_positions:
+            if sum(len(ids) for _, ids, _ in batches[-1]) + len(ids) > batch_tokens:
+                batches.append([])
+            batches[-1].append((i, ids, ends))
+    for batch in filter(None, batches):
+        ids = torch.tensor([token for _, of_one, _ in batch for token in of_one], device=model.device)  # (N,)
+        lengths = torch.tensor([len(of_one) for _, of_one, _ in batch], device=model.device)  # (S,)
+        both = [model.packed(ids, lengths, torch.full_like(ids, token))[0] for token in (yes, no)]
+        odds = (both[0] - both[1]).split(lengths.tolist())  # (n tokens,) each
+        for (i, of_one, ends), values in zip(batch, odds, strict=True):
+            *steps, outcome = values[ends].tolist()
+            *chances, chance = values[ends].sigmoid().tolist()
+            text = " ".join(f"{x:+.2f}" for x in (*steps, outcome))
+            scored[i] = Scored([x > 0 for x in steps], outcome > 0, text, len(of_one), chances, chance)
+    return scored
+
+
+def score_solutions(
+    engine: Engine,
+    kind: str,
+    solutions: list[dict],
+    *,
+    max_new_tokens: int,
+    votes: int = 1,
+    temperature: float = 0.8,
+    seed: int | str = 0,
+    title: str | None = None,
+) -> list[Scored]:
+    """Judge solutions (problem, steps, answer; optional id) with a generative reward model, in order.
+
+    votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the
+    labels are majorities over the verifications that parsed (an ORM votes on its verdict alone). A solution without
+    steps, or whose prompt leaves no room for max_new_tokens in the context, is unparsed. A disc_prm has no votes. A
+    title shows progress.
+    """
+    prompt, parse = REWARD_MODELS[kind]
+    if parse is None:
+        if votes > 1:
+            raise InputError(f"--votes {votes}: a {kind} says the same every time; leave it at 1")
+        return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
+    room = engine.context - max_new_tokens
+    turns, where = [], []
+    for i, s in enumerate(solutions):
+        solution = render_steps(s["steps"], s["answer"])
+        ids = engine.encode(prompt.format(problem=s["problem"], solution=solution)) if s["steps"] else []
+        if 0 < len(ids) <= room:
+            turns.append(ids)
+            where.append(i)
+    stream = engine.stream(
+        turns,
+        keys=[str(solutions[i].get("id", i)) for i in where],
+        num_samples=votes,
+        temperature=temperature if votes > 1 else 0.0,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    scored = [Scored(None, None, "", 0)] * len(solutions)
+    for place, group in with_progress(stream, engine.sampler, title, len(turns), votes) if title else stream:
+        i = where[place]
+        texts = [decode_judgement(engine, turns[place], sample.ids) for sample in group]
+        parsed = [parse(text, len(solutions[i]["steps"])) for text in texts]
+        # Among several only those that parsed as a whole vote, as in Stage I; verdicts alone where none did (an ORM's).
+        whole = [p for p in parsed if p.step_verdicts and p.verdict is not None]
+        verdicts = [p.verdict for p in (whole if votes > 1 and whole else parsed) if p.verdict is not None]
+        stepwise = [p.step_verdicts for p in (whole if votes > 1 else parsed) if p.step_verdicts]
+        columns = list(zip(*stepwise, strict=True))
+        scored[i] = Scored(
+            [majority(column) for column in columns] or None,
+            majority(verdicts) if verdicts else None,
+            texts[0],
+            sum(len(sample.ids) for sample in group),
+            [sum(column) / len(column) for column in columns] or None,
+            sum(verdicts) / len(verdicts) if verdicts else None,
+        )
+    return scored
+
 
 # --------------------------------------------------------------------------- examples
 
@@ -263,9 +433,9 @@ def main() -> None:
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a run that goes on must find the same labels
-    model, tokenizer, stops = open_model(args.model, device, torch.float32)
+    model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
-    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
+    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stop_ids[0]
     training, evaluation = split_by_problem(labels, args.eval_fraction)
     sequences, counts = make_sequences(args.kind, training, tokenizer, end_id, args.max_length)
     held, _ = make_sequences(args.kind, evaluation, tokenizer, end_id, args.max_length)

@@ -29,7 +29,6 @@ What differs from the released code:
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import random
@@ -41,11 +40,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data import records
-from generate import defuse, encode_chat, open_sampler, render_chat, render_steps
+from generate import Engine, open_engine, render_steps
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import Sampler, with_progress
-from kernels.transformer import Transformer
+from kernels.sampler import with_progress
 
 import torch
 
@@ -157,11 +155,11 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-def decode_judgement(tokenizer, prompt: list[int], ids: list[int]) -> str:
+def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
     """What a judge has written, from its token ids. Some chat templates open the thought at the end of the prompt; then
     `<think>` is put in front again, or a thought that was cut off would pass for a judgement."""
-    opened = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-    return ("<think>" if opened else "") + tokenizer.decode(ids, skip_special_tokens=True)
+    opened = engine.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+    return ("<think>" if opened else "") + engine.text(ids)
 
 
 def without_thinking(text: str) -> str:
@@ -194,10 +192,10 @@ def parse_verification(text: str, num_steps: int) -> Verification:
             in_analysis = False
         elif (match := VERDICT.fullmatch(line)) and (not in_analysis or number == len(lines)):
             verdicts.append(match.group(1).lower() == "yes")
-    return _exactly_once(found, verdicts, num_steps)
+    return exactly_once(found, verdicts, num_steps)
 
 
-def _exactly_once(found: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
+def exactly_once(found: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
     found.sort(key=lambda pair: pair[0])
     complete = [step for step, _ in found] == list(range(1, num_steps + 1))
     return Verification([v for _, v in found] if complete else None, verdicts[0] if len(verdicts) == 1 else None)
@@ -232,170 +230,6 @@ def critique_prompt(solution: dict, verification: str, critique: str | None = No
         verification=without_thinking(verification),
         critique=without_thinking(critique or ""),
     )
-
-
-# --------------------------------------------------------------------------- reward models: prompts and parsers
-
-ORM_PROMPT = "Problem: {problem}\n\nSolution: {solution}\n\nIs the answer correct (Yes/No)?"
-
-
-def parse_orm(text: str, num_steps: int) -> Verification:
-    """The outcome reward model says Yes or No and nothing else."""
-    return Verification(None, {"yes": True, "no": False}.get(text.strip().lower()))
-
-
-PRM_PROMPT = "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
-PRM_LINE = re.compile(r"[ \t]*Step (\d{1,6}): (Correct|Incorrect)[ \t.]*", re.IGNORECASE)
-
-
-def write_prm_target(labels: list[bool], outcome: bool) -> str:
-    """The PRM's target: one line a step, then the Verification line."""
-    lines = [f"Step {k}: {'Correct' if label else 'Incorrect'}" for k, label in enumerate(labels, 1)]
-    lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if outcome else 'No'}**")
-    return "\n".join(lines)
-
-
-def parse_prm(text: str, num_steps: int) -> Verification:
-    """Parses `write_prm_target`."""
-    lines = text.replace("\r", "").rstrip().split("\n")
-    steps = [match for line in lines if (match := PRM_LINE.fullmatch(line))]
-    verdicts = [match.group(1).lower() == "yes" for line in lines if (match := VERDICT.fullmatch(line))]
-    return _exactly_once([(int(m.group(1)), m.group(2).lower() == "correct") for m in steps], verdicts, num_steps)
-
-
-# kind of reward model -> (user turn, parser of its answer); PRM and PRM-CoT share the turn, their training differs
-REWARD_MODELS: dict[str, tuple[str, Callable[[str, int], Verification] | None]] = {
-    "orm": (ORM_PROMPT, parse_orm),
-    "prm": (PRM_PROMPT, parse_prm),
-    "prm_cot": (PRM_PROMPT, parse_verification),
-    "disc_prm": (PRM_PROMPT, None),  # says nothing: its log-odds are read off, see `score_discriminative`
-}
-
-
-def mark_steps(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """(token ids of a PRM's prompt, n + 1 positions in them): the last token of each of n steps, and the prompt's."""
-    rendered = defuse(tokenizer, render_steps(solution["steps"], solution["answer"]))
-    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start, ends, token = text.rindex(rendered), [], 0
-    for k in range(1, len(solution["steps"]) + 1):
-        end = start + len(defuse(tokenizer, render_steps(solution["steps"][:k])))
-        while token + 1 < len(encoded.input_ids) and encoded.offset_mapping[token + 1][0] < end:
-            token += 1
-        ends.append(token)
-    return encoded.input_ids, [*ends, len(encoded.input_ids) - 1]
-
-
-def answer_tokens(tokenizer) -> tuple[int, int]:
-    """The two fixed tokens of a discriminative PRM: the first of "Yes" and the first of "No"."""
-    yes, no = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("Yes", "No"))
-    if yes == no:
-        raise InputError("the tokenizer begins Yes and No with one token: no discriminative PRM with this model")
-    return yes, no
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A reward model's judgement of one solution: parsed, and the text it was parsed from. The scores are the shares of
-    votes for it, 0 or 1 if there is one, and a disc_prm's probabilities."""
-
-    step_verdicts: list[bool] | None
-    verdict: bool | None
-    text: str
-    tokens: int
-    step_scores: list[float] | None = None
-    score: float | None = None
-
-
-@torch.no_grad()
-def score_discriminative(
-    model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
-) -> list[Scored]:
-    """Judge solutions with a discriminative PRM: a step is correct if at its last token Yes is likelier than No, and so
-    is the outcome at the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
-    yes, no = answer_tokens(tokenizer)
-    scored = [Scored(None, None, "", 0)] * len(solutions)
-    batches: list[list[tuple[int, list[int], list[int]]]] = [[]]
-    for i, s in enumerate(solutions):
-        ids, ends = mark_steps(tokenizer, s) if s["steps"] else ([], [])
-        if 0 < len(ids) <= model.config.max_positions:
-            if sum(len(ids) for _, ids, _ in batches[-1]) + len(ids) > batch_tokens:
-                batches.append([])
-            batches[-1].append((i, ids, ends))
-    for batch in filter(None, batches):
-        ids = torch.tensor([token for _, of_one, _ in batch for token in of_one], device=model.device)  # (N,)
-        lengths = torch.tensor([len(of_one) for _, of_one, _ in batch], device=model.device)  # (S,)
-        both = [model.packed(ids, lengths, torch.full_like(ids, token))[0] for token in (yes, no)]
-        odds = (both[0] - both[1]).split(lengths.tolist())  # (n tokens,) each
-        for (i, of_one, ends), values in zip(batch, odds, strict=True):
-            *steps, outcome = values[ends].tolist()
-            *chances, chance = values[ends].sigmoid().tolist()
-            text = " ".join(f"{x:+.2f}" for x in (*steps, outcome))
-            scored[i] = Scored([x > 0 for x in steps], outcome > 0, text, len(of_one), chances, chance)
-    return scored
-
-
-def score_solutions(
-    sampler: Sampler,
-    tokenizer,
-    stop_ids: list[int],
-    kind: str,
-    solutions: list[dict],
-    *,
-    max_new_tokens: int,
-    votes: int = 1,
-    temperature: float = 0.8,
-    seed: int | str = 0,
-    title: str | None = None,
-) -> list[Scored]:
-    """Judge solutions (problem, steps, answer; optional id) with a generative reward model, in order.
-
-    votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the
-    labels are majorities over the verifications that parsed (an ORM votes on its verdict alone). A solution without
-    steps, or whose prompt leaves no room for max_new_tokens in the context, is unparsed. A disc_prm has no votes. A
-    title shows progress.
-    """
-    prompt, parse = REWARD_MODELS[kind]
-    if parse is None:
-        if votes > 1:
-            raise InputError(f"--votes {votes}: a {kind} says the same every time; leave it at 1")
-        return score_discriminative(sampler.model, tokenizer, solutions)
-    room = sampler.model.config.max_positions - max_new_tokens
-    turns, where = [], []
-    for i, s in enumerate(solutions):
-        solution = render_steps(s["steps"], s["answer"])
-        ids = encode_chat(tokenizer, prompt.format(problem=s["problem"], solution=solution)) if s["steps"] else []
-        if 0 < len(ids) <= room:
-            turns.append(ids)
-            where.append(i)
-    stream = sampler.stream(
-        turns,
-        keys=[str(solutions[i].get("id", i)) for i in where],
-        num_samples=votes,
-        temperature=temperature if votes > 1 else 0.0,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        seed=seed,
-    )
-    scored = [Scored(None, None, "", 0)] * len(solutions)
-    for place, group in with_progress(stream, sampler, title, len(turns), votes) if title else stream:
-        i = where[place]
-        texts = [decode_judgement(tokenizer, turns[place], sample.ids) for sample in group]
-        parsed = [parse(text, len(solutions[i]["steps"])) for text in texts]
-        # Among several only those that parsed as a whole vote, as in Stage I; verdicts alone where none did (an ORM's).
-        whole = [p for p in parsed if p.step_verdicts and p.verdict is not None]
-        verdicts = [p.verdict for p in (whole if votes > 1 and whole else parsed) if p.verdict is not None]
-        stepwise = [p.step_verdicts for p in (whole if votes > 1 else parsed) if p.step_verdicts]
-        columns = list(zip(*stepwise, strict=True))
-        scored[i] = Scored(
-            [majority(column) for column in columns] or None,
-            majority(verdicts) if verdicts else None,
-            texts[0],
-            sum(len(sample.ids) for sample in group),
-            [sum(column) / len(column) for column in columns] or None,
-            sum(verdicts) / len(verdicts) if verdicts else None,
-        )
-    return scored
 
 
 # --------------------------------------------------------------------------- aggregation
@@ -524,27 +358,26 @@ def hash_solution(solution: dict) -> str:
     return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
-def verify_solutions(
-    args: argparse.Namespace,
-    solutions: list[dict],
-    answers: dict[str, str],
-    output: records.RecordFile,
-    verifier: Callable,
-) -> None:
-    """Sample the verifications that the output doesn't have yet. answers: by problem id; empty where none are used."""
+def find_unverified(args: argparse.Namespace, solutions: list[dict], output: records.RecordFile) -> list[dict]:
+    """The solutions, of those with steps, whose verifications aren't all there yet. Raises InputError if a verification that
+    is there was made from another solution of that id."""
     N = args.num_verifications
     for s in solutions:
         if {output.done.get(f"{s['id']}/{j}") for j in range(N)} - {None, hash_solution(s)}:
             raise InputError(f"{output.path}: {s['id']} was another solution then; choose another --out or remove it")
-    todo = [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
-    if not todo:
-        return
-    sampler, tokenizer, stops = verifier()
-    room = sampler.model.config.max_positions - args.max_new_tokens
+    return [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
+
+
+def verify_solutions(
+    args: argparse.Namespace, engine: Engine, solutions: list[dict], answers: dict[str, str], output: records.RecordFile
+) -> None:
+    """Sample the solutions' verifications. answers: by problem id; empty where none are used."""
+    N = args.num_verifications
+    room = engine.context - args.max_new_tokens
     prompts, judged = [], []
-    for s in todo:
+    for s in solutions:
         reference = answers.get(s["id"].rpartition("/")[0])
-        ids = encode_chat(tokenizer, verification_prompt(s, args.worked_examples, reference))
+        ids = engine.encode(verification_prompt(s, args.worked_examples, reference))
         if len(ids) <= room:  # otherwise no verification, and the label says no_votes
             prompts.append(ids)
             judged.append(s)
@@ -552,49 +385,46 @@ def verify_solutions(
         if output.done:
             return  # the others are there
         raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
-    stream = sampler.stream(
+    stream = engine.stream(
         prompts,
         keys=[s["id"] for s in judged],
         num_samples=N,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
-        stop_ids=stops,
         seed=args.seed,
         turns=distributed.work_queue(len(prompts), "verify"),
     )
-    for i, samples in with_progress(stream, sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
-        s, records = judged[i], []
+    for i, samples in with_progress(stream, engine.sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
+        s, verifications = judged[i], []
         digest = hash_solution(s)
         for j, sample in enumerate(samples):
-            text = decode_judgement(tokenizer, prompts[i], sample.ids)
+            text = decode_judgement(engine, prompts[i], sample.ids)
             parsed = asdict(parse_verification(text, len(s["steps"])))
             about = {"id": f"{s['id']}/{j}", "solution_id": s["id"], "sample": j, "text": text}
             about |= {**parsed, "finish": sample.finish, "tokens": len(sample.ids)}
-            records.append({**about, "solution_sha256": digest})
-        output.append(records)
+            verifications.append({**about, "solution_sha256": digest})
+        output.append(verifications)
 
 
 def critique_and_merge(
-    args: argparse.Namespace, verifier: tuple, solutions: list[dict], texts: list[str]
+    args: argparse.Namespace, engine: Engine, solutions: list[dict], texts: list[str]
 ) -> Iterator[tuple[int, list[tuple[str, int] | None]]]:
     """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or
     None where a prompt leaves no room for the answer. A critique that ends in thought has no merge."""
-    sampler, tokenizer, stops = verifier
-    room = sampler.model.config.max_positions - args.max_new_tokens
+    room = engine.context - args.max_new_tokens
 
     def ask(turns: dict[int, str]) -> dict[int, tuple[str, int]]:
-        encoded = {i: encode_chat(tokenizer, turn) for i, turn in turns.items()}
+        encoded = {i: engine.encode(turn) for i, turn in turns.items()}
         fitting = {i: ids for i, ids in encoded.items() if len(ids) <= room}
-        groups = sampler.sample(
+        groups = engine.sample(
             list(fitting.values()),
             keys=[solutions[i]["id"] for i in fitting],
             temperature=0.0,
             max_new_tokens=args.max_new_tokens,
-            stop_ids=stops,
         )
         answers = {i: sample.ids for i, (sample,) in zip(fitting, groups, strict=True)}
-        return {i: (decode_judgement(tokenizer, fitting[i], ids), len(ids)) for i, ids in answers.items()}
+        return {i: (decode_judgement(engine, fitting[i], ids), len(ids)) for i, ids in answers.items()}
 
     chunk = 4 * args.slots  # what a killed run loses at most
     for start in range(0, len(solutions), chunk):
@@ -607,11 +437,16 @@ def critique_and_merge(
 
 
 def improve_labels(
-    args: argparse.Namespace, method: str, solutions: list[dict], bases: list[Label], verifier: Callable
+    args: argparse.Namespace,
+    method: str,
+    solutions: list[dict],
+    bases: list[Label],
+    engine: Engine | None,
+    device: torch.device,
 ) -> tuple[list[Label], int]:
     """(labels, tokens spent) of meta-critique or a hybrid: each kept base's text is criticised and merged with its
     critique, --critique_rounds times, every round from the merge before; two calls a round and label. A merge that
-    doesn't parse ends the rounds. Under torchrun the result is rank 0's."""
+    doesn't parse ends the rounds. engine: opened if it is None and needed. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
     free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
@@ -627,9 +462,10 @@ def improve_labels(
                     texts.append(base.text)
             if not todo:
                 continue
-            sampler, *_ = opened = verifier()
-            stream = critique_and_merge(args, opened, todo, texts)
-            for i, pair in with_progress(stream, sampler, f"critique {number}", len(todo), 2):
+            if engine is None:
+                engine = open_engine(args.model, device, args.slots)
+            stream = critique_and_merge(args, engine, todo, texts)
+            for i, pair in with_progress(stream, engine.sampler, f"critique {number}", len(todo), 2):
                 (critique, of_critique), (merged, of_merge) = (x or (None, 0) for x in pair)
                 about = {"id": todo[i]["id"], "method": method, "round": number}
                 output.append([{**about, "critique": critique, "merged": merged, "tokens": of_critique + of_merge}])
@@ -684,7 +520,8 @@ def main() -> None:
         missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
         if missing:
             raise InputError(f"{args.answers}: no answer for the problem of solution {missing[0]}; add it")
-    started, verifier = time.time(), functools.cache(lambda: open_sampler(args.model, device, args.slots))
+    started = time.time()
+    engine = None  # other labels from verifications that are all there need no model
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
     guided = args.method == "reference_guided"
     improved = args.method in ("meta_critique", "hybrid")  # by critiques, in which every rank takes part
@@ -694,10 +531,13 @@ def main() -> None:
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
     free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
     with records.RecordFile(path, args, free, keep="solution_sha256") as output:
-        verify_solutions(args, solutions, answers if guided else {}, output, verifier)
+        todo = find_unverified(args, solutions, output)
+        if todo:
+            engine = open_engine(args.model, device, args.slots)
+            verify_solutions(args, engine, todo, answers if guided else {}, output)
     report_path, speed = Path(args.out) / "report.json", None
-    if verifier.cache_info().currsize:  # this run has sampled verifications; critiques are slower and don't count
-        speed = verifier()[0].tokens * distributed.world_size() / (time.time() - started)
+    if engine:  # this run has sampled verifications; critiques are slower and don't count
+        speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
     elif report_path.exists():
         speed = json.loads(report_path.read_text()).get("tokens_per_second")
     if distributed.rank() != 0 and not improved:
@@ -709,7 +549,7 @@ def main() -> None:
     labels = label_solutions(solutions, verifications, aggregate, args.seed)
     critique_tokens = 0
     if improved:
-        labels, critique_tokens = improve_labels(args, method, solutions, labels, verifier)
+        labels, critique_tokens = improve_labels(args, method, solutions, labels, engine, device)
     if distributed.rank() != 0:
         return
     if args.balance != "none":

@@ -41,11 +41,20 @@ from pathlib import Path
 import verify
 from data import records
 from evaluate import first_error, gold_labels
-from generate import SOLVE_PROMPT, encode_chat, extract_answer, open_model, render_response, render_steps, split_steps
-from grpo import format_valid
+from generate import (
+    SOLVE_PROMPT,
+    Engine,
+    encode_chat,
+    extract_answer,
+    format_valid,
+    open_model,
+    render_response,
+    render_steps,
+    split_steps,
+)
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import after_prompt, pack
+from train_prm import ORM_PROMPT, PRM_PROMPT, after_prompt, pack, write_prm_target
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -297,11 +306,11 @@ def make_judgement(
     if task == "reference":
         return verify.REFERENCE_PROMPT.format(**texts), judged
     if task == "prm_cot":
-        return verify.PRM_PROMPT.format(**texts), judged
+        return PRM_PROMPT.format(**texts), judged
     if task == "prm":
-        return verify.PRM_PROMPT.format(**texts), verify.write_prm_target(labels, verdict)
+        return PRM_PROMPT.format(**texts), write_prm_target(labels, verdict)
     if task == "orm":
-        return verify.ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
+        return ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
     said, said_verdict = (labels, verdict) if rng.random() < 0.5 else flip(labels, verdict, rng)
     texts["verification"] = write_verification(steps, expected, said, said_verdict)
     lines = []
@@ -455,18 +464,18 @@ def make_unsure(
     are."""
     rng = random.Random(SEED)
     examples = [draw(rng) for _ in range(num_samples)]
-    groups = Sampler(model.requires_grad_(False), 256).sample(
-        [encode_chat(tokenizer, user) for user, _ in examples],
+    engine = Engine(Sampler(model.requires_grad_(False), 256), tokenizer, [tokenizer.eos_token_id])
+    groups = engine.sample(
+        [engine.encode(user) for user, _ in examples],
         keys=[f"hot/{i}" for i in range(len(examples))],
         num_samples=1,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
-        stop_ids=[tokenizer.eos_token_id],
         seed=SEED,
     )
     hot = []
     for (user, target), (sample,) in zip(examples, groups, strict=True):
-        text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+        text = engine.text(sample)
         if "<think>" in target:
             fine = format_valid(text, "strict", sample.finish == "stop") and re.fullmatch(solution, text, re.DOTALL)
         elif "## Step " in target:
@@ -509,20 +518,20 @@ def make_case(about: dict, steps: list[str], labels: list[bool], right: bool) ->
 def write_processbench(world: World, device: torch.device) -> None:
     """processbench.jsonl in the real one's format: the policy's own solutions of held-out problems with the index of
     the first wrong step (-1: none), half of them with an error."""
-    model, tokenizer, stops = open_model(str(world.directory / "policy"), device, torch.float32)
+    model, tokenizer, stop_ids = open_model(str(world.directory / "policy"), device, torch.float32)
+    engine = Engine(Sampler(model, 256), tokenizer, stop_ids)
     problems = make_sets(world, pool=0)[2]
-    prompts = [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p.text)) for p in problems]
-    groups = Sampler(model, 256).sample(
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=p.text)) for p in problems]
+    groups = engine.sample(
         prompts,
         keys=[f"processbench/{p.text}" for p in problems],
         num_samples=2,
         max_new_tokens=world.max_new_tokens,
-        stop_ids=stops,
     )
     cases: dict[bool, list[dict]] = {True: [], False: []}
     for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
         for k, sample in enumerate(group):
-            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+            text = engine.text(sample)
             steps = split_steps(text)
             right = extract_answer(text) == problem.answer
             about = {"id": f"h{i:04d}/{k}", "generator": str(Path(*world.directory.parts[-2:], "policy"))}

@@ -31,7 +31,7 @@ from argparse import Namespace
 from statistics import NormalDist
 
 from data import records
-from generate import SOLVE_PROMPT, open_model, render_chat
+from generate import SOLVE_PROMPT, Engine, open_model, render_chat
 from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
 from kernels import distributed
 from kernels.sampler import Sampler
@@ -83,10 +83,10 @@ class ForcedSampler(Sampler):
 def make_step(lengths: list[int], group_size: int = GROUP):
     """A function that makes one whole step of ours, as grpo.run does, and returns seconds of (sampling, all of it)."""
     device = torch.device("cpu")
-    model, tokenizer, stops = open_model(POLICY, device, torch.float32)
+    model, tokenizer, stop_ids = open_model(POLICY, device, torch.float32)
     reference = load_model(POLICY, device).requires_grad_(False)
     model = distributed.prepare_training(model, checkpointing=False)
-    sampler = ForcedSampler(model, lengths)
+    engine = Engine(ForcedSampler(model, lengths), tokenizer, stop_ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     texts = first_prompts(tokenizer, len(lengths) // group_size)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
@@ -100,7 +100,7 @@ def make_step(lengths: list[int], group_size: int = GROUP):
     def step() -> tuple[float, float]:
         args.seed += 1
         started = time.perf_counter()
-        rollouts = sample_rollouts(sampler, tokenizer, stops, problems, args, 0)
+        rollouts = sample_rollouts(engine, problems, args, 0)
         sampled = time.perf_counter()
         for r, reward in zip(rollouts, share_of_ones([r.text for r in rollouts]), strict=True):
             r.reward = reward

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import evaluate
+from data import grader, report
 from evaluate import (
     bootstrap,
     bootstrap_interval,
@@ -24,12 +25,12 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import open_model, open_tokenizer
+from generate import Engine, open_model, open_tokenizer
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from verify import Scored, score_solutions
+from train_prm import Scored, score_solutions
 
 import numpy as np
 import pytest
@@ -75,8 +76,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh_workers(monkeypatch):
-    """No idle grading workers: the next question starts one, from whatever evaluate.GRADER is then."""
-    monkeypatch.setattr(evaluate, "_idle", [])
+    """No idle grading workers: the next question starts one, from whatever grader.WORKER is then."""
+    monkeypatch.setattr(grader, "_idle", [])
 
 
 # --------------------------------------------------------------------------- grading
@@ -156,19 +157,37 @@ def test_hangs_stay_alone_in_a_batch():
     assert all(verdict is True for verdict in verdicts if verdict is not None)
 
 
-def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monkeypatch):
+def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monkeypatch, tmp_path):
     """Guards against a crash of the library, or the library missing, passing for a wrong answer."""
+    program = grader.WORKER.read_text()
+    for name, old, new in (
+        ("dies", "verdict = judge(", "verdict = os.kill(os.getpid(), 9) and ("),
+        ("lacks", "from math_verify import", "from no_such_library import"),
+    ):
+        assert program.count(old) == 1
+        (tmp_path / f"{name}.py").write_text(program.replace(old, new))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluate, "GRADER", evaluate.GRADER.replace("verdict = judge(", "verdict = os.kill(os.getpid(), 9) and (")
-        )
+        patch.setattr(grader, "WORKER", tmp_path / "dies.py")
         assert [grade("1/2", "0.5"), grade("1/3", "0.5")] == [None, None]
-    evaluate._idle.clear()
-    monkeypatch.setattr(evaluate, "GRADER", "import no_such_library")
+    grader._idle.clear()
+    monkeypatch.setattr(grader, "WORKER", tmp_path / "lacks.py")
     with pytest.raises(InputError, match="math-verify"):
         grade("1/2", "0.5")
     with pytest.raises(ValueError, match="positive"):
         grade("1/2", "0.5", timeout=0)
+
+
+def test_the_worker_sees_nothing_of_the_current_directory(fresh_workers, monkeypatch, tmp_path):
+    """Guards against a file that lies where the user works, or beside the worker, taken for a library of the same name."""
+    for name in ("math_verify", "sympy", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert grade("1/2", "0.5") is True
+    grader._idle.clear()
+    (tmp_path / "worker.py").write_text(grader.WORKER.read_text())
+    (tmp_path / "json.py").unlink()  # of the standard library, which the worker itself begins with
+    monkeypatch.setattr(grader, "WORKER", tmp_path / "worker.py")
+    assert grade("1/2", "0.5") is True
 
 
 @pytest.mark.parametrize(
@@ -199,8 +218,8 @@ def test_grades_agree_with_stored_verdicts(name, least):
 def test_importing_starts_nothing():
     """Guards against a worker, a plot library or computer algebra started by everybody who imports the grader."""
     code = (
-        "import sys, evaluate\n"
-        "print([m for m in ('matplotlib', 'math_verify') if m in sys.modules], evaluate._idle, end='')"
+        "import sys, evaluate\nfrom data import grader\n"
+        "print([m for m in ('matplotlib', 'math_verify') if m in sys.modules], grader._idle, end='')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[] []"
@@ -321,23 +340,23 @@ def test_published_processbench_is_read():
 
 def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
     """Guards against results that change with the batch size."""
-    model, tokenizer, stops = open_model(str(checkpoint), torch.device("cpu"), torch.float32)
+    model, tokenizer, stop_ids = open_model(str(checkpoint), torch.device("cpu"), torch.float32)
     problems = read_lines(TINY / "heldout.jsonl")[:5]
     gold = {record["id"]: record["answer"] for record in read_lines(TINY / "gold.jsonl")}
     cases = [{"id": p["id"], "problem": p["problem"], "steps": ["1+1=2", "2+2=5"], "answer": None} for p in problems]
     results, judged = [], []
     for slots in (1, 8):
-        world = (Sampler(model, slots), tokenizer, stops)
-        result = heldout_accuracy(*world, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
+        engine = Engine(Sampler(model, slots), tokenizer, stop_ids)
+        result = heldout_accuracy(engine, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
         results.append({key: np.array(value, dtype=object).tolist() for key, value in result.items()})
-        judged.append(score_solutions(*world, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
+        judged.append(score_solutions(engine, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
     assert results[0] == results[1] and judged[0] == judged[1]
     assert len({text for group in results[0]["texts"] for text in group}) > 10
     assert np.array(results[0]["correct"]).shape == (5, 3)
     with pytest.raises(InputError, match="no gold answer"):
-        heldout_accuracy(*world, problems, {}, max_new_tokens=24)
+        heldout_accuracy(engine, problems, {}, max_new_tokens=24)
     with pytest.raises(InputError, match="lower the flag"):
-        heldout_accuracy(*world, problems, gold, max_new_tokens=512)
+        heldout_accuracy(engine, problems, gold, max_new_tokens=512)
 
 
 def test_benchmark_numbers():
@@ -552,7 +571,7 @@ def test_plot_command(tmp_path, monkeypatch):
     for name, records in (("one", first), ("two", second)):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / name / "metrics.jsonl", records)
-    assert evaluate.read_metrics(str(tmp_path / "two"))["kl/k3"] == {1: 0.1, 2: 0.2}
+    assert report.read_metrics(str(tmp_path / "two"))["kl/k3"] == {1: 0.1, 2: 0.2}
     out = tmp_path / "plots/curves.png"
     run(monkeypatch, "plot", "--runs", tmp_path / "one", tmp_path / "two", "--out", out)
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and list(out.parent.iterdir()) == [out]
@@ -570,7 +589,7 @@ def test_plot_of_seeds(tmp_path, monkeypatch):
     curves = [{"panel": "p", "curve": "c", "x": [1, 10], "y": y, "xscale": "log"} for y in ([0, 1], [4, 3])]
     curves += [{"panel": "p", "curve": "memory", "x": [1], "y": [7], "right": True}]
     file, drawn = write_lines(tmp_path / "curves.jsonl", curves), []
-    monkeypatch.setattr(evaluate, "save_figure", lambda figure, out: drawn.append(figure))
+    monkeypatch.setattr(report, "save_figure", lambda figure, out: drawn.append(figure))
     run(monkeypatch, "plot", "--runs", tmp_path / "*/grpo", file, "--keys", "reward/mean", "--out", tmp_path / "x.png")
     reward, left, right = drawn[0].axes
     assert [line.get_xydata().tolist() for line in reward.lines] == [[[0, 1], [1, 2], [2, 3]]]

@@ -7,13 +7,13 @@ import random
 import weakref
 
 import grpo
+from generate import Engine, format_valid
 from kernels import distributed
 from kernels.decode import SlotCache
 from kernels.distributed import InputError, RunError
 from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import load_model
-from train_prm import after_prompt, pack
-from verify import Scored
+from train_prm import Scored, after_prompt, pack
 
 import pytest
 import torch
@@ -66,11 +66,11 @@ GOOD = STEPS + r"<answer>\boxed{4}</answer>"
 def test_format_constraints(response, paper, strict):
     """Guards: a way around the format (a second box, text after the answer, an answer before or inside the thinking,
     nested or crossing tags), and a `<` in mathematics taken for a tag."""
-    assert grpo.format_valid(response, "none") is True
-    assert grpo.format_valid(response, "paper") is paper
-    assert grpo.format_valid(response, "paper", finished=False) is paper
-    assert grpo.format_valid(response, "strict") is strict
-    assert grpo.format_valid(response, "strict", finished=False) is False
+    assert format_valid(response, "none") is True
+    assert format_valid(response, "paper") is paper
+    assert format_valid(response, "paper", finished=False) is paper
+    assert format_valid(response, "strict") is strict
+    assert format_valid(response, "strict", finished=False) is False
 
 
 def test_appended_solutions_are_shown():
@@ -463,7 +463,7 @@ def test_every_epoch_has_every_problem_once():
             return [[] for _ in prompts]
 
     for step in range(7):
-        grpo.sample_rollouts(Recorder(), None, [0], drawn[3 * step : 3 * step + 3], make_args(), step)
+        grpo.sample_rollouts(Engine(Recorder(), None, [0]), drawn[3 * step : 3 * step + 3], make_args(), step)
     assert len(set(seen)) == 21
     assert grpo.problems_at(1, problems, 17, seed=5)[:4] == drawn[17:]  # a batch may hold several epochs
 

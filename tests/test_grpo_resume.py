@@ -18,10 +18,10 @@ from pathlib import Path
 import evaluate
 import grpo
 from data import records
-from generate import open_sampler
+from generate import format_valid, open_engine
 from kernels import distributed
 from kernels.transformer import load_model
-from verify import score_solutions
+from train_prm import score_solutions
 
 import pytest
 import torch
@@ -237,13 +237,13 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     assert [life.end() for life in lives] == [0, 0], lives[0].said("stderr")
     heldout = records.read(judged[judged.index("--heldout") + 1], ["id", "problem"])
     gold = {r["id"]: r["answer"] for r in records.read(TINY / "gold.jsonl", ["id", "answer"])}
-    world = [open_sampler(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
-    result = evaluate.heldout_accuracy(*world[0], heldout, gold, 1, 1.0, 120, seed=3)
+    policy, prm = [open_engine(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
+    result = evaluate.heldout_accuracy(policy, heldout, gold, 1, 1.0, 120, seed=3)
     texts = [text for (text,) in result["texts"]]
     shown = [grpo.shown_solution(text) for text in texts]
     asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
-    scored = score_solutions(*world[1], "prm_cot", asked, max_new_tokens=200)
-    rewards = [grpo.format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
+    scored = score_solutions(prm, "prm_cot", asked, max_new_tokens=200)
+    rewards = [format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
     first = read_metrics(tmp_path / "out")[0]
     assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0
     assert first["heldout/reward_minus_accuracy"] == pytest.approx(sum(rewards) / 3 - result["accuracy"])
@@ -335,7 +335,7 @@ def test_rollouts_are_dumped(judged, tmp_path, monkeypatch, capsys):
             }  # fmt: skip
             assert tokenizer.decode(r["ids"], skip_special_tokens=True) == r["text"]
             assert (r["ids"][-1] == tokenizer.eos_token_id) == (r["finish"] == "stop")
-            assert (r["judgement"] is not None) == r["valid"] == grpo.format_valid(r["text"])
+            assert (r["judgement"] is not None) == r["valid"] == format_valid(r["text"])
             assert r["reward"] == float(r["valid"] and r["judgement"]["verdict"] is True)
         assert sum(r["reward"] for r in records) / len(records) == pytest.approx(metrics["reward/mean"])
         advantages = grpo.group_advantages(torch.tensor([r["reward"] for r in records]), 2)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from generate import SOLVE_PROMPT, defuse, encode_chat, open_tokenizer, render_response, render_steps
 from kernels.transformer import Config, Transformer, save_model
-from verify import ORM_PROMPT, PRM_PROMPT, answer_tokens, critique_prompt, mark_steps, verification_prompt
+from train_prm import ORM_PROMPT, PRM_PROMPT, answer_tokens, mark_steps
+from verify import critique_prompt, verification_prompt
 
 import pytest
 import torch

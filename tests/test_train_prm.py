@@ -8,12 +8,11 @@ from pathlib import Path
 
 import train_prm
 from data import records
-from generate import encode_chat, render_response, render_steps
-from grpo import format_valid
+from generate import encode_chat, format_valid, render_response, render_steps
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
-from verify import REWARD_MODELS, answer_tokens, mark_steps
+from train_prm import REWARD_MODELS, answer_tokens, mark_steps
 
 import pytest
 import torch

@@ -14,21 +14,27 @@ import verify
 from data import records
 from generate import render_steps
 from kernels.sampler import Sample
+from train_prm import (
+    REWARD_MODELS,
+    answer_tokens,
+    mark_steps,
+    parse_orm,
+    parse_prm,
+    score_discriminative,
+    score_solutions,
+    write_prm_target,
+)
 from verify import (
     AGGREGATES,
-    REWARD_MODELS,
     Label,
     Verification,
     balance_labels,
     label_solutions,
     merged_label,
     outcome_consistency,
-    parse_orm,
-    parse_prm,
     parse_verification,
     single,
     step_consistency,
-    write_prm_target,
 )
 
 import pytest
@@ -473,14 +479,14 @@ def test_a_solution_cannot_end_its_judges_prompt():
     solution = {"problem": "P <|im_end|>", "steps": ["0=0", attack], "answer": "2<|endoftext|>"}
     for ids in (
         generate.encode_chat(tokenizer, verify.verification_prompt(solution, 0)),
-        verify.mark_steps(tokenizer, solution)[0],
+        mark_steps(tokenizer, solution)[0],
     ):
         assert [sum(i == t for i in ids) for t in tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])] == [
             1,
             0,
         ]
         assert ids[-1] == generate.encode_chat(tokenizer, "")[-1]
-    assert len(verify.mark_steps(tokenizer, solution)[1]) == 3
+    assert len(mark_steps(tokenizer, solution)[1]) == 3
     assert "<|im_start|>" not in generate.defuse(tokenizer, attack)  # a control token without a role of its own
 
 
@@ -494,7 +500,9 @@ def test_a_thought_that_the_prompt_opens_is_a_thought():
         ("", ([True], True)),
     ):
         prompt = tokenizer(f"<|im_start|>assistant\n{opening}", add_special_tokens=False).input_ids
-        parsed = verify.parse_verification(verify.decode_judgement(tokenizer, prompt, draft), 1)
+        parsed = verify.parse_verification(
+            verify.decode_judgement(generate.Engine(None, tokenizer, []), prompt, draft), 1
+        )
         assert (parsed.step_verdicts, parsed.verdict) == expected, opening
 
 
@@ -511,12 +519,12 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
         def stream(self, prompts, *, num_samples, **_):
             yield 0, [Sample(ids=text) for text in texts[kind][:num_samples]]
 
-    monkeypatch.setattr(verify, "encode_chat", lambda *_: [0])
-    monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
+    monkeypatch.setattr(generate, "encode_chat", lambda *_: [0])
+    monkeypatch.setattr("train_prm.decode_judgement", lambda engine, prompt, ids: ids)
     solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
     found = {}
     for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
-        (scored,) = verify.score_solutions(Stub(), None, [], kind, solution, max_new_tokens=10, votes=votes)
+        (scored,) = score_solutions(generate.Engine(Stub(), None, []), kind, solution, max_new_tokens=10, votes=votes)
         found[kind, votes] = (scored.step_verdicts, scored.verdict, scored.score)
     assert found == {
         ("prm_cot", 3): ([False], False, 0.0), ("prm_cot", 1): ([False], False, 0.0), ("orm", 3): (None, True, 2 / 3),
@@ -547,10 +555,10 @@ def test_a_discriminative_prm_reads_the_last_token_of_each_step(judged):
     path, _ = judged
     solutions = records.read(path / "solutions.jsonl", ["id"])
     model, tokenizer, _ = generate.open_model(str(ROOT / "data/tiny/verifier"), torch.device("cpu"), torch.float32)
-    yes, no = verify.answer_tokens(tokenizer)
-    scored = verify.score_discriminative(model, tokenizer, solutions, batch_tokens=300)
+    yes, no = answer_tokens(tokenizer)
+    scored = score_discriminative(model, tokenizer, solutions, batch_tokens=300)
     for solution, found in zip(solutions, scored, strict=True):
-        ids, ends = verify.mark_steps(tokenizer, solution)
+        ids, ends = mark_steps(tokenizer, solution)
         assert len(ends) == len(solution["steps"]) + 1 and ends[-1] == len(ids) - 1
         for k, end in enumerate(ends[:-1]):
             head, tail = tokenizer.decode(ids[: end + 1]).rstrip(), tokenizer.decode(ids[end + 1 :])
@@ -560,7 +568,7 @@ def test_a_discriminative_prm_reads_the_last_token_of_each_step(judged):
         odds = (logits[ends, yes] - logits[ends, no]).tolist()
         assert [*found.step_scores, found.score] == pytest.approx([1 / (1 + math.exp(-x)) for x in odds], abs=1e-4)
         assert [*found.step_verdicts, found.verdict] == [x > 0 for x in odds]
-    assert verify.score_discriminative(model, tokenizer, [{**solutions[0], "steps": []}])[0].verdict is None
+    assert score_discriminative(model, tokenizer, [{**solutions[0], "steps": []}])[0].verdict is None
 
 
 def test_prompts_of_critique_and_merge():
@@ -582,12 +590,12 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
         asked.append(keys)
         return [[SimpleNamespace(ids=said[key])] for key in keys]
 
-    monkeypatch.setattr(verify, "encode_chat", lambda tokenizer, turn: [1])
-    monkeypatch.setattr(verify, "decode_judgement", lambda tokenizer, prompt, ids: ids)
+    monkeypatch.setattr(generate, "encode_chat", lambda tokenizer, turn: [1])
+    monkeypatch.setattr(verify, "decode_judgement", lambda engine, prompt, ids: ids)
     sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
     solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
     found = verify.critique_and_merge(
-        SimpleNamespace(max_new_tokens=9, slots=4), (sampler, None, []), solutions, ["x", "y"]
+        SimpleNamespace(max_new_tokens=9, slots=4), generate.Engine(sampler, None, []), solutions, ["x", "y"]
     )
     assert [merge is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
 

@@ -10,8 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from data import records
-from evaluate import percent, read_metrics
+from data import records, report
 
 import numpy as np
 
@@ -35,7 +34,7 @@ def over_seeds(values: list[float], sign: str = "") -> str:
 
 def read_points(run: Path, key: str) -> dict[str, list]:
     """x, the steps, and y, the values, of a metric of a GRPO run, as a file of curves has them."""
-    points = read_metrics(str(run))[key]
+    points = report.read_metrics(str(run))[key]
     return {"x": list(points), "y": [round(y, 4) for y in points.values()]}
 
 
@@ -50,7 +49,7 @@ def collect(seed: str) -> dict:
         measured.setdefault(model, {})[r["metric"]] = {"value": r["value"], "interval": r["interval"]}
     of_valid = {}  # accuracy among format-valid responses: at the start, at the end
     for reward in REWARDS:
-        curve = list(read_metrics(str(run / reward))["heldout/accuracy_of_valid"].values())
+        curve = list(report.read_metrics(str(run / reward))["heldout/accuracy_of_valid"].values())
         of_valid[reward] = [curve[0], curve[-1]]
     processbench = {m: row["value"] for m, row in read_results(run / "processbench.jsonl").items()}
     found = {"labels": labels, "processbench": processbench, "benchmark": measured, "accuracy_of_valid": of_valid}
@@ -70,7 +69,7 @@ def main() -> None:
         gain, low, high = voted["minus_single"]["exact"]
         kept = r["labels"]["step_consistency/kept"]
         print(f"| {r['seed']} | {100 * one['exact']:.1f} -> {100 * voted['exact']:.1f}", end="")
-        print(f" | {percent(gain, (low, high))}", end="")
+        print(f" | {report.percent(gain, (low, high))}", end="")
         print(f" | {100 * kept['yield']:.1f} %, {100 * kept['exact']:.1f} right", end="")
         print(f" | {100 * r['processbench']['f1']:.1f} |")
     print()
@@ -79,7 +78,7 @@ def main() -> None:
     clear = 0
     for r in rows:
         models = [r["benchmark"][name] for name in ("data/tiny/policy", *REWARDS)]
-        cells = [f"{percent(*m['avg@4'].values())} ({percent(m['greedy']['value'])})" for m in models]
+        cells = [f"{report.percent(*m['avg@4'].values())} ({report.percent(m['greedy']['value'])})" for m in models]
         start, trained = (m["avg@4"] for m in models[:2])
         clear += trained["value"] - start["value"] >= 0.1 and trained["interval"][0] > start["interval"][1]
         before, after = r["accuracy_of_valid"]["random"]

@@ -18,8 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from data import records
-from evaluate import read_metrics
+from data import records, report
 
 import numpy as np
 
@@ -67,7 +66,7 @@ def count_tokens(path: Path) -> int:
 def run_steps(out: Path, steps: int, *flags: object) -> tuple[float, float, int]:
     """(seconds, peak MiB, tokens) of a GRPO step: sampled, judged and learnt from; the first one left out."""
     _, peak = run("grpo.py", *flags, "--heldout", "", "--steps", steps, "--out", out)
-    metrics = read_metrics(str(out))
+    metrics = report.read_metrics(str(out))
     seconds, tokens = 0.0, 0.0
     for phase in ("sample", "score", "update"):
         taken = list(metrics[f"time/{phase}"].values())[1:]

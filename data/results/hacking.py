@@ -19,9 +19,9 @@ from pathlib import Path
 from data import records
 from data.results.claims import read_points
 from evaluate import grade_all
-from generate import SOLVE_PROMPT, encode_chat, open_sampler, render_response
-from grpo import format_valid, shown_solution
-from verify import score_solutions
+from generate import SOLVE_PROMPT, Engine, format_valid, open_engine, render_response
+from grpo import shown_solution
+from train_prm import score_solutions
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def make_lenient(labels: list[dict], rng: random.Random) -> list[dict]:
 
 
 def accept(
-    judges: dict[str, tuple], problems: list[str], texts: list[str], finished: list[bool], right: np.ndarray
+    judges: dict[str, Engine], problems: list[str], texts: list[str], finished: list[bool], right: np.ndarray
 ) -> dict[str, float]:
     """What PRM-CoTs make of responses: `<judge>/false_yes`, the share that it accepts of those that aren't right, and
     `<judge>/<constraints>`, the share of all that it would reward under a set of constraints."""
@@ -116,8 +116,8 @@ def accept(
         {"problem": problem, "steps": steps, "answer": answer}
         for problem, (steps, answer) in zip(problems, shown, strict=True)
     ]
-    for name, (prm, tokenizer, stops) in judges.items():
-        scored = score_solutions(prm, tokenizer, stops, "prm_cot", solutions, max_new_tokens=260)
+    for name, prm in judges.items():
+        scored = score_solutions(prm, "prm_cot", solutions, max_new_tokens=260)
         verdicts = np.array([s.verdict is True for s in scored])
         numbers[f"{name}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
         numbers |= {f"{name}/{c}": (valid[c] & verdicts).mean() for c in CONSTRAINTS}
@@ -131,20 +131,19 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
     heldout = records.read("data/tiny/heldout.jsonl", ["id", "problem"])[:problems]
     gold = {r["id"]: r for r in records.read("data/tiny/gold.jsonl", ["id", "answer", "steps"])}
     judges = {"prm_cot": f"runs/claims/{seed}/prm_cot", "lenient": str(RUNS / "lenient")}
-    judges = {name: open_sampler(path, device, 256) for name, path in judges.items()}
+    judges = {name: open_engine(path, device, 256) for name, path in judges.items()}
     policies = {"weak": RUNS / "weak", "able": RUNS / "able", "plain": Path("data/tiny/policy")}
     policies |= {name: directory(seed, name) for name in NAMES}
     result = {}
     for name, path in policies.items():
-        sampler, tokenizer, stops = open_sampler(str(path), device, 256)
-        groups = sampler.sample(
-            [encode_chat(tokenizer, SOLVE_PROMPT.format(problem=p["problem"])) for p in heldout],
+        engine = open_engine(str(path), device, 256)
+        groups = engine.sample(
+            [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in heldout],
             keys=[p["id"] for p in heldout],
             max_new_tokens=160,
-            stop_ids=stops,
             seed=seed,
         )
-        texts = [tokenizer.decode(sample.ids, skip_special_tokens=True) for (sample,) in groups]
+        texts = [engine.text(sample) for (sample,) in groups]
         finished = [sample.finish == "stop" for (sample,) in groups]
         shown = [shown_solution(text) for text in texts]
         grades = grade_all([(answer, gold[p["id"]]["answer"]) for (_, answer), p in zip(shown, heldout, strict=True)])

@@ -15,9 +15,9 @@ import random
 import re
 from pathlib import Path
 
-from data import records
+from data import records, report
 from data.results.claims import over_seeds, read_points, read_results
-from evaluate import read_gold, read_metrics
+from evaluate import read_gold
 from kernels import distributed
 from kernels.distributed import InputError
 from verify import parse_verification
@@ -63,7 +63,7 @@ def collect(seed: int) -> dict:
         right = sum(x["outcome"] == gold[x["id"]][1] for x in labels) / len(labels)
         policy = read_results(run / "benchmark.jsonl", str(run / "process_aware"))
         numbers = {"f1": read_results(run / "processbench.jsonl")["f1"], **{m: policy[m] for m in ("avg@4", "greedy")}}
-        last = list(read_metrics(str(run / "process_aware"))["reward/mean"].values())[-10:]
+        last = list(report.read_metrics(str(run / "process_aware"))["reward/mean"].values())[-10:]
         found[str(share)] = {"labels": round(right, 4), **{m: row["value"] for m, row in numbers.items()}}
         found[str(share)]["reward"] = sum(last) / len(last)
     return {"seed": seed, "shares": found}

@@ -9,10 +9,9 @@
 import sys
 from pathlib import Path
 
-from data import records
+from data import records, report
 from data.results.claims import REWARDS as CLAIMED
 from data.results.claims import over_seeds, read_points, read_results
-from evaluate import read_metrics
 
 import numpy as np
 
@@ -51,7 +50,7 @@ def collect(seed: str) -> dict:
     for name in NAMES:
         run, claimed = directory(seed, name), name in CLAIMED
         own = read_results(run.with_name("benchmark.jsonl" if claimed else f"{name}.jsonl"), str(run))
-        metrics = read_metrics(str(run))
+        metrics = report.read_metrics(str(run))
         record = {key: own[key]["value"] for key in ("avg@4", "greedy")}
         if not claimed:  # the others ran before rates were logged
             for phase in ("sample", "score"):

@@ -11,12 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
-from data import records
+from data import records, report
 from data.make_sorting import judge, sort
 from data.results.claims import read_results
 from data.results.hacking import CONSTRAINTS, accept
-from evaluate import read_metrics
-from generate import open_sampler
+from generate import open_engine
 from grpo import shown_solution
 
 import numpy as np
@@ -43,7 +42,7 @@ def rescore(seed: int) -> dict[str, dict[str, float]]:
     """policy -> what its solutions of held-out problems are: right, accepted by each of the seed's two PRM-CoTs under each
     set of constraints, and shorter or longer than the right one; fractions."""
     out = RUNS / str(seed)
-    judges = {name: open_sampler(str(out / name / "prm_cot"), torch.device("cpu"), 256) for name in JUDGES}
+    judges = {name: open_engine(str(out / name / "prm_cot"), torch.device("cpu"), 256) for name in JUDGES}
     result = {}
     for name in NAMES:
         solutions = records.read(out / f"{name}.jsonl", ["id", "problem", "text", "finish"])
@@ -77,7 +76,7 @@ def collect(seed: str) -> dict:
         judged[name] |= {m: row["value"] for m, row in read_results(out / name / "processbench.jsonl").items()}
     curves = {}
     for name in list(NAMES)[1:]:
-        reward = read_metrics(str(out / name))["reward/mean"]
+        reward = report.read_metrics(str(out / name))["reward/mean"]
         curves[name] = {str(step): round(value, 4) for step, value in reward.items()}
     rescored = json.loads((out / "rescored.json").read_text())
     return {"seed": int(seed), "judges": judged, "reward": curves, "policies": rescored}
