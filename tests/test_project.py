@@ -171,7 +171,7 @@ def code_of(readme: str) -> str:
 def documents() -> dict[str, str]:
     """The texts whose commands are checked: the docstring of each script, the shell loops (in which `stage` is python),
     and the code in every README."""
-    scripts = [name for name in TREES if name in STAGES or name not in LADDER]  # the rest of the ladder has no command
+    scripts = [*STAGES, *(name for name in TREES if name not in LADDER)]
     texts = {name: ast.get_docstring(TREES[name]) or "" for name in scripts}
     texts |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("data/**/*.sh")}
     return texts | {path.relative_to(ROOT).as_posix(): code_of(path.read_text()) for path in READMES}
