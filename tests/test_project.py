@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
 STAGES = ["generate", "verify", "train_prm", "evaluate", "grpo"]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("data/**/README.md")), *sorted(ROOT.glob("kernels/**/README.md"))]
 TREES = {
     path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text())
     for path in [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/**/*.py")]
@@ -213,29 +214,37 @@ def documented_commands(text: str) -> list[list[str]]:
     return [
         shlex.split(command)
         for command in commands
-        if re.match(r"(\$ )?(\w+=\S+ )*(python3?|torchrun|stage) ", command)
+        if re.match(r"(\$ )?(\w+=\S+ )*(python3?|torchrun|bash|stage) ", command)
     ]
 
 
-def documents() -> dict[str, str | None]:
+FENCED = re.compile(r"^```\w*\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
+
+
+def code_of(readme: str) -> str:
+    """The fenced blocks of a README, then each code span on a line of its own; a span may be wrapped in the source."""
+    spans = re.findall(r"`([^`]+)`", FENCED.sub("", readme))
+    return "\n".join([*FENCED.findall(readme), *(" ".join(span.split()) for span in spans)])
+
+
+def documents() -> dict[str, str]:
     """The texts whose commands are checked: the docstring of each script, the shell loops (in which `stage` is python),
-    and the README's fenced blocks."""
+    and the code in every README."""
     scripts = [*STAGES, *(name for name in TREES if name not in LADDER)]
     texts = {name: ast.get_docstring(TREES[name]) or "" for name in scripts}
     texts |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("data/**/*.sh")}
-    readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else None
-    return texts | {"README": readme and "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))}
+    return texts | {path.relative_to(ROOT).as_posix(): code_of(path.read_text()) for path in READMES}
 
 
 @pytest.mark.parametrize("name", documents())
 def test_documented_commands_exist(helps, name):
     """Guards: a README or docstring whose commands name files, evaluations or flags that don't exist."""
-    text = documents()[name]
-    if text is None:
-        pytest.skip("README.md isn't there yet")
-    commands = documented_commands(text)
+    commands = documented_commands(documents()[name])
     assert commands
     for words in commands:
+        if words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), " ".join(words)
+            continue
         place = next((i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m"), None)
         if place is None and "$@" in words:
             continue  # the body of `stage`
@@ -257,17 +266,63 @@ def test_documented_commands_exist(helps, name):
         assert used <= flags | {"--help"}, f"{sorted(used - flags)} in: {' '.join(words)}"
 
 
-def test_documents_lead_somewhere():
-    """Guards: a link to a file, or a function in the table "Where is what", that has been renamed or is gone."""
-    for path in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")):
-        for target in re.findall(r"\]\(([^):#]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
-    table = (ROOT / "README.md").read_text().partition("## Where is what")[2].partition("\n## ")[0]
-    places = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", table)
-    assert len(places) > 20
-    for script, names in places:
+# Flags that no README and no study uses, each with the reason why it is there.
+UNUSED_FLAGS = {
+    "--clip_low": "the paper's clipping range; means something once --updates is above 1",
+    "--clip_high": "its upper side, which others set wider (DAPO)",
+    "--updates": "several updates per batch, as in PPO; the paper makes one",
+    "--tis_cap": "corrects for a sampler in bf16, whose log-probs differ from the trainer's",
+    "--selective_discount": "the released code's variant of selective_advantage",
+    "--eval_fraction": "one's own labels may be too few to hold a share of them out",
+}
+
+
+def test_every_flag_is_used(helps):
+    """Guards: flags that nobody needs. One is worth its lines if a README or a study uses it, or for a reason above."""
+    loops = "\n".join(path.read_text() for path in ROOT.glob("data/**/*.sh"))
+    code = "\n".join([code_of(path.read_text()) for path in READMES] + [re.sub(r"#.*", "", loops)])
+    used = set(re.findall(r"--\w+", code))
+    flags = {flag for text in helps.values() for flag in re.findall(r"--\w+", text.partition("\n\n")[0])}
+    assert flags - used == set(UNUSED_FLAGS) and len(UNUSED_FLAGS) <= 8
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives a heading: lower case, without punctuation, a hyphen for each blank."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", READMES, ids=[path.relative_to(ROOT).as_posix() for path in READMES])
+def test_documents_lead_somewhere(path):
+    """Guards: a link to a file or to a section, or a file or a function that a README names, that has been renamed or is
+    gone."""
+    text = FENCED.sub("", path.read_text())
+    for target, section in re.findall(r"\]\(([^):#]*)#?([^):#]*)\)", text):
+        assert (path.parent / target).exists(), target
+        if section:
+            linked = FENCED.sub("", (path.parent / target if target else path).read_text())
+            assert section in map(anchor, re.findall(r"^#+ (.*)", linked, re.M)), f"{target}#{section}"
+    for script in re.findall(r"`([\w/.]+\.(?:py|sh|cu))`", text):
+        assert (ROOT / script).is_file() or (path.parent / script).is_file(), script
+    for script, names in named_places(text):
         for name in re.findall(r"\w+", names):
             assert re.search(rf"^(def |class )?{name}\b", (ROOT / script).read_text(), re.M), f"{script}: {name}"
+
+
+def named_places(text: str) -> list[tuple[str, str]]:
+    """Every `path.py`: `name`, `name` of a text, as (path, names)."""
+    return re.findall(r"`([\w/]+\.py)`:\s+((?:`\w+`(?:,\s+)?)+)", text)
+
+
+def test_documents_name_functions():
+    """Guards: a check of names that finds none, since the READMEs write them in another form."""
+    assert len([place for path in READMES for place in named_places(path.read_text())]) > 20
+
+
+def test_readme_is_short():
+    """Guards: a front page that isn't read to its end, or can't be copied from a narrow window."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
 
 
 def test_top_level_holds_nothing_else():
