@@ -206,7 +206,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use the first so many records of each file only")
-    parser.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
+    parser.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
 
 

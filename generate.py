@@ -203,6 +203,8 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = 
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
     tokenizer, stop_ids = open_tokenizer(path, flag)
+    # Embeddings are padded to more rows than there are tokens, and an id without a token would vanish in the text.
+    model.vocabulary = min(model.vocabulary, max(tokenizer.get_vocab().values()) + 1)
     return model, tokenizer, stop_ids
 
 
@@ -252,7 +254,7 @@ class Engine:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def open_engine(name: str, device: torch.device, slots: int, flag: str = "--model") -> Engine:
+def open_engine(name: str, device: torch.device, slots: int | None, flag: str = "--model") -> Engine:
     """The engine of a Hugging Face directory or hub name, in bf16 on a GPU, in fp32 elsewhere."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer, stop_ids = open_model(name, device, dtype, flag)
@@ -273,7 +275,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=8192, help="per solution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use the first so many problems only")
-    parser.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
+    parser.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "problems", "out")
     records.check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")

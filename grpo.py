@@ -63,7 +63,7 @@ from generate import (
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
-from kernels.sampler import PREFILL_TOKENS, Sampler
+from kernels.sampler import CPU_SLOTS, PREFILL_TOKENS, Sampler
 from kernels.transformer import Config, Transformer, load_model
 from train_prm import REWARD_MODELS, Scored, clip_and_step, own_share, score_solutions, split_micro_batches
 
@@ -576,7 +576,7 @@ def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict
     def cache(c: Config, new_tokens: int) -> int:
         longest = min(args.max_prompt_tokens + new_tokens, c.max_positions)
         held = 2 * PREFILL_TOKENS  # of the prompts that have just been run, twice while they are put together
-        return 2 * c.num_layers * (args.slots * longest + held) * c.num_kv_heads * c.head_dim * size
+        return 2 * c.num_layers * ((args.slots or CPU_SLOTS) * longest + held) * c.num_kv_heads * c.head_dim * size
 
     size = 2 if gpu else 4  # bytes of a number outside the optimizer
     weights, shared = parameters(policy), 4 + size * (args.kl_coef > 0)
@@ -668,7 +668,7 @@ def main() -> None:
     group.add_argument("--max_gap", type=float, default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
     group = parser.add_argument_group("running")
     group.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    group.add_argument("--slots", type=int, default=128, help="rows of the samplers' KV caches")
+    group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
     group.add_argument("--heldout_every", type=int, default=10, help="steps between measurements on --heldout")
     group.add_argument("--sample_every", type=int, default=10, help="steps between printed samples")
@@ -733,6 +733,9 @@ def run(args: argparse.Namespace) -> None:
     model = distributed.prepare_training(model, args.activation_checkpointing)
     sharded = device.type == "cuda" or distributed.world_size() > 1
     inference = load_model(source, device, dtype) if sharded else model
+    inference.vocabulary = model.vocabulary
+    if reference is not None:
+        reference.vocabulary = model.vocabulary
     policy = Engine(Sampler(inference, args.slots), tokenizer, stop_ids)
     judge = None
     if args.reward in JUDGED:
@@ -753,7 +756,9 @@ def run(args: argparse.Namespace) -> None:
             f"--max_prompt_tokens {args.max_prompt_tokens} and the {max(left, 0)} tokens that --max_new_tokens leaves"
         )
         raise InputError(f"{args.problems}: no problem fits into both {about} of the context; change one")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
     records.check_arguments(out, vars(args), FREE)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     distributed.copy_weights(inference, model)
@@ -781,6 +786,10 @@ def run(args: argparse.Namespace) -> None:
             rollouts = [
                 r for group in distributed.gather(groups) for r in group
             ]  # of all ranks, in the order of the batch
+            if device.type == "cuda":
+                # The caches have just been freed. If PyTorch kept their memory, the optimizer's state would come to lie in
+                # between, and the next step's caches, of another size, might find no piece that is large enough.
+                torch.cuda.empty_cache()
             t2 = time.perf_counter()
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)

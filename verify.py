@@ -43,7 +43,7 @@ from data import records
 from generate import Engine, open_engine, render_steps
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import with_progress
+from kernels.sampler import CPU_SLOTS, with_progress
 
 import torch
 
@@ -426,7 +426,7 @@ def critique_and_merge(
         answers = {i: sample.ids for i, (sample,) in zip(fitting, groups, strict=True)}
         return {i: (decode_judgement(engine, fitting[i], ids), len(ids)) for i, ids in answers.items()}
 
-    chunk = 4 * args.slots  # what a killed run loses at most
+    chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
     for start in range(0, len(solutions), chunk):
         here = range(start, min(start + chunk, len(solutions)))
         critiques = ask({i: critique_prompt(solutions[i], texts[i]) for i in here})
@@ -505,7 +505,7 @@ def main() -> None:
     group.add_argument("--max_new_tokens", type=int, default=8192, help="per verification, thinking included")
     group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--slots", type=int, default=128, help="rows of the sampler's KV cache")
+    group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"

@@ -76,7 +76,11 @@ def init_distributed(device: str | None = None) -> torch.device:
         ) from None
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # By default a rank gives up after minutes; but one that is done with its share may have to wait for hours.
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        waiting = timedelta(days=1)
+        if found.type == "cuda":
+            dist.init_process_group("nccl", timeout=waiting, device_id=found)
+        else:
+            dist.init_process_group("gloo", timeout=waiting)
     return found
 
 
@@ -163,7 +167,7 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         return model
     if not dist.is_initialized():  # one GPU without torchrun: a group of one
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=model.device)
     # Named, because FSDP would choose a GPU wherever PyTorch was built for one, for a model on the CPU, too.
     from torch.distributed.device_mesh import init_device_mesh  # here, so that commands that train nothing start fast
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -293,7 +293,9 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.vocabulary = config.vocab_size  # rows of the head that count: a padded one has more than there are tokens
+        # Rows of the head that count. Whoever knows the tokenizer lowers it where the vocabulary is padded: the rows beyond
+        # are then never drawn and get no probability, in the sampler and in training alike.
+        self.vocabulary = config.vocab_size
         self.checkpointing = False  # recompute each block's activations in the backward pass
         self.model = nn.ModuleDict(
             {
@@ -379,16 +381,8 @@ def read_config(path: str | Path) -> Config:
     return Config.from_dict(json.loads(file.read_text()))
 
 
-def load_model(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    vocabulary: int | None = None,
-) -> Transformer:
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """Load a Hugging Face directory: `config.json` and `model.safetensors` (or shards with an index).
-
-    vocabulary: how many token ids the tokenizer has, where the config's vocabulary is padded to more rows. Those beyond
-    are never drawn and get no probability, in the sampler and in training alike; None: all rows count.
 
     The model is built on the meta device and each weight is read once, straight to `device` and `dtype`,
     so there is never a second copy. Raises FileNotFoundError for a missing file and ValueError for an
@@ -424,7 +418,6 @@ def load_model(
     if missing:
         raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
     model.load_state_dict(loaded, assign=True)
-    model.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
     return model.eval()
 
 

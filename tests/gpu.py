@@ -426,29 +426,13 @@ def tiny(out: Path) -> None:
 
 def speed() -> None:
     model = random_model(QWEN_7B)
-    c = model.config
-    weights = 2 * (sum(p.numel() for p in model.parameters()) - model.head.numel())  # bytes; of the embedding only rows
 
     def greedy(logits: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
         return sampler.choose_tokens(logits, uniform, 0.0, 1.0, 0)
 
     for rows in (8, 32, 128, 256) if GPU else (4,):
-        length, filled = (2560, 1024) if GPU else (32, 4)
-        cache = SlotCache(model, rows, length, greedy, steps=8)
-        tokens, ends, uniform = [1] * rows, [filled] * rows, [[0.5] * rows] * 8
-        with torch.no_grad():
-            started = time.time()
-            cache.decode(tokens, ends, uniform)
-            say("INFO", f"7B, {rows} rows: first look, capture included", f"{time.time() - started:.2f} s")
-            ms = milliseconds(lambda: cache.decode(tokens, ends, uniform), 5) / 8
-            read = weights + rows * filled * 4 * c.num_layers * c.num_kv_heads * c.head_dim
-            numbers = f"{ms:.2f} ms, {1e3 * rows / ms:,.0f} tokens/s, {read / ms / 1e9:.2f} TB/s of weights and keys"
-            say("INFO", f"7B, {rows} rows: a step by graph, host included", numbers)
-            cache.graphs = None
-            ms = milliseconds(lambda: cache.decode(tokens, ends, uniform), 2) / 8
-            say("INFO", f"7B, {rows} rows: a step without a graph", f"{ms:.2f} ms")
-        del cache
-        logits = 2.5 * torch.randn(rows, c.vocab_size, device=DEVICE)
+        time_steps(model, rows, greedy)
+        logits = 2.5 * torch.randn(rows, model.vocabulary, device=DEVICE)
         uniform = torch.rand(rows, device=DEVICE, dtype=torch.float64)
         for name, drawing in (("greedy", (0.0, 1.0, 0)), ("temperature 1", (1.0, 1.0, 0)), ("top_p", (0.7, 0.95, 0))):
             ms = device_milliseconds(lambda d=drawing, z=logits, u=uniform: sampler.choose_tokens(z, u, *d))
@@ -462,6 +446,29 @@ def speed() -> None:
         started = time.time()
         engine.sample(prompts, keys=[str(i) for i in range(len(limits))], max_new_tokens=limits, stop_ids=[])
         say("INFO", f"7B, {len(limits)} answers, 128 slots, {attempt}", f"{sum(limits) / (time.time() - started):,.0f} tokens/s")
+
+
+@torch.no_grad()
+def time_steps(model: Transformer, rows: int, choose: Callable) -> None:
+    """Steps of so many rows, with a graph and without."""
+    c = model.config
+    weights = 2 * (sum(p.numel() for p in model.parameters()) - model.head.numel())  # bytes; of the embedding only rows
+    length, filled = (2560, 1024) if GPU else (32, 4)
+    cache = SlotCache(model, rows, length, choose, steps=8)
+
+    def look() -> None:
+        cache.decode([1] * rows, [filled] * rows, [[0.5] * rows] * 8)
+
+    started = time.time()
+    look()
+    say("INFO", f"7B, {rows} rows: first look, capture included", f"{time.time() - started:.2f} s")
+    ms = milliseconds(look, 5) / 8
+    read = weights + rows * filled * 4 * c.num_layers * c.num_kv_heads * c.head_dim
+    numbers = f"{ms:.2f} ms, {1e3 * rows / ms:,.0f} tokens/s, {read / ms / 1e9:.2f} TB/s of weights and keys"
+    say("INFO", f"7B, {rows} rows: a step by graph, host included", numbers)
+    cache.graphs = None
+    ms = milliseconds(look, 2) / 8
+    say("INFO", f"7B, {rows} rows: a step without a graph", f"{ms:.2f} ms")
 
 
 def profile_step(model: Transformer, choose: Callable) -> None:
