@@ -529,9 +529,8 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 def heldout_metrics(
     engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
 ) -> dict[str, float]:
-    """avg@1 of a policy on the held-out problems, and among responses that are valid
-    under `paper` (what the format alone can't raise). With a reward model also the reward: where it goes up and the
-    accuracy doesn't, it is being gamed."""
+    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper` (what the format alone
+    can't raise). With a reward model also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
@@ -759,8 +758,8 @@ def run(args: argparse.Namespace) -> None:
     distributed.copy_weights(inference, model)
     if distributed.rank() == 0:
         records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
-    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
-        f"responses a step, reward {args.reward}, constraints {args.format_constraints}"
+    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
+        f"{args.batch_size} x {args.group_size} responses a step, reward {args.reward}, constraints {args.format_constraints}"
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
@@ -778,9 +777,8 @@ def run(args: argparse.Namespace) -> None:
             t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
             groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]
-            rollouts = [
-                r for group in distributed.gather(groups) for r in group
-            ]  # of all ranks, in the order of the batch
+            # Of all ranks, in the order of the batch.
+            rollouts = [r for group in distributed.gather(groups) for r in group]
             t2 = time.perf_counter()
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
             advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)

@@ -448,8 +448,8 @@ def main() -> None:
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
-    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the longest of a "
-        f"micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
+    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the "
+        f"longest of a micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
         f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if distributed.rank() == 0:
         records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
