@@ -35,7 +35,7 @@ from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import with_progress
-from train_prm import REWARD_MODELS, Scored, score_solutions
+from train_prm import REWARD_MODELS, Judgement, score_solutions
 from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
 import numpy as np
@@ -256,7 +256,7 @@ def read_cases(path: str) -> list[dict]:
     return cases
 
 
-def processbench_numbers(kind: str, cases: list[dict], scored: list[Scored], seed: int) -> dict:
+def processbench_numbers(kind: str, cases: list[dict], scored: list[Judgement], seed: int) -> dict:
     """metric -> (fraction, number of cases, 95 % interval or None) of one subset.
 
     A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names no step; it has the accuracy of
@@ -353,7 +353,7 @@ def accuracy_of(grades: list[list[bool | None]], seed: int) -> dict:
 
 
 def best_of_k(
-    correct: np.ndarray, answers: list[list[str | None]], scored: list[list[Scored]]
+    correct: np.ndarray, answers: list[list[str | None]], scored: list[list[Judgement]]
 ) -> dict[str, np.ndarray]:
     """metric -> (P,) right or not, when a reward model chooses among a problem's first k samples; correct (P, n), k =
     2, 4, 8, ... and n. Four rules: the score of the outcome; the mean and the least of the steps' scores; the answer

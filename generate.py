@@ -106,7 +106,7 @@ def find_boxes(text: str) -> list[tuple[int, int]]:
     return sorted(boxes)
 
 
-def open_boxes(text: str) -> str:
+def unwrap_boxes(text: str) -> str:
     r"""The text with what each closed `\boxed{…}` holds in its place."""
     while boxes := find_boxes(text):
         start, end = boxes[-1]
@@ -147,7 +147,7 @@ def format_valid(response: str, constraints: str = "paper", finished: bool = Tru
     return finished and well_formed and not any(t.strip() for t in outside) and len(find_boxes(answer)) == 1
 
 
-def defuse(tokenizer, text: str) -> str:
+def escape_special_tokens(tokenizer, text: str) -> str:
     """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must
     not end its judge's prompt and begin the verdict."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -158,7 +158,7 @@ def defuse(tokenizer, text: str) -> str:
 
 def render_chat(tokenizer, user: str) -> str:
     """One user turn and the opening of the assistant's, by the tokenizer's own chat template."""
-    messages = [{"role": "user", "content": defuse(tokenizer, user)}]
+    messages = [{"role": "user", "content": escape_special_tokens(tokenizer, user)}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -301,7 +301,7 @@ def main() -> None:
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
             seed=args.seed,
-            turns=distributed.work_queue(len(prompts), "generate"),
+            batches=distributed.work_queue(len(prompts), "generate"),
         )
         started, per_rank = time.time(), -(-len(prompts) // distributed.world_size())
         for i, samples in with_progress(stream, engine.sampler, "generate", per_rank, args.num_samples):

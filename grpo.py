@@ -65,7 +65,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import CPU_SLOTS, PREFILL_TOKENS, Sampler
 from kernels.transformer import Config, Transformer, load_model
-from train_prm import REWARD_MODELS, Scored, clip_and_step, own_share, score_solutions, split_micro_batches
+from train_prm import REWARD_MODELS, Judgement, clip_and_step, rank_share, score_solutions, split_micro_batches
 
 import torch
 from torch import Tensor
@@ -114,12 +114,12 @@ def shown_solution(response: str) -> tuple[list[str], str | None]:
 # --------------------------------------------------------------------------- rewards
 
 
-def process_aware_reward(valid: bool, scored: Scored | None) -> float:
+def process_aware_reward(valid: bool, judgement: Judgement | None) -> float:
     """r = V * y, with y the reward model's final verdict; an unparsed judgement is 0."""
     return float(valid and scored is not None and scored.verdict is True)
 
 
-def step_augmented_reward(valid: bool, scored: Scored | None) -> float:
+def step_augmented_reward(valid: bool, judgement: Judgement | None) -> float:
     """r = V * (0.4 k/n + 0.6 y), k of n steps judged correct; k/n is 0 without step verdicts, r without a verdict."""
     if not valid or scored is None or scored.verdict is None:
         return 0.0
@@ -227,7 +227,7 @@ def token_advantages(
     reward model judged just the steps that the response has, and their number isn't penalised; elsewhere A stays."""
     result = [a.expand(len(r.ids)) for r, a in zip(rollouts, advantages, strict=True)]
     spans = [[] if r.penalised else r.spans for r in rollouts]
-    verdicts = [r.scored.step_verdicts if located else [] for r, located in zip(rollouts, spans, strict=True)]
+    verdicts = [r.judgement.step_verdicts if located else [] for r, located in zip(rollouts, spans, strict=True)]
     if reward == "selective_advantage":
         for i, r in enumerate(rollouts):
             result[i] = selective_advantage(advantages[i].item(), verdicts[i], spans[i], len(r.ids), discount)
@@ -313,7 +313,7 @@ class Rollout:
     text: str
     finish: str
     valid: bool = False
-    scored: Scored | None = None
+    judgement: Judgement | None = None
     reward: float = 0.0
     certainty: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)  # of the steps that were judged; [] without verdicts
@@ -360,12 +360,12 @@ def score_rollouts(
             for r, (steps, answer) in zip(valid, shown, strict=True)
         ]
         for r, (steps, _), scored in zip(valid, shown, judge(solutions, step), strict=True):
-            r.scored = scored
+            r.judgement = scored
             if args.reward in STEP_DESIGNS and scored.verdict is not None and scored.step_verdicts is not None:
                 r.spans = locate_steps(tokenizer, r.ids, r.text, steps)
         reward_of = step_augmented_reward if args.reward == "step_augmented" else process_aware_reward
         for r in rollouts:
-            r.reward = reward_of(r.valid, r.scored)
+            r.reward = reward_of(r.valid, r.judgement)
             if args.reward in STEP_DESIGNS and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
                 r.penalised, r.reward = True, 0.0
     elif args.reward == "rlvr":
@@ -441,7 +441,7 @@ def update_policy(
     weight = weights.sum().item()  # 1 except under dr_grpo: metrics are divided by it, the loss isn't
     weights = weights.split(lengths)
     total = [len(r.prompt) + len(r.ids) for r in rollouts]
-    mine = own_share(total)
+    mine = rank_share(total)
     # All ranks or none: a rank with no rollouts of its own has to take part.
     if reference is not None and distributed.max_over_ranks(any(rollouts[i].ref is None for i in mine)):
         set_reference_logprobs(reference, [rollouts[i] for i in mine], args)
@@ -498,9 +498,9 @@ def update_policy(
 
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
     """What a reader watches: the reward and its parts, and the indicators of reward hacking; means over the batch."""
-    judged = [r for r in rollouts if r.scored is not None]
+    judged = [r for r in rollouts if r.judgement is not None]
     stepwise = prm_kind != "orm"  # which judges no steps
-    mismatched = [stepwise and r.scored.verdict is not None and r.scored.step_verdicts is None for r in judged]
+    mismatched = [stepwise and r.judgement.verdict is not None and r.judgement.step_verdicts is None for r in judged]
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
@@ -509,10 +509,10 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     return {
         "reward/mean": mean([r.reward for r in rollouts]),
         "reward/std": rewards.std().item() if len(rollouts) > 1 else 0.0,
-        "reward/verdict": mean([r.scored.verdict is True for r in judged]),
-        "reward/steps_correct": mean([sum(v) / len(v) for r in judged if (v := r.scored.step_verdicts)]),
+        "reward/verdict": mean([r.judgement.verdict is True for r in judged]),
+        "reward/steps_correct": mean([sum(v) / len(v) for r in judged if (v := r.judgement.step_verdicts)]),
         "reward/unknown": mean([r.unknown for r in rollouts]),
-        "reward/unparsed": mean([r.scored.verdict is None for r in judged]),
+        "reward/unparsed": mean([r.judgement.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
@@ -529,9 +529,8 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 def heldout_metrics(
     engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
 ) -> dict[str, float]:
-    """avg@1 of a policy on the held-out problems, and among responses that are valid
-    under `paper` (what the format alone can't raise). With a reward model also the reward: where it goes up and the
-    accuracy doesn't, it is being gamed."""
+    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper` (what the format alone
+    can't raise). With a reward model also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
@@ -552,7 +551,7 @@ def heldout_metrics(
     return {f"heldout/{name}": value for name, value in numbers.items()}
 
 
-def problems_at(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
+def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
     """The problems of a step: every epoch a new order; a function of (step, seed), so a resumed run goes on exactly."""
     start, n = step * batch_size, len(problems)
     order: list[int] = []  # of the epochs that the batch touches
@@ -601,7 +600,7 @@ def describe_rollout(r: Rollout, advantage: float) -> dict:
     """A response as a record: what --dump_rollouts writes and `report.show_rollout` shows."""
     return {
         "problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
-        "reward": r.reward, "advantage": advantage, "judgement": r.scored and vars(r.scored),
+        "reward": r.reward, "advantage": advantage, "judgement": r.judgement and vars(r.judgement),
     }  # fmt: skip
 
 
@@ -613,7 +612,7 @@ def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> No
 
 def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
     """Say that a whole batch of judgements has no verdict: nobody is rewarded, and the policy only drifts."""
-    texts = [r.scored.text for r in rollouts if r.scored is not None]
+    texts = [r.judgement.text for r in rollouts if r.judgement is not None]
     tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict, so nothing is rewarded; check "
                f"--prm, --prm_kind and --prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
 
@@ -741,7 +740,7 @@ def run(args: argparse.Namespace) -> None:
     if args.reward in JUDGED:
         prm = open_engine(args.prm, device, args.slots, "--prm")
 
-        def judge(solutions: list[dict], step: int) -> list[Scored]:
+        def judge(solutions: list[dict], step: int) -> list[Judgement]:
             return score_solutions(
                 prm, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
                 votes=args.prm_votes, seed=f"{args.seed}/{step}",
@@ -764,8 +763,8 @@ def run(args: argparse.Namespace) -> None:
     distributed.copy_weights(inference, model)
     if distributed.rank() == 0:
         records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
-    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
-        f"responses a step, reward {args.reward}, constraints {args.format_constraints}"
+    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
+        f"{args.batch_size} x {args.group_size} responses a step, reward {args.reward}, constraints {args.format_constraints}"
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
 
@@ -778,14 +777,13 @@ def run(args: argparse.Namespace) -> None:
         bar = tqdm(todo, initial=start, total=args.steps, desc="grpo", unit="step", disable=distributed.rank() != 0)
         for step in bar:
             t0 = time.perf_counter()
-            batch = problems_at(step, fitting, args.batch_size, args.seed)
+            batch = batch_for_step(step, fitting, args.batch_size, args.seed)
             mine = sample_rollouts(policy, batch[distributed.rank() :: distributed.world_size()], args, step)
             t1 = time.perf_counter()
             score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
             groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]
-            rollouts = [
-                r for group in distributed.gather(groups) for r in group
-            ]  # of all ranks, in the order of the batch
+            # Of all ranks, in the order of the batch.
+            rollouts = [r for group in distributed.gather(groups) for r in group]
             if device.type == "cuda":
                 # The caches have just been freed. If PyTorch kept their memory, the optimizer's state would come to lie in
                 # between, and the next step's caches, of another size, might find no piece that is large enough.
@@ -803,7 +801,7 @@ def run(args: argparse.Namespace) -> None:
             record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
             record |= trained
             record["loss/responses"] = len(kept)
-            sampled, judged = sum(len(r.ids) for r in rollouts), sum(r.scored.tokens for r in rollouts if r.scored)
+            sampled, judged = sum(len(r.ids) for r in rollouts), sum(r.judgement.tokens for r in rollouts if r.judgement)
             for phase, tokens, seconds in (("sample", sampled, t1 - t0), ("score", judged, t2 - t1),
                                            ("update", sampled, t3 - t2)):  # fmt: skip
                 record |= {f"time/{phase}": seconds, f"time/{phase}_tokens_per_second": tokens / seconds}

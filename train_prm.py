@@ -39,15 +39,15 @@ from data import records
 from generate import (
     SOLVE_PROMPT,
     Engine,
-    defuse,
     encode_chat,
+    escape_special_tokens,
     find_boxes,
     find_model,
-    open_boxes,
     open_model,
     render_chat,
     render_response,
     render_steps,
+    unwrap_boxes,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -118,21 +118,21 @@ REWARD_MODELS: dict[str, tuple[str, Callable[[str, int], Verification] | None]] 
 }
 
 
-def mark_steps(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
+def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
     """(token ids of a PRM's prompt, n + 1 positions in them): the last token of each of n steps, and the prompt's."""
-    rendered = defuse(tokenizer, render_steps(solution["steps"], solution["answer"]))
+    rendered = escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
     text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start, ends, token = text.rindex(rendered), [], 0
     for k in range(1, len(solution["steps"]) + 1):
-        end = start + len(defuse(tokenizer, render_steps(solution["steps"][:k])))
+        end = start + len(escape_special_tokens(tokenizer, render_steps(solution["steps"][:k])))
         while token + 1 < len(encoded.input_ids) and encoded.offset_mapping[token + 1][0] < end:
             token += 1
         ends.append(token)
     return encoded.input_ids, [*ends, len(encoded.input_ids) - 1]
 
 
-def answer_tokens(tokenizer) -> tuple[int, int]:
+def yes_no_ids(tokenizer) -> tuple[int, int]:
     """The two fixed tokens of a discriminative PRM: the first of "Yes" and the first of "No"."""
     yes, no = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("Yes", "No"))
     if yes == no:
@@ -141,7 +141,7 @@ def answer_tokens(tokenizer) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Scored:
+class Judgement:
     """A reward model's judgement of one solution: parsed, and the text it was parsed from. The scores are the shares of
     votes for it, 0 or 1 if there is one, and a disc_prm's probabilities."""
 
@@ -156,14 +156,14 @@ class Scored:
 @torch.no_grad()
 def score_discriminative(
     model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
-) -> list[Scored]:
+) -> list[Judgement]:
     """Judge solutions with a discriminative PRM: a step is correct if at its last token Yes is likelier than No, and so
     is the outcome at the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
-    yes, no = answer_tokens(tokenizer)
-    scored = [Scored(None, None, "", 0)] * len(solutions)
+    yes, no = yes_no_ids(tokenizer)
+    scored = [Judgement(None, None, "", 0)] * len(solutions)
     batches: list[list[tuple[int, list[int], list[int]]]] = [[]]
     for i, s in enumerate(solutions):
-        ids, ends = mark_steps(tokenizer, s) if s["steps"] else ([], [])
+        ids, ends = step_end_positions(tokenizer, s) if s["steps"] else ([], [])
         if 0 < len(ids) <= model.config.max_positions:
             if sum(len(ids) for _, ids, _ in batches[-1]) + len(ids) > batch_tokens:
                 batches.append([])
@@ -177,7 +177,7 @@ def score_discriminative(
             *steps, outcome = values[ends].tolist()
             *chances, chance = values[ends].sigmoid().tolist()
             text = " ".join(f"{x:+.2f}" for x in (*steps, outcome))
-            scored[i] = Scored([x > 0 for x in steps], outcome > 0, text, len(of_one), chances, chance)
+            scored[i] = Judgement([x > 0 for x in steps], outcome > 0, text, len(of_one), chances, chance)
     return scored
 
 
@@ -191,7 +191,7 @@ def score_solutions(
     temperature: float = 0.8,
     seed: int | str = 0,
     title: str | None = None,
-) -> list[Scored]:
+) -> list[Judgement]:
     """Judge solutions (problem, steps, answer; optional id) with a generative reward model, in order.
 
     votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the
@@ -220,7 +220,7 @@ def score_solutions(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    scored = [Scored(None, None, "", 0)] * len(solutions)
+    scored = [Judgement(None, None, "", 0)] * len(solutions)
     for place, group in with_progress(stream, engine.sampler, title, len(turns), votes) if title else stream:
         i = where[place]
         texts = [decode_judgement(engine, turns[place], sample.ids) for sample in group]
@@ -230,7 +230,7 @@ def score_solutions(
         verdicts = [p.verdict for p in (whole if votes > 1 and whole else parsed) if p.verdict is not None]
         stepwise = [p.step_verdicts for p in (whole if votes > 1 else parsed) if p.step_verdicts]
         columns = list(zip(*stepwise, strict=True))
-        scored[i] = Scored(
+        scored[i] = Judgement(
             [majority(column) for column in columns] or None,
             majority(verdicts) if verdicts else None,
             texts[0],
@@ -257,7 +257,7 @@ def make_example(kind: str, label: dict) -> tuple[str, str] | None:
     if not label["outcome"] or label["answer"] is None:
         return None
     # An instruct model often boxes its answer in the last step, too; GRPO will allow one box and no tag inside another.
-    response = render_response([open_boxes(step) for step in label["steps"]], label["answer"])
+    response = render_response([unwrap_boxes(step) for step in label["steps"]], label["answer"])
     if len(find_boxes(response)) != 1 or len(re.findall(r"</?(?:think|answer)>", response)) != 4:
         return None
     return SOLVE_PROMPT.format(problem=label["problem"]), response
@@ -276,7 +276,7 @@ def make_sequences(
             sequence = discriminative_sequence(label, tokenizer)
         elif example := make_example(kind, label):
             prompt = encode_chat(tokenizer, example[0])
-            sequence = after_prompt(prompt, [*tokenizer(example[1], add_special_tokens=False).input_ids, end_id])
+            sequence = targets_after_prompt(prompt, [*tokenizer(example[1], add_special_tokens=False).input_ids, end_id])
         else:
             counts["unused"] += 1
             continue
@@ -287,7 +287,7 @@ def make_sequences(
     return sequences, counts
 
 
-def after_prompt(prompt: list[int], response: list[int]) -> Sequence:
+def targets_after_prompt(prompt: list[int], response: list[int]) -> Sequence:
     """The sequence whose targets are the response's tokens, found by position and never by token value (the padding
     token may equal the end-of-turn token, which is trained on). Position i predicts token i + 1."""
     return prompt + response, [-1] * (len(prompt) - 1) + response + [-1]
@@ -296,8 +296,8 @@ def after_prompt(prompt: list[int], response: list[int]) -> Sequence:
 def discriminative_sequence(label: dict, tokenizer) -> Sequence:
     """The sequence of a discriminative PRM: the prompt alone; each step's last token is to predict one of two fixed
     tokens, and the prompt's last token the outcome. Where other tokens would follow nothing is trained."""
-    ids, ends = mark_steps(tokenizer, label)
-    right, wrong = answer_tokens(tokenizer)
+    ids, ends = step_end_positions(tokenizer, label)
+    right, wrong = yes_no_ids(tokenizer)
     targets = [-1] * len(ids)
     for end, correct in zip(ends, [*label["step_labels"], label["outcome"]], strict=True):
         targets[end] = right if correct else wrong
@@ -344,16 +344,16 @@ def packing_efficiency(lengths: list[int], max_tokens: int) -> float:
     return sum(lengths) / sum(len(group) * max((lengths[i] for i in group), default=0) for group in groups)
 
 
-def own_share(lengths: list[int]) -> list[int]:
+def rank_share(lengths: list[int]) -> list[int]:
     """Indices of this rank's share of a global batch: dealt out by length, so that ranks have similar work."""
     return sorted(range(len(lengths)), key=lengths.__getitem__)[distributed.rank() :: distributed.world_size()]
 
 
-def sft_pass(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
+def sft_batch_loss(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
     """Loss of one global batch, which every rank has whole: negative log-likelihood per target token, averaged over
     all target tokens. With train=True its gradient is added to the parameters'."""
     denominator = sum(target >= 0 for _, targets in sequences for target in targets)
-    mine = [sequences[i] for i in own_share([len(ids) for ids, _ in sequences])]
+    mine = [sequences[i] for i in rank_share([len(ids) for ids, _ in sequences])]
     total = 0.0
     with torch.set_grad_enabled(train):
         for group in split_micro_batches([len(ids) for ids, _ in mine], micro_tokens):
@@ -395,7 +395,7 @@ def cosine_schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def batch_at(step: int, sequences: list[Sequence], batch_size: int, seed: int) -> list[Sequence]:
+def batch_for_step(step: int, sequences: list[Sequence], batch_size: int, seed: int) -> list[Sequence]:
     """The global batch of a step: a function of (step, seed), so a resumed run sees what it would have seen."""
     per_epoch = math.ceil(len(sequences) / batch_size)
     order = list(range(len(sequences)))
@@ -451,8 +451,8 @@ def main() -> None:
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
-    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the longest of a "
-        f"micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
+    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the "
+        f"longest of a micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
         f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if distributed.rank() == 0:
         records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
@@ -471,15 +471,15 @@ def train(model, optimizer, sequences, held, args, start, steps, metrics) -> Non
     )
     for step in bar:
         started = time.time()
-        batch = batch_at(step, sequences, args.batch_size, args.seed)
-        loss = sft_pass(model, batch, args.micro_tokens, train=True)
+        batch = batch_for_step(step, sequences, args.batch_size, args.seed)
+        loss = sft_batch_loss(model, batch, args.micro_tokens, train=True)
         lr = args.lr * cosine_schedule(step, steps, math.ceil(args.warmup * steps))
         norm = clip_and_step(model, optimizer, lr, args.max_grad_norm)
         record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
         record["time/tokens_per_second"] = sum(len(ids) for ids, _ in batch) / (time.time() - started)
         saving = step + 1 == steps or (step + 1) % args.save_every == 0
         if saving and held:
-            record["eval/loss"] = sft_pass(model, held, args.micro_tokens, train=False)
+            record["eval/loss"] = sft_batch_loss(model, held, args.micro_tokens, train=False)
         metrics.append(record)
         if saving:
             if record.get("eval/loss", -math.inf) < best:

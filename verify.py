@@ -393,7 +393,7 @@ def verify_solutions(
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        turns=distributed.work_queue(len(prompts), "verify"),
+        batches=distributed.work_queue(len(prompts), "verify"),
     )
     for i, samples in with_progress(stream, engine.sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
         s, verifications = judged[i], []

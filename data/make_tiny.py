@@ -54,7 +54,7 @@ from generate import (
 )
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import ORM_PROMPT, PRM_PROMPT, after_prompt, pack, write_prm_target
+from train_prm import ORM_PROMPT, PRM_PROMPT, pack, targets_after_prompt, write_prm_target
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -423,7 +423,7 @@ def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate
             [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for _, answer in turns
         ]
         prompts = [encode_chat(tokenizer, user) for user, _ in turns]
-        ids, lengths, targets = pack([after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device)
+        ids, lengths, targets = pack([targets_after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device)
         logprobs, _ = model.packed(ids, lengths, targets)
         loss = -logprobs.sum() / (targets >= 0).sum()
         loss.backward()

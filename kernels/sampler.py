@@ -226,10 +226,10 @@ class Sampler:
         stop_ids: list[int],
         seed: int = 0,
         certainty: bool = False,
-        turns: Iterator[list[int]] | None = None,
+        batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all prompts, or one for each.
-        turns: numbers from 0 to len(prompts) - 1 that are this rank's, asked for when slots are free
+        batches: numbers from 0 to len(prompts) - 1 that are this rank's, asked for when slots are free
         (`distributed.work_queue`); None: all of them.
 
         A sample is a function of (seed, key of its prompt, sample number): these seed its random numbers, so neither
@@ -261,7 +261,7 @@ class Sampler:
             choose=choose,
             stop_ids=set(stop_ids),
             seed=seed,
-            batches=turns or iter([list(range(len(prompts)))]),
+            batches=batches or iter([list(range(len(prompts)))]),
             order=sorted(range(len(prompts)), key=lambda p: -len(prompts[p]) - limits[p]),
             shared=self._shares_prompts(prompts, limits, num_samples),
         )

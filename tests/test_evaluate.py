@@ -30,7 +30,7 @@ from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import Scored, score_solutions
+from train_prm import Judgement, score_solutions
 
 import numpy as np
 import pytest
@@ -252,7 +252,7 @@ def test_processbench_numbers_of_a_prm_and_an_orm():
     """Guards against an F1 for a model that names no step, and against leaving out what can't be parsed."""
     cases = [{"label": 1, "final_answer_correct": False}, {"label": 0, "final_answer_correct": True}, {"label": -1}]
     judged = [([True, False], False), (None, True), ([True], True)]
-    scored = [Scored(steps, verdict, "", 1) for steps, verdict in judged]
+    scored = [Judgement(steps, verdict, "", 1) for steps, verdict in judged]
     numbers = processbench_numbers("prm_cot", cases, scored, seed=0)
     assert {m: number[:2] for m, number in numbers.items()} == {
         "f1": (pytest.approx(2 / 3), 3),
@@ -260,7 +260,7 @@ def test_processbench_numbers_of_a_prm_and_an_orm():
         "correct_acc": (1.0, 1),
         "unparsed": (pytest.approx(1 / 3), 3),
     }
-    scored = [Scored(None, verdict, "", 1) for verdict in (False, False, None)]
+    scored = [Judgement(None, verdict, "", 1) for verdict in (False, False, None)]
     numbers = processbench_numbers("orm", cases, scored, seed=0)
     assert numbers["outcome_acc"][0] == pytest.approx(1 / 3) and "f1" not in numbers
 
@@ -375,7 +375,7 @@ def test_best_of_k_by_hand():
     unparsed judgements that count for something."""
 
     def judged(score, *steps):
-        return Scored(None, None, "", 0, list(steps) or None, score)
+        return Judgement(None, None, "", 0, list(steps) or None, score)
 
     correct = np.array([[False, True, False, True], [True, False, False, False]])
     answers = [["a", "b", "a", "b"], [None, "c", None, None]]

@@ -13,7 +13,7 @@ from kernels.decode import SlotCache
 from kernels.distributed import InputError, RunError
 from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import load_model
-from train_prm import Scored, after_prompt, pack
+from train_prm import Judgement, pack, targets_after_prompt
 
 import pytest
 import torch
@@ -113,13 +113,13 @@ def test_judgements_reach_their_own_response():
 
     def judge(solutions, step):
         seen.extend((s["problem"], s["answer"]) for s in solutions)
-        return [Scored(None, verdicts[s["answer"]], "", 0) for s in solutions]
+        return [Judgement(None, verdicts[s["answer"]], "", 0) for s in solutions]
 
     problems = [{"id": f"p{i}", "problem": f"problem {i}"} for i in range(3)]
     grpo.score_rollouts(rollouts, problems, make_args(), 0, None, judge, {})
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     assert seen == [("problem 0", "1"), ("problem 0", "2"), ("problem 1", "3"), ("problem 2", "5")]
-    assert grpo.process_aware_reward(False, Scored(None, True, "", 0)) == 0.0
+    assert grpo.process_aware_reward(False, Judgement(None, True, "", 0)) == 0.0
     metrics = grpo.rollout_metrics(rollouts, torch.zeros(6), 2, "prm_cot")
     assert metrics["reward/unparsed"] == metrics["reward/count_mismatch"] / 3 == 1 / 4
     assert metrics["format/valid"] == 4 / 6 and metrics["format/text_after_answer"] == 1 / 6
@@ -184,7 +184,7 @@ def test_step_augmented_and_majority_by_hand():
         (True, [True, True], None, 0.0),  # unparsed
         (False, [True, True], True, 0.0),
     ):
-        assert grpo.step_augmented_reward(valid, Scored(steps, verdict, "", 0)) == pytest.approx(reward)
+        assert grpo.step_augmented_reward(valid, Judgement(steps, verdict, "", 0)) == pytest.approx(reward)
     assert grpo.step_augmented_reward(True, None) == 0.0
     assert grpo.majority_rewards(["1/2", None, "0.5", "3", "1/2"]) == [1, 0, 1, 0, 1]
     assert grpo.majority_rewards([None, None]) == [0, 0]
@@ -239,7 +239,7 @@ def test_steps_are_located_on_the_sampled_tokens():
 
     def response(length, verdicts, spans, penalised=False):
         r = grpo.Rollout("p", [1], [2] * length, [0.0] * length, "", "stop", penalised=penalised, spans=spans)
-        r.scored = Scored(verdicts, True, "", 0)
+        r.judgement = Judgement(verdicts, True, "", 0)
         return r
 
     group = [
@@ -265,7 +265,7 @@ def test_out_of_bounds_is_penalised_before_the_group_statistics():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
 
     def judge(solutions, step):
-        return [Scored([True] * len(s["steps"]), True, "", 0) for s in solutions]
+        return [Judgement([True] * len(s["steps"]), True, "", 0) for s in solutions]
 
     grpo.score_rollouts(rollouts, [{"id": "p", "problem": ""}], args, 0, tokenizer, judge, {})
     assert [(r.reward, r.penalised) for r in rollouts] == [(1.0, False), (0.0, True)]
@@ -377,7 +377,7 @@ def test_loss_and_gradient_equal_autograd_on_full_logits(model_path, norm):
     prompts = [[rng.randrange(500) for _ in range(n)] for n in (3, 5, 1)]
     for i, length, advantage in ((0, 1, 1.3), (1, 7, -0.4), (0, 4, 0.0), (1, 11, 0.9), (2, 2, -2.0)):
         prompt, ids = prompts[i], [rng.randrange(500) for _ in range(length)]
-        packed = pack([after_prompt(prompt, ids)], torch.device("cpu"))
+        packed = pack([targets_after_prompt(prompt, ids)], torch.device("cpu"))
         with torch.no_grad():
             old = model.packed(*packed, args.temperature)[0][packed[2] >= 0]
         samples.append((prompt, ids, advantage, old + torch.tensor([rng.gauss(0, 0.5) for _ in ids])))
@@ -451,7 +451,7 @@ def test_update_gives_every_token_its_own_advantage(model_path, norm):
 def test_every_epoch_has_every_problem_once():
     """Guards: problems dropped where an epoch ends within a batch; two draws of one problem that get the same samples."""
     problems = [{"id": i, "prompt": [1]} for i in range(7)]
-    drawn = [p for step in range(7) for p in grpo.problems_at(step, problems, 3, seed=5)]
+    drawn = [p for step in range(7) for p in grpo.batch_for_step(step, problems, 3, seed=5)]
     epochs = [[p["id"] for p in drawn[k : k + 7]] for k in (0, 7, 14)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 3 and epochs[0] != epochs[1] != epochs[2]
     assert [p["place"] for p in drawn] == list(range(21))
@@ -465,7 +465,7 @@ def test_every_epoch_has_every_problem_once():
     for step in range(7):
         grpo.sample_rollouts(Engine(Recorder(), None, [0]), drawn[3 * step : 3 * step + 3], make_args(), step)
     assert len(set(seen)) == 21
-    assert grpo.problems_at(1, problems, 17, seed=5)[:4] == drawn[17:]  # a batch may hold several epochs
+    assert grpo.batch_for_step(1, problems, 17, seed=5)[:4] == drawn[17:]  # a batch may hold several epochs
 
 
 @pytest.fixture(scope="module")

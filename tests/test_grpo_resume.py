@@ -253,14 +253,14 @@ def test_signals_save_and_stop(world, tmp_path, monkeypatch, capsys):
     """Guards: a step thrown away by SIGTERM or Ctrl-C, a stop that looks like success, other numbers after it."""
     flags, whole, _ = world
     flags = [*flags, "--out", tmp_path / "out", "--save_every", 100]
-    planned, real = {2: signal.SIGTERM, 4: signal.SIGINT}, grpo.problems_at
+    planned, real = {2: signal.SIGTERM, 4: signal.SIGINT}, grpo.batch_for_step
 
-    def problems_at(step, *rest):  # called when a step begins
+    def batch_for_step(step, *rest):  # called when a step begins
         if step in planned:
             signal.raise_signal(planned.pop(step))
         return real(step, *rest)
 
-    monkeypatch.setattr(grpo, "problems_at", problems_at)
+    monkeypatch.setattr(grpo, "batch_for_step", batch_for_step)
     for step in (3, 5):
         assert train(monkeypatch, *flags) == 143
         assert f"stopped by a signal after step {step} and saved" in capsys.readouterr().out

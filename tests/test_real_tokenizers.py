@@ -9,9 +9,9 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from generate import SOLVE_PROMPT, defuse, encode_chat, open_tokenizer, render_response, render_steps
+from generate import SOLVE_PROMPT, encode_chat, escape_special_tokens, open_tokenizer, render_response, render_steps
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import ORM_PROMPT, PRM_PROMPT, answer_tokens, mark_steps
+from train_prm import ORM_PROMPT, PRM_PROMPT, step_end_positions, yes_no_ids
 from verify import critique_prompt, verification_prompt
 
 import pytest
@@ -137,12 +137,12 @@ def test_a_step_is_read_off_at_its_last_token(qwen, steps, answered):
     prompt encoded otherwise than the other stages do."""
     _, tokenizer = qwen
     answer = "7" if answered else None
-    ids, ends = mark_steps(tokenizer, {"problem": "P?", "steps": steps, "answer": answer})
+    ids, ends = step_end_positions(tokenizer, {"problem": "P?", "steps": steps, "answer": answer})
     assert ids == encode_chat(tokenizer, PRM_PROMPT.format(problem="P?", solution=render_steps(steps, answer)))
     assert len(ends) == len(steps) + 1 and ends[-1] == len(ids) - 1
     head, middle, _ = tokenizer.decode(ids).partition("Student Solution: ")
     for k, end in enumerate(ends[:-1], 1):
-        wanted = unicodedata.normalize("NFC", head + middle + defuse(tokenizer, render_steps(steps[:k])))
+        wanted = unicodedata.normalize("NFC", head + middle + escape_special_tokens(tokenizer, render_steps(steps[:k])))
         seen = tokenizer.decode(ids[: end + 1])
         # A full stop and the newlines after it are one token, which is the step's last.
         assert seen.startswith(wanted) and not seen[len(wanted) :].strip()
@@ -153,9 +153,9 @@ def test_a_step_ends_with_the_newline_that_its_full_stop_swallows(qwen):
     """Guards: the test above passing on tokenizers that never merge across the end of a step; and a Yes or No of
     several tokens, of which the first says little."""
     _, tokenizer = qwen
-    ids, ends = mark_steps(tokenizer, {"problem": "P?", "steps": ["It is 1.", "So 2", "3 😀."], "answer": None})
+    ids, ends = step_end_positions(tokenizer, {"problem": "P?", "steps": ["It is 1.", "So 2", "3 😀."], "answer": None})
     assert [tokenizer.decode(ids[end]) for end in ends] == [".\n", "2", ".\n\n", "\n"]
-    assert [tokenizer.decode(token) for token in answer_tokens(tokenizer)] == ["Yes", "No"]
+    assert [tokenizer.decode(token) for token in yes_no_ids(tokenizer)] == ["Yes", "No"]
 
 
 SNAPSHOT = {

@@ -12,7 +12,7 @@ from generate import encode_chat, format_valid, render_response, render_steps
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
-from train_prm import REWARD_MODELS, answer_tokens, mark_steps
+from train_prm import REWARD_MODELS, step_end_positions, yes_no_ids
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_targets_are_found_by_position():
     """Guards: an end-of-turn token masked because it equals the padding token; prompt tokens trained on."""
     end = 2  # the padding token as well, and it occurs in a prompt and inside a response
     ids, lengths, targets = train_prm.pack(
-        [train_prm.after_prompt([end, 5, end], [7, end]), train_prm.after_prompt([4], [end])], torch.device("cpu")
+        [train_prm.targets_after_prompt([end, 5, end], [7, end]), train_prm.targets_after_prompt([4], [end])], torch.device("cpu")
     )
     assert ids.tolist() == [end, 5, end, 7, end, 4, end] and lengths.tolist() == [5, 2]
     assert targets.tolist() == [-1, -1, 7, end, -1, end, -1]
@@ -151,8 +151,8 @@ def test_the_discriminative_prm_is_trained_where_it_is_read():
     label = {**make_label(3), "step_labels": [True, False], "outcome": False}
     label["steps"] = label["steps"][:2]
     ((ids, targets),) = train_prm.make_sequences("disc_prm", [label], tokenizer, tokenizer.eos_token_id, 1000)[0]
-    yes, no = answer_tokens(tokenizer)
-    marked, ends = mark_steps(tokenizer, label)
+    yes, no = yes_no_ids(tokenizer)
+    marked, ends = step_end_positions(tokenizer, label)
     assert ids == marked and [targets[end] for end in ends] == [yes, no, no]
     assert len(targets) == len(ids) and targets.count(-1) == len(ids) - 3
 
@@ -169,7 +169,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
     """Guards: means of micro-batch means; the last micro-batch logged as the loss; targets shifted by one."""
     model = load_model(make_model(tmp_path / "model"))
     responses = [([3 + i] * (2 + i % 2), list(range(10 * i, 12 * i + 2))) for i in range(1, 7)]
-    sequences = [train_prm.after_prompt(*pair) for pair in responses]
+    sequences = [train_prm.targets_after_prompt(*pair) for pair in responses]
     nll = []
     for prompt, response in responses:
         ids, start = prompt + response, len(prompt)
@@ -180,11 +180,11 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
     for micro_tokens in (1, 30, 10**6):
         model.zero_grad()
-        loss = train_prm.sft_pass(model, sequences, micro_tokens, train=True)
+        loss = train_prm.sft_batch_loss(model, sequences, micro_tokens, train=True)
         assert loss == pytest.approx(wanted.item(), abs=1e-6)
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, gradient[name], atol=1e-6, rtol=1e-4, msg=f"{name}, {micro_tokens}")
-    assert train_prm.sft_pass(model, sequences, 30, train=False) == pytest.approx(wanted.item(), abs=1e-6)
+    assert train_prm.sft_batch_loss(model, sequences, 30, train=False) == pytest.approx(wanted.item(), abs=1e-6)
 
 
 # --------------------------------------------------------------------------- the loop and its checkpoints
@@ -222,7 +222,7 @@ def test_export_is_a_hugging_face_directory(world):
     sequences, _ = train_prm.make_sequences("prm_cot", held, tokenizer, tokenizer.eos_token_id, 8192)
     losses = [record["eval/loss"] for record in read_metrics(out) if "eval/loss" in record]
     assert len(losses) == 5 and losses[0] > losses[2] == min(losses)
-    assert train_prm.sft_pass(ours, sequences, 1000, train=False) == pytest.approx(min(losses), abs=1e-5)
+    assert train_prm.sft_batch_loss(ours, sequences, 1000, train=False) == pytest.approx(min(losses), abs=1e-5)
     assert [record["step"] for record in read_metrics(out)] == list(range(1, 10))
     assert [path.name for path in sorted((out / "training").iterdir())] == ["step_0000008", "step_0000009"]
 
@@ -235,16 +235,16 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
     out = tmp_path / "out"
     if interruption == "gradient not a number":
         spoilt = iter([False] * 7 + [True])
-        real = train_prm.sft_pass
+        real = train_prm.sft_batch_loss
 
-        def sft_pass(model, *rest, train):
+        def sft_batch_loss(model, *rest, train):
             loss = real(model, *rest, train=train)
             if train and next(spoilt):
                 model.head.grad[0, 0] = float("nan")
             return loss
 
         with monkeypatch.context() as patch, pytest.raises(RunError, match=r"gradient.*nan.*checkpoint is intact"):
-            patch.setattr(train_prm, "sft_pass", sft_pass)
+            patch.setattr(train_prm, "sft_batch_loss", sft_batch_loss)
             run_main(patch, train_prm, *flags, "--out", out)
     else:
         saves = iter([False] * 3 + [True])
@@ -266,8 +266,8 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
             (out / "training" / ".step_0000008").rename(out / "training" / "step_0000008")
             (out / "training" / "step_0000008" / ".metadata").unlink()
     resumed_at = []
-    real_batch = train_prm.batch_at
-    monkeypatch.setattr(train_prm, "batch_at", lambda step, *rest: resumed_at.append(step) or real_batch(step, *rest))
+    real_batch = train_prm.batch_for_step
+    monkeypatch.setattr(train_prm, "batch_for_step", lambda step, *rest: resumed_at.append(step) or real_batch(step, *rest))
     run_main(monkeypatch, train_prm, *flags, "--out", out)
     assert resumed_at == [6, 7, 8]
     assert read_metrics(out) == read_metrics(root / "whole")
