@@ -116,15 +116,15 @@ def shown_solution(response: str) -> tuple[list[str], str | None]:
 
 def process_aware_reward(valid: bool, judgement: Judgement | None) -> float:
     """r = V * y, with y the reward model's final verdict; an unparsed judgement is 0."""
-    return float(valid and scored is not None and scored.verdict is True)
+    return float(valid and judgement is not None and judgement.verdict is True)
 
 
 def step_augmented_reward(valid: bool, judgement: Judgement | None) -> float:
     """r = V * (0.4 k/n + 0.6 y), k of n steps judged correct; k/n is 0 without step verdicts, r without a verdict."""
-    if not valid or scored is None or scored.verdict is None:
+    if not valid or judgement is None or judgement.verdict is None:
         return 0.0
-    share = sum(scored.step_verdicts) / len(scored.step_verdicts) if scored.step_verdicts else 0.0
-    return 0.4 * share + 0.6 * scored.verdict
+    share = sum(judgement.step_verdicts) / len(judgement.step_verdicts) if judgement.step_verdicts else 0.0
+    return 0.4 * share + 0.6 * judgement.verdict
 
 
 def majority_rewards(answers: list[str | None]) -> list[float]:

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from data import prepare
-from evaluate import grade, read_answers, read_cases
+from data.records import read_answers
+from evaluate import grade, read_cases
 from kernels import distributed
 from kernels.distributed import InputError
 
