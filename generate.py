@@ -15,6 +15,7 @@ sampler, kernels/sampler.py, is part of what is to be read. Answers in the probl
 
 import argparse
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -261,6 +262,68 @@ def open_engine(name: str, device: torch.device, slots: int | None, flag: str = 
     return Engine(Sampler(model, slots), tokenizer, stop_ids)
 
 
+# --------------------------------------------------------------------------- solutions
+
+
+def find_incomplete(problems: list[dict], output: records.RecordFile, num_samples: int) -> list[dict]:
+    """The problems that still lack a solution in `output`, which remembers each solution's problem. Raises InputError
+    if a solution there was generated from a different problem of the same id."""
+    incomplete = []
+    for problem in problems:
+        complete = True
+        for k in range(num_samples):
+            name = f"{problem['id']}/{k}"
+            if name not in output.done:
+                complete = False
+            elif output.done[name] != problem["problem"]:
+                raise InputError(f"{output.path}: problem {problem['id']} was another one then; choose another --out or "
+                                 "remove it")  # fmt: skip
+        if not complete:
+            incomplete.append(problem)
+    return incomplete
+
+
+def generate_solutions(engine: Engine, problems: list[dict], output: records.RecordFile, args) -> None:
+    """Sample the solutions that `output` lacks and append them, a problem at a time; under torchrun, every rank its share.
+
+    args: num_samples, temperature, top_p, max_new_tokens, seed and model (its name, for the records). `output` must
+    remember the field "problem" of its records.
+    """
+    incomplete = find_incomplete(problems, output, args.num_samples)
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in incomplete]
+    stream = engine.stream(
+        prompts,
+        keys=[problem["id"] for problem in incomplete],
+        num_samples=args.num_samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        batches=distributed.work_queue(len(prompts), f"solutions of {output.path}"),
+    )
+    per_rank = math.ceil(len(prompts) / distributed.world_size())
+    for i, samples in with_progress(stream, engine.sampler, "generate", per_rank, args.num_samples):
+        problem = incomplete[i]
+        solutions = []
+        for k, sample in enumerate(samples):
+            text = engine.text(sample)
+            solution = {
+                "id": f"{problem['id']}/{k}",
+                "problem_id": problem["id"],
+                "problem": problem["problem"],
+                "sample": k,
+                "text": text,
+                "steps": split_steps(text),
+                "answer": extract_answer(text),
+                "finish": sample.finish,
+                "tokens": len(sample.ids),
+                "model": args.model,
+                "seed": args.seed,
+            }
+            solutions.append(solution)
+        output.append(solutions)
+
+
 # --------------------------------------------------------------------------- main
 
 
@@ -282,37 +345,12 @@ def main() -> None:
     device = distributed.init_distributed(args.device)
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     with records.RecordFile(args.out, args, keep="problem") as output:
-        for p in problems:
-            if any(output.done.get(f"{p['id']}/{k}", p["problem"]) != p["problem"] for k in range(args.num_samples)):
-                raise InputError(
-                    f"{args.out}: problem {p['id']} was another one then; choose another --out or remove it"
-                )
-        todo = [p for p in problems if any(f"{p['id']}/{k}" not in output.done for k in range(args.num_samples))]
-        if not todo:
+        if not find_incomplete(problems, output, args.num_samples):
             distributed.log(f"{args.out}: complete, {len(output.done)} solutions")
             return
         engine = open_engine(args.model, device, args.slots)
-        prompts = [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in todo]
-        stream = engine.stream(
-            prompts,
-            keys=[p["id"] for p in todo],
-            num_samples=args.num_samples,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            batches=distributed.work_queue(len(prompts), "generate"),
-        )
-        started, per_rank = time.time(), -(-len(prompts) // distributed.world_size())
-        for i, samples in with_progress(stream, engine.sampler, "generate", per_rank, args.num_samples):
-            problem, solutions = todo[i], []
-            for k, sample in enumerate(samples):
-                text = engine.text(sample)
-                about = {"id": f"{problem['id']}/{k}", "problem_id": problem["id"], "problem": problem["problem"]}
-                about |= {"sample": k, "text": text, "steps": split_steps(text), "answer": extract_answer(text)}
-                about |= {"finish": sample.finish, "tokens": len(sample.ids), "model": args.model, "seed": args.seed}
-                solutions.append(about)
-            output.append(solutions)
+        started = time.time()
+        generate_solutions(engine, problems, output, args)
     speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
     distributed.log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
