@@ -92,8 +92,8 @@ TINY = {
     "slots": 128,
     "device": "cpu",
 }
-FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
-        "heldout_every", "heldout", "activation_checkpointing", "max_gap"}  # fmt: skip
+MAY_CHANGE_ON_RESUME = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
+                        "heldout_every", "heldout", "activation_checkpointing", "max_gap"}  # fmt: skip
 STEP_DESIGNS = {"selective_advantage": 4, "global_step": 3}  # and the fewest steps that they put up with
 JUDGED = ["process_aware", "step_augmented", *STEP_DESIGNS]  # these need a reward model
 REWARDS = [*JUDGED, "rlvr", "majority", "self_certainty", "random"]
@@ -758,7 +758,7 @@ def run(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
-    records.check_arguments(out, vars(args), FREE)
+    records.check_arguments(out, vars(args), MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     distributed.copy_weights(inference, model)
     if distributed.rank() == 0:

@@ -73,7 +73,7 @@ TINY = {
 }
 KINDS = ["orm", "prm", "prm_cot", "disc_prm", "policy"]
 
-FREE = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}  # may change on resuming
+MAY_CHANGE_ON_RESUME = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}
 
 # A training sequence: token ids, and for each position the token that it is to predict, or -1.
 Sequence = tuple[list[int], list[int]]
@@ -447,7 +447,7 @@ def main() -> None:
     )
     steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
     out = Path(args.out)
-    records.check_arguments(out, vars(args), FREE)
+    records.check_arguments(out, vars(args), MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
