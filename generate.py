@@ -44,6 +44,8 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
+# A run resumes with other values of these flags, because they don't change records.
+MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device"}
 
 # --------------------------------------------------------------------------- solutions as text
 
@@ -176,7 +178,7 @@ def find_model(name: str, flag: str = "--model") -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name in records.MADE_BY:
-        raise InputError(f"{flag} {name}: no such directory; make it with: python {records.MADE_BY[name]}")
+        raise InputError(f"{flag} {name}: no such directory; create it with: python {records.MADE_BY[name]}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -276,8 +278,8 @@ def find_incomplete(problems: list[dict], output: records.RecordFile, num_sample
             if name not in output.done:
                 complete = False
             elif output.done[name] != problem["problem"]:
-                raise InputError(f"{output.path}: problem {problem['id']} was another one then; choose another --out or "
-                                 "remove it")  # fmt: skip
+                raise InputError(f"{output.path}: problem {problem['id']} was generated from a different problem; "
+                                 "choose another --out or remove it")  # fmt: skip
         if not complete:
             incomplete.append(problem)
     return incomplete
@@ -344,7 +346,7 @@ def main() -> None:
     records.check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-    with records.RecordFile(args.out, args, keep="problem") as output:
+    with records.RecordFile(args.out, args, MAY_CHANGE_ON_RESUME, remembered_field="problem") as output:
         if not find_incomplete(problems, output, args.num_samples):
             distributed.log(f"{args.out}: complete, {len(output.done)} solutions")
             return

@@ -57,6 +57,8 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
+# A run resumes with other values of these flags, because they don't change verifications.
+MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "hybrid_from", "critique_rounds", "balance"}
 
 
 @dataclass(frozen=True)
@@ -449,8 +451,8 @@ def improve_labels(
     doesn't parse ends the rounds. engine: opened if it is None and needed. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
-    free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
-    with records.RecordFile(path, args, free, name, keep="merged") as output:
+    may_change = MAY_CHANGE_ON_RESUME | {"answers"}
+    with records.RecordFile(path, args, may_change, key_fields=name, remembered_field="merged") as output:
         for number in range(1, args.critique_rounds + 1):
             todo, texts = [], []
             for s, base in pairs[distributed.rank() :: distributed.world_size()]:
@@ -529,8 +531,8 @@ def main() -> None:
     by_outcome = args.method == "hybrid" and args.hybrid_from == "outcome_consistency"
     method = "hybrid_outcome" if by_outcome else args.method
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
-    free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
-    with records.RecordFile(path, args, free, keep="solution_sha256") as output:
+    may_change = MAY_CHANGE_ON_RESUME if guided else MAY_CHANGE_ON_RESUME | {"answers"}
+    with records.RecordFile(path, args, may_change, remembered_field="solution_sha256") as output:
         todo = find_unverified(args, solutions, output)
         if todo:
             engine = open_engine(args.model, device, args.slots)

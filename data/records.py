@@ -1,7 +1,7 @@
-"""What stages read and write: JSON Lines in and out, `args.json`, fingerprints, the metrics file; and the command line.
+"""The files that stages read and write: JSON Lines, `args.json`, fingerprints, the metrics file; and the command line.
 
-Here belong: reading records with their types; appending so that a killed run can be taken up again, and no two runs write
-to one file; files that are there whole or not at all; what a run was made with; flags, with the tiny world's defaults.
+Here belong: reading records with their types; appending so that a killed run can be resumed, and no two runs write to one
+file; files that are replaced as a whole; recording how a file was made; flags, with the tiny world's defaults.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -19,48 +20,96 @@ from typing import IO
 from kernels import distributed
 from kernels.distributed import InputError
 
-import torch.distributed as dist
-
 # --------------------------------------------------------------------------- records
 
 
+def read_name(value: object) -> str | None:
+    """Ids and answers, which other programs may write as numbers; null stays None."""
+    if value is None:
+        return None
+    return str(value)
+
+
+def read_string(value: object) -> str:
+    """A string; ValueError says what it must be."""
+    if not isinstance(value, str):
+        raise ValueError("a string")
+    return value
+
+
+def read_strings(value: object) -> list[str]:
+    """A list of strings; ValueError says what it must be."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("a list of strings")
+    return value
+
+
+# How the value of a field is read, whichever file it comes from. Other fields are taken as they are.
+FIELD_TYPES = {
+    "id": read_name,
+    "problem_id": read_name,
+    "solution_id": read_name,
+    "answer": read_name,
+    "problem": read_string,
+    "steps": read_strings,
+}
+
+
 def read(path: str | Path, fields: list[str], made_by: str = "", unique: tuple[str, ...] = ("id",)) -> list[dict]:
-    """All records of a JSON Lines file; ids and answers that are numbers are read as text. Raises InputError for a
-    missing or empty file, for a line that is not an object with these fields (with its number), for a problem that
-    isn't a text, for steps that aren't a list of texts, and for a repeated id."""
-    path, advice = Path(path), f"; make it with: {made_by}" if made_by else ""
-    if not path.is_file():
+    """All records of a JSON Lines file, each with at least these fields, of the types in FIELD_TYPES.
+
+    made_by: the command that creates such a file, for the message. unique: the fields that identify a record. Raises
+    InputError for a missing or empty file, and with its line number for a line that is not such a record or repeats one.
+    """
+    advice = f"; create it with: {made_by}" if made_by else ""
+    if not Path(path).is_file():
         raise InputError(f"{path}: no such file{advice}")
-    records, seen = [], set()
-    # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside strings.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if b"\\u" in line:  # half of a pair that stands for one character is legal there, but no text
-                json.dumps(record, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
-        missing = [f for f in fields if not isinstance(record, dict) or f not in record]
-        if missing:
-            raise InputError(f"{path}:{number}: no field {missing[0]!r}; every line needs {', '.join(fields)}")
-        texts = [name for name in ("id", "problem_id", "solution_id", "answer") if record.get(name) is not None]
-        record |= {name: str(record[name]) for name in texts}
-        steps = record["steps"] if "steps" in fields else []
-        if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-            raise InputError(f"{path}:{number}: steps must be a list of texts, not {str(steps)[:60]}")
-        if "problem" in fields and not isinstance(record["problem"], str):
-            raise InputError(f"{path}:{number}: problem must be a text, not {str(record['problem'])[:60]}")
-        name = tuple(record.get(field) for field in unique)
-        if set(unique) <= set(fields) and name in seen:
-            twice = f"{', '.join(unique)} {', '.join(map(repr, name))}"
-            raise InputError(f"{path}:{number}: {twice} is there twice; ids must be unique")
-        seen.add(name)
+    has_key = set(unique) <= set(fields)
+    records = []
+    seen = set()
+    for place, record in read_lines(Path(path)):
+        check_record(record, fields, place)
+        key = tuple(record.get(field) for field in unique)
+        if has_key and key in seen:
+            repeated = f"{', '.join(unique)} {', '.join(map(repr, key))}"
+            raise InputError(f"{place}: {repeated} appears twice; ids must be unique")
+        seen.add(key)
         records.append(record)
     if not records:
         raise InputError(f"{path}: the file is empty{advice}")
     return records
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """("path:number", value) of each line that is not blank; InputError for one that is not JSON."""
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON allows inside strings.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+            if b"\\u" in line:  # a lone surrogate is legal JSON but can't be encoded as UTF-8
+                json.dumps(value, ensure_ascii=False).encode()
+        except ValueError as error:
+            raise InputError(f"{place}: not JSON ({error}); fix or remove the line") from None
+        yield place, value
+
+
+def check_record(record: object, fields: list[str], place: str) -> None:
+    """Read the fields of a record in place. InputError, beginning with its place, if one of `fields` is missing or of another
+    type; a field that wasn't asked for may be anything."""
+    for field in fields:
+        if not isinstance(record, dict) or field not in record:
+            raise InputError(f"{place}: no field {field!r}; every line needs {', '.join(fields)}")
+    for field, read_value in FIELD_TYPES.items():
+        if field not in record:
+            continue
+        try:
+            record[field] = read_value(record[field])
+        except ValueError as error:
+            if field in fields:
+                raise InputError(f"{place}: {field} must be {error}, not {str(record[field])[:60]}") from None
 
 
 def read_answers(paths: list[str]) -> dict[str, str]:
@@ -68,18 +117,21 @@ def read_answers(paths: list[str]) -> dict[str, str]:
     gold: dict[str, str] = {}
     for path in paths:
         for record in read(path, ["id", "answer"], "python -m data.make_tiny problems"):
-            name, answer = record["id"], record["answer"]
+            name = record["id"]
+            answer = record["answer"]
             if answer is None:
                 raise InputError(f"{path}: {name!r} has no answer (null); remove it or write one")
-            if gold.setdefault(name, answer) != answer:
-                raise InputError(f"{path}: {name!r} has answer {answer!r}, before it was {gold[name]!r}; rename one id")
+            if name in gold and gold[name] != answer:
+                answers = f"{gold[name]!r} and {answer!r}"
+                raise InputError(f"{path}: {name!r} has two different answers, {answers}; rename one id")
+            gold[name] = answer
     return gold
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The rank, too, because machines that share a disk may share a pid.
+    # With the rank, because pids are not unique across machines.
     temporary = path.with_name(f".{path.name}.{distributed.rank()}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -90,9 +142,14 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def to_lines(records: list[dict]) -> str:
+    """The records as JSON Lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def write_lines(path: Path, records: list[dict]) -> None:
     """Write a JSON Lines file, whole or not at all."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, to_lines(records))
 
 
 def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
@@ -101,144 +158,187 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     write_lines(path, records)
 
 
-# --------------------------------------------------------------------------- what a run was made with
+# --------------------------------------------------------------------------- how a file was made
 
 
-def describe_run(args: argparse.Namespace) -> dict:
-    """What `<output>.args.json` holds: resolved arguments, package versions, git commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def describe_run(args: argparse.Namespace, constants: dict | None = None) -> dict:
+    """The contents of `<output>.args.json`: resolved arguments, constants that were never flags, package versions, git
+    commit."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # git is not installed
         commit = ""
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    return {"arguments": vars(args), "versions": packages, "commit": commit or None}
+    return {
+        "arguments": vars(args),
+        "constants": constants or {},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "commit": commit or None,  # not a git checkout
+    }
 
 
 def hash_file(path: str | Path) -> str:
-    """The beginning of a file's SHA-256, to know it again."""
+    """First 16 hex digits of the file's SHA-256."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def check_arguments(output: Path, new: dict, free: set[str]) -> None:
-    """Raise InputError if `<output>.args.json` has other than these new arguments, except for the `free` ones."""
-    earlier = Path(f"{output}.args.json")
-    if not (earlier.exists() and output.exists()):
+def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None:
+    """Raise InputError if `<output>.args.json` differs from these arguments, apart from those that may change on resuming.
+
+    An argument named x_sha256 is the hash of the file given by --x."""
+    description = Path(f"{output}.args.json")
+    if not (description.exists() and output.exists()):
         return
-    old = json.loads(earlier.read_text())["arguments"]
-    for name in sorted((old.keys() | new.keys()) - free):
-        if old.get(name) != new.get(name):
-            change = f"made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}"
-            if name.endswith("_sha256"):
-                change = f"what --{name.removesuffix('_sha256')} holds has changed since"
-            raise InputError(f"{output}: {change}; choose another --out or remove it")
+    earlier = json.loads(description.read_text())["arguments"]
+    for name in sorted((earlier.keys() | arguments.keys()) - may_change):
+        before, now = earlier.get(name), arguments.get(name)
+        if before == now:
+            continue
+        difference = f"made with --{name} {before}, this run has --{name} {now}"
+        if name.endswith("_sha256"):
+            difference = f"the contents of --{name.removesuffix('_sha256')} have changed"
+        raise InputError(f"{output}: {difference}; choose another --out or remove it")
 
 
 # --------------------------------------------------------------------------- files that runs append to
 
 
-def take_lock(path: Path, taken: str) -> IO:
-    """Lock a file until it is closed or the process ends; InputError, beginning with `taken`, if another has it."""
+def take_lock(path: Path, refusal: str) -> IO:
+    """Lock a file until it is closed or the process ends; InputError, beginning with `refusal`, if another run has it."""
     file = open(path, "w")  # noqa: SIM115 - it stays open as long as the lock is held
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise InputError(f"{taken}; wait for it or choose another --out") from None
+        raise InputError(f"{refusal}; wait for it or choose another --out") from None
     return file
 
 
 class RecordFile:
-    """An append-only JSON Lines output that a killed run can take up again. Use as a context manager.
+    """An append-only JSON Lines output that a killed run can resume. Use as a context manager.
 
-    On entry it takes the file's lock (two runs never write to one file), cuts a torn last line, and refuses
-    a file made with other arguments, except for those that don't change records (`free`). `done` has the names
-    (the id, or several fields) of the records already there, and of each the field `keep`. Under torchrun rank 0
-    does all this, and every rank appends whole lines. Nothing but the lock is written before the first record, so
-    a run that fails early leaves nothing behind.
+        with RecordFile("out.jsonl", args, MAY_CHANGE_ON_RESUME, remembered_field="problem") as output:
+            if "p0/0" not in output.done:
+                output.append([{"id": "p0/0", "problem": "1 + 1", ...}])
+
+    may_change: the arguments that may differ from those that the file was made with, because they don't change records.
+    key_fields: what identifies a record. After entry, `done` maps the keys of the records already there, each an id, or a
+    tuple if there are several key fields, to their remembered field (None without one).
+
+    Under torchrun rank 0 locks, checks and repairs the file; every rank reads it and appends whole lines. Only the lock is
+    written before the first record, so a run that fails early leaves nothing behind.
     """
 
     def __init__(
         self,
         path: str | Path,
         args: argparse.Namespace,
-        free: tuple[str, ...] = (),
-        name: tuple[str, ...] = ("id",),
-        keep: str | None = None,
+        may_change: set[str],
+        key_fields: tuple[str, ...] = ("id",),
+        remembered_field: str | None = None,
     ):
-        self.path, self.free = Path(path), {"out", "limit", "slots", "device", *free}
-        self.fields, self.name, self.keep = name, itemgetter(*name), keep
-        self.run, self.file = describe_run(args), None
+        self.path = Path(path)
+        self.run = describe_run(args)
+        self.may_change = may_change
+        self.key_fields = key_fields
+        self.key_of = itemgetter(*key_fields)  # a function: record -> its key
+        self.remembered_field = remembered_field
         self.done: dict = {}
+        self.file: int | None = None  # its descriptor, once a record has been appended
 
     def __enter__(self) -> "RecordFile":
+        # 1. One rank makes sure that the file can be continued.
         if distributed.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(Path(f"{self.path}.lock"), f"{self.path}: another run is writing to it")
-            if self.path.exists() and self.path.stat().st_size:
-                check_arguments(self.path, self.run["arguments"], self.free)
-                with open(self.path, "rb+") as file:
-                    data = file.read()
-                    whole = data.rfind(b"\n") + 1
-                    try:
-                        json.loads(data[whole:])
-                        file.write(b"\n")  # a record that lacks nothing but the end of its line
-                    except ValueError:
-                        file.truncate(whole)
-        if dist.is_initialized():
-            dist.barrier()
-        if self.path.exists() and self.path.stat().st_size:
-            self._note(read(self.path, list(self.fields), unique=self.fields))
-        if dist.is_initialized():
-            dist.barrier()  # nobody appends before all have read the same
+            if self._has_content():
+                check_arguments(self.path, self.run["arguments"], self.may_change)
+                self._repair_last_line()
+        distributed.barrier()
+
+        # 2. Every rank reads what is there, before any rank appends to it.
+        if self._has_content():
+            self._remember(read(self.path, list(self.key_fields), unique=self.key_fields))
+        distributed.barrier()
         return self
 
     def append(self, records: list[dict]) -> None:
-        """Append the records whose ids are not there yet, in one write."""
+        """Append the records whose keys are not there yet."""
         if self.file is None:
             write_json(Path(f"{self.path}.args.json"), self.run)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        fresh = [r for r in records if self.name(r) not in self.done]
-        self._note(fresh)
-        data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh).encode()
+        new = [record for record in records if self.key_of(record) not in self.done]
+        self._remember(new)
+        # One system call for all of them, because another rank may append at the same time.
+        data = to_lines(new).encode()
         while data:
-            data = data[os.write(self.file, data) :]
-
-    def _note(self, records: list[dict]) -> None:
-        self.done.update((self.name(r), r.get(self.keep)) for r in records)
+            written = os.write(self.file, data)
+            data = data[written:]  # nothing, unless the disk is full: then the next call says so
 
     def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:
             os.close(self.file)
-        if dist.is_initialized() and error is None:  # a rank that fails must not wait for the others
-            dist.barrier()
+        if error is None:  # a rank that fails must not wait for the others
+            distributed.barrier()
         if distributed.rank() == 0:
             self.lock.close()
 
+    def _has_content(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size > 0
+
+    def _repair_last_line(self) -> None:
+        """A killed run may leave a line without its newline at the end: complete it if it is a whole record, else cut it."""
+        with open(self.path, "rb+") as file:
+            data = file.read()
+            start = data.rfind(b"\n") + 1
+            last_line = data[start:]
+            if not last_line:
+                return
+            try:
+                json.loads(last_line)
+            except ValueError:
+                file.truncate(start)
+            else:
+                file.write(b"\n")
+
+    def _remember(self, records: list[dict]) -> None:
+        for record in records:
+            self.done[self.key_of(record)] = record.get(self.remembered_field)
+
 
 class MetricsFile:
-    """metrics.jsonl of a training run, one object a step. Resuming after step `start` cuts off what came later.
-    Use as a context manager; only rank 0 writes. It holds the run's lock: two runs never train into one directory."""
+    """metrics.jsonl of a training run, one record per step. Use as a context manager.
+
+    Resuming after step `start` drops the records of later steps, which will be trained again. Under torchrun every rank
+    has `records`, and rank 0 writes. It also locks the file: two runs never train into one directory.
+    """
 
     def __init__(self, path: Path, start: int):
-        self.path, self.records = path, []
-        if start and path.exists():
-            lines = path.read_text().split("\n")[:-1]  # a torn last line has no newline
-            self.records = [record for record in map(json.loads, lines) if record["step"] <= start]
+        self.path = path
+        self.start = start
+        self.records: list[dict] = []
 
     def __enter__(self) -> "MetricsFile":
         if distributed.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            taken = f"{self.path.parent}: another run is training into it"
-            self.lock = take_lock(self.path.with_suffix(".lock"), taken)
+            refusal = f"{self.path.parent}: another run is training into it"
+            self.lock = take_lock(self.path.with_suffix(".lock"), refusal)
+        if self.start > 0 and self.path.exists():
+            *lines, _torn = self.path.read_text().split("\n")  # after the last newline: a torn line, or nothing
+            for line in lines:
+                record = json.loads(line)
+                if record["step"] <= self.start:
+                    self.records.append(record)
+        if distributed.rank() == 0:
+            # Under the lock a fixed temporary name will do, and the next run replaces what a killed one has left.
             temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            temporary.write_text(to_lines(self.records))
             temporary.replace(self.path)
             self.file = open(self.path, "a")
         return self
 
     def append(self, record: dict) -> None:
-        """Add one step's numbers."""
+        """Add the numbers of one step."""
         self.records.append(record)
         if distributed.rank() == 0:
             self.file.write(json.dumps(record) + "\n")
@@ -252,7 +352,7 @@ class MetricsFile:
 
 # --------------------------------------------------------------------------- the command line
 
-# Checkpoints of the tiny world, and what makes them.
+# Checkpoints of the tiny world, and the scripts that create them.
 MADE_BY = {
     "data/tiny/policy": "-m data.make_tiny",
     "data/tiny/verifier": "-m data.make_tiny",
@@ -262,22 +362,27 @@ MADE_BY = {
 
 
 def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
-    """Parse the command line; without the first of the needed flags the tiny world's numbers replace the paper's
-    defaults. Raises InputError if another of them is missing."""
-    key, args = needed[0], parser.parse_args()
+    """Parse the command line. If the first needed flag is omitted, use the TINY defaults in place of the paper's. Raises
+    InputError if it is given without the others."""
+    key = needed[0]
+    args = parser.parse_args()
     if getattr(args, key) is None:
+        # Flags that were given win over TINY, and once parsed they can't be told from defaults. So: other defaults, and
+        # parse again.
         parser.set_defaults(**tiny)
         args = parser.parse_args()
-        if "RANK" not in os.environ or os.environ["RANK"] == "0":
-            print(f"no --{key}: the tiny world, " + ", ".join(f"{k}={getattr(args, k)}" for k in tiny), flush=True)
+        # torchrun's RANK, because distributed.rank() knows it only after joining the process group, which needs --device.
+        if os.environ.get("RANK", "0") == "0":
+            defaults = ", ".join(f"{name}={getattr(args, name)}" for name in tiny)
+            print(f"no --{key}: the tiny world, {defaults}", flush=True)
     for flag in needed:
         if getattr(args, flag) is None:
-            raise InputError(f"--{flag} is missing; it goes with --{key}")
+            raise InputError(f"--{key} also needs --{flag}")
     return args
 
 
 def check_numbers(args: argparse.Namespace, *flags: str, least: float = 1, most: float = math.inf) -> None:
-    """Raise InputError for the first of these flags that has a value outside least..most."""
+    """Raise InputError for the first of these flags whose value is outside least..most."""
     for flag in flags:
         value = vars(args).get(flag)
         if value is not None and not least <= value <= most:

@@ -1,10 +1,9 @@
-"""What vanishes when the code is read for one process: errors and signals, ranks and what they exchange, FSDP2.
+"""What a reader may skip who thinks of a single process: errors and signals, ranks and their collectives, FSDP2.
 
 Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals); the processes that torchrun started, their
-numbers, their shares of the work and collectives; a model's weights over several of them: sharding, checkpoints, copies.
+numbers, their shares of the work and collectives; a model's weights across them: sharding, checkpoints, copies.
 """
 
-import errno
 import os
 import shutil
 import signal
@@ -24,74 +23,86 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """Bad input: the message names the thing, the value and what to do; `run_stage` turns it into exit status 2."""
+    """A user error; its message says what is wrong and how to fix it. `run_stage` prints it as one line."""
 
 
 class RunError(RuntimeError):
-    """A run that can't go on: it diverged, the disk is full, the sampler and the trainer disagree. `run_stage` turns it into
-    one line and exit status 2, too."""
+    """A run that can't continue: it diverged, or the sampler and the trainer disagree. `run_stage` prints it as one line."""
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; an InputError, a RunError, a path that can't be written, a full disk or a full GPU becomes one
-    line on stderr and exit status 2."""
+    """Run a stage's main. User errors, failed runs, disk-full and other file errors, and out-of-memory errors of a GPU
+    become one line on stderr and exit status 2; anything else is a bug and keeps its traceback."""
     try:
         main()
     except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = str(error)
     except torch.OutOfMemoryError as error:
         advice = "lower --slots (rows of the KV cache); in training --micro_tokens, or add --activation_checkpointing"
-        print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # libraries keep its text, not always its errno
-        places = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-        if isinstance(error, places) or error.errno == errno.EROFS:
-            advice = "choose another path"
-        elif any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-            advice = "make room: what was whole is intact, and the same command goes on"
-        else:
-            raise
-        print(f"error: {error}; {advice}", file=sys.stderr)
-        raise SystemExit(2) from None
-    else:  # a rank that fails alone must not wait for the others, as it would: with NCCL this is collective
+        message = f"{str(error).splitlines()[0]} {advice}"
+    except OSError as error:
+        # Files are replaced as a whole and records are appended line by line, so this holds whatever has failed.
+        message = f"{error}; what was saved before is intact, and the same command resumes once this is fixed"
+    else:
+        # Only on success: the call is collective and would hang a failing rank.
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 # --------------------------------------------------------------------------- processes
 
 
 def init_distributed(device: str | None = None) -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device. Raises InputError if there is none
-    of that name."""
+    """Choose this process's device, and join the process group if torchrun started it.
+
+    device: "cpu" or "cuda"; None: cuda if available. Under torchrun a process uses the GPU of its local rank.
+    Raises InputError if there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    message = f"--device {device}: no such device; use cpu or, if available, cuda"
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if found.type == "cuda":
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", found.index or 0)))
-            torch.cuda.set_device(found)  # streams, graphs and NCCL go by the current one
-    except (AssertionError, AttributeError, RuntimeError) as error:  # a build without CUDA raises any of them
-        raise InputError(
-            f"--device {device}: {str(error).splitlines()[0]}; say cpu, or cuda where there is one"
-        ) from None
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(message) from None
+    if found.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", found.index or 0))
+        if index >= torch.cuda.device_count():  # the count is 0 in a build without CUDA
+            raise InputError(message)
+        found = torch.device("cuda", index)
+        torch.cuda.set_device(found)  # streams, CUDA graphs and NCCL use the current device
+
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # By default a rank gives up after minutes; but one that is done with its share may have to wait for hours.
-        waiting = timedelta(days=1)
+        # By default a collective fails after some minutes, but a rank that finishes early may wait for hours.
+        timeout = timedelta(days=1)
         if found.type == "cuda":
-            dist.init_process_group("nccl", timeout=waiting, device_id=found)
+            dist.init_process_group("nccl", timeout=timeout, device_id=found)
         else:
-            dist.init_process_group("gloo", timeout=waiting)
+            dist.init_process_group("gloo", timeout=timeout)
     return found
 
 
 def rank() -> int:
-    """This process's number among those torchrun started; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number among those that torchrun started; 0 without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return 0
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The number of processes that torchrun started; 1 without torchrun."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return 1
+
+
+def barrier() -> None:
+    """Wait until every rank gets here; nothing without torchrun."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def log(*values: object) -> None:
@@ -101,14 +112,15 @@ def log(*values: object) -> None:
 
 
 def stop_on_signal() -> list[int]:
-    """A list in which SIGTERM and Ctrl-C are noted from now on, in place of ending the process: the step may end, save
-    and stop; the same command goes on from there."""
+    """Record SIGTERM and Ctrl-C in the returned list instead of ending the process, so that the loop that reads the list
+    can finish its step, save and stop; the same command resumes from there."""
     signals: list[int] = []
 
     def note(number: int, _) -> None:
         signals.append(number)
         if rank() == 0:
-            os.write(2, b"\nstopping after this step\n")  # print() isn't safe here: it may have been interrupted
+            # Not print(): the signal may have interrupted another print(), which can't be entered twice.
+            os.write(2, b"\nstopping after this step\n")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
@@ -116,13 +128,33 @@ def stop_on_signal() -> list[int]:
 
 
 def work_queue(count: int, name: str) -> Iterator[list[int]]:
-    """Deal the numbers 0 ... count - 1 out to the ranks, a few at a time, to whoever comes for more: a rank that is
-    done early takes from what is left rather than wait. name: another one for each deal of a run."""
-    store, dealt = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None, 0
-    while dealt < count:
-        few = max(1, (count - dealt) // (2 * world_size())) if store else count
-        dealt = store.add(f"deal/{name}", few) if store else few
-        yield list(range(dealt - few, min(dealt, count)))
+    """Shared work queue: each rank repeatedly takes a batch of the indices 0 ... count - 1, until none are left.
+
+    A batch is half of an equal share of what is left, so that the ranks come back seldom at first and finish at about the
+    same time. 10 indices, 2 ranks, in the order in which batches are taken, by whichever rank:
+
+        left    10    8     6   5   4   3   2   1
+        batch   0 1   2 3   4   5   6   7   8   9
+
+    name: a different one for each queue of a run.
+    """
+    if not dist.is_initialized():
+        if count > 0:
+            yield list(range(count))
+        return
+    # The ranks share a counter of the indices taken so far. It lives in the key-value store that the process group was
+    # made with. PyTorch has no public function that returns it, and another store would need an address of its own.
+    store = dist.distributed_c10d._get_default_store()
+    counter = f"work_queue/{name}"
+    while True:
+        left = count - store.add(counter, 0)  # adding 0 reads the counter
+        batch_size = max(1, left // (2 * world_size()))
+        # `add` is atomic and returns the new value, so no two ranks get the same indices.
+        end = store.add(counter, batch_size)
+        start = end - batch_size
+        if start >= count:
+            return
+        yield list(range(start, min(end, count)))
 
 
 def gather(mine: list) -> list:

@@ -685,9 +685,8 @@ def test_garbage_takes_linear_time(function):
 
 
 def open_output(path: Path, **changes) -> records.RecordFile:
-    return records.RecordFile(
-        path, Namespace(**{"model": "m", "temperature": 0.7, "seed": 0, "slots": 4, "out": "x", **changes})
-    )
+    args = Namespace(**{"model": "m", "temperature": 0.7, "seed": 0, "slots": 4, "out": "x", **changes})
+    return records.RecordFile(path, args, generate.MAY_CHANGE_ON_RESUME)
 
 
 def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
@@ -727,17 +726,17 @@ def test_a_run_is_described_without_git(monkeypatch):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no such file; make it with: python x.py"),
+        (None, "no such file; create it with: python x.py"),
         (b"", "the file is empty"),
         (b"\n\n", "the file is empty"),
         (b'{"id": 1, "problem": "a"}\n\n{"id": 2,\n', r"in.jsonl:3: not JSON"),
         (b'{"id": 1, "problem": "a"}\n{"id": 2, "problem": "\xff"}\n', r"in.jsonl:2: not JSON"),
         (b'{"id": 1, "problem": "\\ud83d"}\n', r"in.jsonl:1: not JSON .*surrogates"),
-        (b'{"id": 1, "problem": null}\n', r"in.jsonl:1: problem must be a text, not None"),
+        (b'{"id": 1, "problem": null}\n', r"in.jsonl:1: problem must be a string, not None"),
         (b'{"id": 1}\n', r"in.jsonl:1: no field 'problem'"),
         (b"[1]\n", r"in.jsonl:1: no field 'id'"),
-        (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id '1' is there twice"),
-        (b'{"id": 1, "problem": "a"}\n{"id": "1", "problem": "b"}\n', r"in.jsonl:2: id '1' is there twice"),
+        (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id '1' appears twice"),
+        (b'{"id": 1, "problem": "a"}\n{"id": "1", "problem": "b"}\n', r"in.jsonl:2: id '1' appears twice"),
     ],
 )
 def test_read_records_names_what_is_wrong(tmp_path, content, message):
@@ -758,10 +757,11 @@ def test_errors_name_the_thing_once(tmp_path, capsys):
 
     with pytest.raises(SystemExit):
         distributed.run_stage(write)
-    assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: 'out.jsonl'; choose another path\n"
+    message = "error: [Errno 30] Read-only file system: 'out.jsonl'; what was saved before is intact, and the same command "
+    assert capsys.readouterr().err == message + "resumes once this is fixed\n"
     (tmp_path / "out").mkdir()
     (tmp_path / "out.args.json").write_text('{"arguments": {"labels_sha256": "a"}}')
-    with pytest.raises(InputError, match="what --labels holds has changed since"):
+    with pytest.raises(InputError, match="the contents of --labels have changed"):
         records.check_arguments(tmp_path / "out", {"labels_sha256": "b"}, set())
     with pytest.raises(InputError) as error:
         generate.open_config(str(tmp_path / "no/such/model"), "--prm")
@@ -781,7 +781,7 @@ def test_records_of_other_engines(tmp_path):
     with pytest.raises(InputError, match="'2' has no answer"):
         records.read_answers([path])
     path.write_text('{"id": 1, "steps": "ab"}\n')
-    with pytest.raises(InputError, match=r"in.jsonl:1: steps must be a list of texts, not ab"):
+    with pytest.raises(InputError, match=r"in.jsonl:1: steps must be a list of strings, not ab"):
         records.read(path, ["id", "steps"])
 
 
@@ -950,11 +950,11 @@ BAD_INPUT = [
     (lambda *_: ["--top_p", 0], "top_p=0.0"),
     (lambda tmp_path, _: ["--out", tmp_path], "Is a directory"),
     (break_problems, r"broken.jsonl:2: not JSON"),
-    (lambda tmp_path, _: ["--problems", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python"),
+    (lambda tmp_path, _: ["--problems", tmp_path / "none.jsonl"], "none.jsonl: no such file; create it with: python"),
     (lambda *_: ["--problems", "/dev/null"], "/dev/null"),
     (make_earlier_run, "--temperature 0.5, this run has --temperature 0.7"),
     (break_weights, r"model.safetensors: not a whole file .*; fetch it again"),
-    (change_problems, "problem p0 was another one then; choose another --out"),
+    (change_problems, "problem p0 was generated from a different problem; choose another --out"),
 ]
 
 

@@ -291,7 +291,7 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     labels = Path(flags[flags.index("--labels") + 1])
     real = records.hash_file
     monkeypatch.setattr(records, "hash_file", lambda path: real(path) if path != str(labels) else "other")
-    with pytest.raises(InputError, match=r"what --labels holds has changed since; choose another --out"):
+    with pytest.raises(InputError, match=r"the contents of --labels have changed; choose another --out"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
 
 

@@ -407,7 +407,7 @@ def test_bad_input_is_status_2(tmp_path, world):
     out = tmp_path / "out"
     for change, message in (
         (["--max_new_tokens", 500], "no prompt leaves room for --max_new_tokens 500"),
-        (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; make it with: python generate.py"),
+        (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; create it with: python generate.py"),
         (["--temperature", -1], "temperature=-1.0"),
         (["--limit", 0], "--limit 0: it must be at least 1"),
     ):
@@ -415,7 +415,7 @@ def test_bad_input_is_status_2(tmp_path, world):
         assert status == 2 and stderr.startswith("error: ") and message in stderr, stderr
         assert not [path for path in Path(out).glob("*") if path.suffix != ".lock"]
     status, stderr = run_script("verify.py", tmp_path, "--model", "somewhere")
-    assert status == 2 and stderr == "error: --solutions is missing; it goes with --model\n"
+    assert status == 2 and stderr == "error: --model also needs --solutions\n"
 
 
 # --------------------------------------------------------------------------- critiques, references, ranks: tiny verifier
