@@ -1,4 +1,4 @@
-"""Stage I, first half: a generator writes M solutions to every problem (SPARK, arXiv 2512.03244, Sec. 3.1).
+"""Stage I, first half: a generator writes M solutions per problem (SPARK, arXiv 2512.03244, Sec. 3.1).
 
     problems.jsonl -> generate.py -> solutions.jsonl       (fields: see "Files" in the README)
 
@@ -6,11 +6,11 @@
     python generate.py --model Qwen/Qwen2.5-14B-Instruct --problems problems.jsonl --out runs/solutions.jsonl
     torchrun --nproc_per_node 8 generate.py --model ... --problems ... --out ...       # sharded by problem
 
-The file introduces what the later stages share, in this order: the solver prompt, the step splitter and its
-renderer; the chat template; the engine, a model that can be asked.
+In this order: the solver prompt; reading and writing solutions as text; the chat template; the engine, that is a model
+with its tokenizer and sampler; Stage I itself, `generate_solutions`. The later stages import most of it.
 
-What differs from the paper: nothing in the method. The released script talks to an inference server; here the
-sampler, kernels/sampler.py, is part of what is to be read. Answers in the problems file are never opened.
+What differs from the paper: nothing in the method. The released script queries an inference server; here the sampler,
+kernels/sampler.py, is part of the code to read. Answers in the problems file are never used.
 """
 
 import argparse
@@ -53,31 +53,37 @@ SOLVE_PROMPT = r"""Solve the problem step by step. Write your reasoning as <thin
 
 Problem: {problem}"""
 
-# One class per run of blanks and marks: two that overlap would make a line of blanks take quadratic time.
+# The text of a step opens no other <step>, so of nested tags the innermost match.
 STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
-STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+\d+[ \t*]*[:.)]\**[ \t]*")
+# Each run of blanks is matched by exactly one character class; overlapping classes backtrack quadratically.
+STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+(\d+)[ \t*]*[:.)]\**[ \t]*")
 ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
 
 def split_steps(text: str) -> list[str]:
     """The reasoning steps of a solution, in order, without the final answer.
 
-    Three layouts: `<step>…</step>` (the policy's format; what is inside stays), "Step 1: …" headings (instruct models;
-    they go), and paragraphs separated by blank lines (the last resort; also before a first heading that isn't Step 1).
-    Empty steps are dropped.
+    Three layouts: `<step>…</step>` (the policy's format; contents kept verbatim), "Step 1: …" headings (instruct models;
+    headings removed), and paragraphs separated by blank lines (the fallback, and before a first heading that is not
+    Step 1). Empty steps are dropped.
     """
     steps = STEP_TAG.findall(text)
     if not steps:
         body = re.sub(r"</?think>|<answer>.*?(</answer>|$)|\r(?=\n)", "", text, flags=re.DOTALL)
-        answers = list(ANSWER_LINE.finditer(body))
-        if answers:
-            body = body[: answers[-1].start()]
-        first = STEP_HEADING.search(body)
-        before, *steps = STEP_HEADING.split(body)
-        if first and re.search(r"\d+", first.group()).group().lstrip("0") == "1":
+        answer_lines = list(ANSWER_LINE.finditer(body))
+        if answer_lines:
+            body = body[: answer_lines[-1].start()]
+
+        # "Now. Step 1: a Step 2: b" is split into "Now. ", "1", "a ", "2", "b".
+        before, *rest = STEP_HEADING.split(body)
+        numbers = rest[0::2]
+        steps = rest[1::2]
+        starts_at_step_1 = bool(numbers) and numbers[0].lstrip("0") == "1"  # not int(): it refuses thousands of digits
+        if starts_at_step_1:
             steps[0] = before + steps[0]  # an introduction belongs to the first step
         else:
-            steps = [*re.split(r"\n[ \t]*\n", before), *steps]
+            paragraphs = re.split(r"\n[ \t]*\n", before)
+            steps = paragraphs + steps
     return [step.strip() for step in steps if step.strip()]
 
 
@@ -91,70 +97,101 @@ def render_steps(steps: list[str], answer: str | None = None) -> str:
 
 def render_response(steps: list[str], answer: str) -> str:
     """The policy's format, which `SOLVE_PROMPT` asks for; `split_steps` and `extract_answer` undo it."""
-    inner = " ".join(f"<step>{step}</step>" for step in steps)
-    return f"<think>{inner}</think><answer>\\boxed{{{answer}}}</answer>"
+    reasoning = " ".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{reasoning}</think><answer>\\boxed{{{answer}}}</answer>"
 
 
 def find_boxes(text: str) -> list[tuple[int, int]]:
-    r"""(start, end) of what each closed `\boxed{…}` holds, in order; braces nest, `\{` and `\}` don't count. O(len)."""
-    boxes, open_braces = [], []
+    r"""(start, end) of the contents of each closed `\boxed{…}`, by start. Braces nest; `\{` and `\}` don't count. O(len)."""
+    boxes = []
+    open_braces = []  # for each: where its contents start, and whether it belongs to a box
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, flags=re.DOTALL):
         token = match.group()
-        if token == "{" or token.startswith("\\boxed"):
-            open_braces.append((match.end(), token != "{"))
+        if token.startswith("\\boxed"):
+            open_braces.append((match.end(), True))
+        elif token == "{":
+            open_braces.append((match.end(), False))
         elif token == "}" and open_braces:
-            start, boxed = open_braces.pop()
-            if boxed:
+            start, is_box = open_braces.pop()
+            if is_box:
                 boxes.append((start, match.start()))
-    return sorted(boxes)
+    return sorted(boxes)  # by start: a box inside another one was closed first
 
 
 def unwrap_boxes(text: str) -> str:
-    r"""The text with what each closed `\boxed{…}` holds in its place."""
-    while boxes := find_boxes(text):
-        start, end = boxes[-1]
-        text = text[: text.rindex("\\boxed", 0, start)] + text[start:end] + text[end + 1 :]
-    return text
+    r"""Replace each closed `\boxed{x}` by x."""
+    wrappers = []  # (start, end) of each `\boxed{` and of its closing brace
+    for start, end in find_boxes(text):
+        wrappers.append((text.rindex("\\boxed", 0, start), start))
+        wrappers.append((end, end + 1))
+    kept = []
+    position = 0
+    for start, end in sorted(wrappers):
+        kept.append(text[position:start])
+        position = end
+    kept.append(text[position:])
+    return "".join(kept)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line, else None."""
-    if boxes := find_boxes(text):
-        return text[slice(*boxes[-1])].strip() or None
-    lines = [match.group(1).strip("* \t\r") for match in ANSWER_LINE.finditer(text)]
-    return lines[-1] or None if lines else None
+    r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line. None if there is none or it is empty."""
+    boxes = find_boxes(text)
+    if boxes:
+        start, end = boxes[-1]
+        return text[start:end].strip() or None
+    answers = ANSWER_LINE.findall(text)
+    if answers:
+        return answers[-1].strip("* \t\r") or None
+    return None
 
 
 def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
-    r"""V: does a response keep the format? Everything a policy could gain by breaking it is checked here.
+    r"""V, whether a response has the required format. The constraints:
 
-    none: always. paper: exactly one closed `\boxed{…}`, one `<answer>` and then one `</answer>`, and only white space
-    after it. strict: also the box inside the answer, one `<think>` with at least one `<step>`, nothing outside the
-    tags, no nested tags, and not cut off by the length limit (finished).
+    none: always.
+    paper: exactly one closed `\boxed{…}`; one `<answer>` and then one `</answer>`, with only white space after it.
+    strict: also one `<think>` with at least one `<step>`, no nested tags, no text outside the tags, the box inside the
+        answer, and finished, that is, the response ended by itself and not at the length limit.
+
+    finished counts under strict only: the paper's constraints are about the text.
     """
     if constraints == "none":
         return True
-    if len(find_boxes(response)) != 1 or response.count("<answer>") != 1 or response.count("</answer>") != 1:
+    if len(find_boxes(response)) != 1:
+        return False
+    if response.count("<answer>") != 1 or response.count("</answer>") != 1:
         return False
     _, _, rest = response.partition("<answer>")
-    answer, closed, after = rest.partition("</answer>")
-    if not closed or after.strip():
+    answer, closing_tag, after = rest.partition("</answer>")
+    if not closing_tag or after.strip():  # without a closing tag here, it stands before the opening one
         return False
     if constraints == "paper":
         return True
-    pieces = re.split(r"(</?(?:think|step|answer)>)", response)
-    texts, tags = pieces[::2], pieces[1::2]  # texts[i] stands before tags[i]
-    well_formed = re.fullmatch(r"<think>(<step></step>)+</think><answer></answer>", "".join(tags)) is not None
-    inside = {"<step>", "<answer>"}
-    outside = [texts[0]] + [text for tag, text in zip(tags, texts[1:], strict=True) if tag not in inside]
-    return finished and well_formed and not any(t.strip() for t in outside) and len(find_boxes(answer)) == 1
+
+    # strict. Split at the tags: text, tag, text, tag, ..., text.
+    first_text, *rest = re.split(r"(</?(?:think|step|answer)>)", response)
+    tags = rest[0::2]
+    texts = rest[1::2]  # the text that follows each tag
+    if not re.fullmatch(r"<think>(<step></step>)+</think><answer></answer>", "".join(tags)):
+        return False
+    outside = first_text
+    for tag, text in zip(tags, texts, strict=True):
+        if tag not in ("<step>", "<answer>"):
+            outside += text
+    if outside.strip():
+        return False
+    return finished and len(find_boxes(answer)) == 1
+
+
+# --------------------------------------------------------------------------- the chat template
 
 
 def escape_special_tokens(tokenizer, text: str) -> str:
-    """The text, with control tokens that it spells out broken up by a space: a solution that spells `<|im_end|>` must
-    not end its judge's prompt and begin the verdict."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]):  # the former has only those with a role
+    """Insert a space into any special token spelled out in the text: a solution that spells `<|im_end|>` must not end
+    its judge's prompt and begin the verdict."""
+    tokens = list(tokenizer.all_special_tokens)  # only bos, eos, pad and the like; chat markers are just added tokens
+    tokens += [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in dict.fromkeys(tokens):  # each once, in this order
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
@@ -170,16 +207,17 @@ def encode_chat(tokenizer, user: str) -> list[int]:
     return tokenizer(render_chat(tokenizer, user), add_special_tokens=False).input_ids
 
 
-# --------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------- the engine
 
 
 def find_model(name: str, flag: str = "--model") -> Path:
-    """The directory of a model given as a directory or as a hub name (then downloaded or found in the hub's cache)."""
+    """The directory of a model given as a directory, or as a hub name (downloaded, or found in the hub's cache). Raises
+    InputError, naming the flag, if there is no such model."""
     if Path(name).is_dir():
         return Path(name)
     if name in records.MADE_BY:
         raise InputError(f"{flag} {name}: no such directory; create it with: python {records.MADE_BY[name]}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # here, because it takes a while to import
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -190,7 +228,7 @@ def find_model(name: str, flag: str = "--model") -> Path:
 
 
 def open_config(name: str, flag: str = "--model") -> Config:
-    """The configuration of a Hugging Face directory or hub name; InputError if there is none that we support."""
+    """The configuration of a Hugging Face directory or hub name. Raises InputError if it is missing or not supported."""
     path = find_model(name, flag)
     try:
         return read_config(path)
@@ -199,20 +237,21 @@ def open_config(name: str, flag: str = "--model") -> Config:
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
-    """(model, tokenizer, stop ids) of a Hugging Face directory or hub name; InputError if it can't be used."""
+    """(model, tokenizer, stop ids) of a Hugging Face directory or hub name. Raises InputError if it can't be used."""
     path = find_model(name, flag)
     try:
         model = load_model(path, device, dtype)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
     tokenizer, stop_ids = open_tokenizer(path, flag)
-    # Embeddings are padded to more rows than there are tokens, and an id without a token would vanish in the text.
+    # Embeddings are padded to more rows than there are tokens; an id without a token, if sampled, would decode to nothing.
     model.vocabulary = min(model.vocabulary, max(tokenizer.get_vocab().values()) + 1)
     return model, tokenizer, stop_ids
 
 
 def open_tokenizer(path: Path, flag: str = "--model"):
-    """(tokenizer, stop ids). Stop ids are those of generation_config.json and the tokenizer's own."""
+    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's end-of-sequence
+    token and those of generation_config.json. Raises InputError if there is no tokenizer with a chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -220,23 +259,28 @@ def open_tokenizer(path: Path, flag: str = "--model"):
     if not tokenizer.chat_template:
         raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
     stop_ids = {tokenizer.eos_token_id}
-    if (path / "generation_config.json").is_file():
-        listed = json.loads((path / "generation_config.json").read_text()).get("eos_token_id", [])
-        stop_ids |= set(listed if isinstance(listed, list) else [listed])
-    return tokenizer, sorted(stop_ids - {None})
+    config = path / "generation_config.json"
+    if config.is_file():
+        listed = json.loads(config.read_text()).get("eos_token_id")
+        if isinstance(listed, list):
+            stop_ids.update(listed)
+        else:
+            stop_ids.add(listed)
+    stop_ids.discard(None)
+    return tokenizer, sorted(stop_ids)
 
 
 @dataclass
 class Engine:
-    """A model that can be asked: text goes in as token ids, samples come out, and become text again."""
+    """A model with its tokenizer and sampler: it encodes prompts, samples answers and decodes them."""
 
     sampler: Sampler
-    tokenizer: Any  # of transformers, with a chat template
+    tokenizer: Any  # from transformers, with a chat template
     stop_ids: list[int]
 
     @property
     def context(self) -> int:
-        """How many tokens a prompt and its answer may have together."""
+        """The most tokens that a prompt and its answer may have together."""
         return self.sampler.model.config.max_positions
 
     def encode(self, user: str) -> list[int]:
@@ -244,11 +288,11 @@ class Engine:
         return encode_chat(self.tokenizer, user)
 
     def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
-        """`Sampler.sample` up to one of the model's stop ids."""
+        """`Sampler.sample`, each sample ending at one of the model's stop ids."""
         return self.sampler.sample(prompts, stop_ids=self.stop_ids, **settings)
 
     def stream(self, prompts: list[list[int]], **settings) -> Iterator[tuple[int, list[Sample]]]:
-        """`Sampler.stream` up to one of the model's stop ids."""
+        """`Sampler.stream`, each sample ending at one of the model's stop ids."""
         return self.sampler.stream(prompts, stop_ids=self.stop_ids, **settings)
 
     def text(self, sample: Sample | list[int]) -> str:
@@ -258,38 +302,44 @@ class Engine:
 
 
 def open_engine(name: str, device: torch.device, slots: int | None, flag: str = "--model") -> Engine:
-    """The engine of a Hugging Face directory or hub name, in bf16 on a GPU, in fp32 elsewhere."""
+    """Load a Hugging Face directory or hub name, in bf16 on a GPU and in fp32 elsewhere. slots: see `Sampler`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer, stop_ids = open_model(name, device, dtype, flag)
     return Engine(Sampler(model, slots), tokenizer, stop_ids)
 
 
-# --------------------------------------------------------------------------- solutions
+# --------------------------------------------------------------------------- Stage I
 
 
 def find_incomplete(problems: list[dict], output: records.RecordFile, num_samples: int) -> list[dict]:
-    """The problems that still lack a solution in `output`, which remembers each solution's problem. Raises InputError
-    if a solution there was generated from a different problem of the same id."""
+    """The problems that still lack a solution in `output`, which remembers the problem of each solution.
+
+    Raises InputError if a solution there was generated from a different problem with the same id.
+    """
     incomplete = []
     for problem in problems:
         complete = True
         for k in range(num_samples):
-            name = f"{problem['id']}/{k}"
-            if name not in output.done:
+            solution_id = f"{problem['id']}/{k}"
+            if solution_id not in output.done:
                 complete = False
-            elif output.done[name] != problem["problem"]:
-                raise InputError(f"{output.path}: problem {problem['id']} was generated from a different problem; "
-                                 "choose another --out or remove it")  # fmt: skip
+            elif output.done[solution_id] != problem["problem"]:
+                raise InputError(
+                    f"{output.path}: problem {problem['id']} was generated from a different problem; "
+                    "choose another --out or remove it"
+                )
         if not complete:
             incomplete.append(problem)
     return incomplete
 
 
-def generate_solutions(engine: Engine, problems: list[dict], output: records.RecordFile, args) -> None:
-    """Sample the solutions that `output` lacks and append them, a problem at a time; under torchrun, every rank its share.
+def generate_solutions(
+    engine: Engine, problems: list[dict], output: records.RecordFile, args: argparse.Namespace
+) -> None:
+    """Sample the solutions that `output` lacks and append them, one problem at a time.
 
-    args: num_samples, temperature, top_p, max_new_tokens, seed and model (its name, for the records). `output` must
-    remember the field "problem" of its records.
+    args: num_samples, temperature, top_p, max_new_tokens, seed, and model, the name to write into the records. `output`
+    must have remembered_field="problem". Under torchrun the ranks share the problems, and each appends its own.
     """
     incomplete = find_incomplete(problems, output, args.num_samples)
     prompts = [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in incomplete]
@@ -331,17 +381,17 @@ def generate_solutions(engine: Engine, problems: list[dict], output: records.Rec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="generator: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--problems", help="JSON Lines with id and problem")
-    parser.add_argument("--out", help="solutions.jsonl to write or to go on with")
+    parser.add_argument("--model", help="generator: Hugging Face directory or hub name (default: the tiny world)")
+    parser.add_argument("--problems", help="JSON Lines file with the fields id and problem")
+    parser.add_argument("--out", help="output file (resumed if it exists)")
     parser.add_argument("--num_samples", type=int, default=8, help="M, solutions per problem")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--max_new_tokens", type=int, default=8192, help="per solution")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the likeliest tokens with this total mass")
+    parser.add_argument("--max_new_tokens", type=int, default=8192, help="length limit per solution")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use the first so many problems only")
-    parser.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--limit", type=int, help="use only the first N problems")
+    parser.add_argument("--slots", type=int, help="max concurrent sequences (default: by GPU memory; 128 on a CPU)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     args = records.parse_args(parser, TINY, "model", "problems", "out")
     records.check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)

@@ -99,8 +99,10 @@ def read_lines(path: Path) -> Iterator[tuple[str, object]]:
 def check_record(record: object, fields: list[str], place: str) -> None:
     """Read the fields of a record in place. InputError, beginning with its place, if one of `fields` is missing or of another
     type; a field that wasn't asked for may be anything."""
+    if not isinstance(record, dict):
+        record = {}  # a value that is no object has none of the fields
     for field in fields:
-        if not isinstance(record, dict) or field not in record:
+        if field not in record:
             raise InputError(f"{place}: no field {field!r}; every line needs {', '.join(fields)}")
     for field, read_value in FIELD_TYPES.items():
         if field not in record:

@@ -24,7 +24,7 @@ from unittest.mock import MagicMock
 
 import generate
 from data import records
-from generate import extract_answer, find_boxes, render_response, render_steps, split_steps
+from generate import extract_answer, find_boxes, render_response, render_steps, split_steps, unwrap_boxes
 from kernels import decode, distributed, sampler
 from kernels.decode import SlotCache, ragged_attention, visible_keys
 from kernels.distributed import InputError
@@ -457,6 +457,18 @@ def test_a_rank_that_is_done_early_takes_more(tmp_path):
     assert [list(few) for few in distributed.work_queue(3, "alone")] == [[0, 1, 2]]
 
 
+def test_work_queue_example(monkeypatch):
+    """Guards: the example in the docstring; an index beyond the last one; an empty batch, which would end a rank's work."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    ranks = [distributed.work_queue(10, "example") for _ in range(2)]
+    batches = [next(ranks[i % 2]) for i in range(8)]
+    assert batches == [[0, 1], [2, 3], [4], [5], [6], [7], [8], [9]]
+    assert [list(rank) for rank in ranks] == [[], []]
+
+
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -612,6 +624,12 @@ def test_find_boxes():
     assert [text[slice(*box)] for box in find_boxes(text)] == ["1", "2{3}"]
 
 
+def test_unwrap_boxes():
+    """Guards: nested boxes of which one stays, an unclosed box that is opened, braces and text around boxes that change."""
+    text = r"a \boxed{1 \boxed {b\}}} {c} \boxed{} \boxed{d"
+    assert unwrap_boxes(text) == r"a 1 b\} {c}  \boxed{d"
+
+
 STEP_TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1).map(str.strip).filter(bool)
 
 
@@ -673,10 +691,11 @@ UNITS += [
 ]
 
 
-@pytest.mark.parametrize("function", [split_steps, extract_answer])
+@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes])
 def test_garbage_takes_linear_time(function):
     """Guards: patterns whose parts overlap: 100 kB of blanks took the first version minutes."""
     texts = [(unit * (100_000 // len(unit))) for unit in UNITS] + ["\\boxed{" * 12_000 + "}" * 12_000]
+    texts.append("\\boxed{x}" * 12_000)
     slow = {text[:10]: ms for text in texts if (ms := cpu_milliseconds(function, text)) >= 500}  # quadratic: minutes
     assert not slow
 
@@ -783,6 +802,7 @@ def test_records_of_other_engines(tmp_path):
     path.write_text('{"id": 1, "steps": "ab"}\n')
     with pytest.raises(InputError, match=r"in.jsonl:1: steps must be a list of strings, not ab"):
         records.read(path, ["id", "steps"])
+    assert records.read(path, ["id"]) == [{"id": "1", "steps": "ab"}]  # nobody asked for them
 
 
 # --------------------------------------------------------------------------- the command line
