@@ -53,7 +53,7 @@ SOLVE_PROMPT = r"""Solve the problem step by step. Write your reasoning as <thin
 
 Problem: {problem}"""
 
-# The text of a step opens no other <step>, so of nested tags the innermost match.
+# (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost pair matches.
 STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
 # Each run of blanks is matched by exactly one character class; overlapping classes backtrack quadratically.
 STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+(\d+)[ \t*]*[:.)]\**[ \t]*")
@@ -120,7 +120,7 @@ def find_boxes(text: str) -> list[tuple[int, int]]:
 
 def unwrap_boxes(text: str) -> str:
     r"""Replace each closed `\boxed{x}` by x."""
-    wrappers = []  # (start, end) of each `\boxed{` and of its closing brace
+    wrappers = []  # (start, end) of each `\boxed{` and of its closing brace: (0, 7) and (8, 9) in `\boxed{7}`
     for start, end in find_boxes(text):
         wrappers.append((text.rindex("\\boxed", 0, start), start))
         wrappers.append((end, end + 1))
@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--out", help="output file (resumed if it exists)")
     parser.add_argument("--num_samples", type=int, default=8, help="M, solutions per problem")
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the likeliest tokens with this total mass")
+    parser.add_argument("--top_p", type=float, default=0.95, help="probability mass of the nucleus to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=8192, help="length limit per solution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use only the first N problems")

@@ -97,8 +97,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def check_record(record: object, fields: list[str], place: str) -> None:
-    """Read the fields of a record in place. InputError, beginning with its place, if one of `fields` is missing or of another
-    type; a field that wasn't asked for may be anything."""
+    """Convert the record's values to the types of FIELD_TYPES. Raises InputError, beginning with `place`, if one of `fields` is
+    missing or of another type; a field that wasn't asked for may be anything."""
     if not isinstance(record, dict):
         record = {}  # a value that is no object has none of the fields
     for field in fields:
@@ -193,7 +193,8 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
         return
     earlier = json.loads(description.read_text())["arguments"]
     for name in sorted((earlier.keys() | arguments.keys()) - may_change):
-        before, now = earlier.get(name), arguments.get(name)
+        before = earlier.get(name)
+        now = arguments.get(name)
         if before == now:
             continue
         difference = f"made with --{name} {before}, this run has --{name} {now}"
@@ -223,7 +224,7 @@ class RecordFile:
             if "p0/0" not in output.done:
                 output.append([{"id": "p0/0", "problem": "1 + 1", ...}])
 
-    may_change: the arguments that may differ from those that the file was made with, because they don't change records.
+    may_change: the names of arguments that may differ from those of the run that made the file, as they don't change records.
     key_fields: what identifies a record. After entry, `done` maps the keys of the records already there, each an id, or a
     tuple if there are several key fields, to their remembered field (None without one).
 
@@ -275,7 +276,7 @@ class RecordFile:
         data = to_lines(new).encode()
         while data:
             written = os.write(self.file, data)
-            data = data[written:]  # nothing, unless the disk is full: then the next call says so
+            data = data[written:]  # normally none; if the disk is full, the next call raises
 
     def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:
@@ -289,7 +290,7 @@ class RecordFile:
         return self.path.exists() and self.path.stat().st_size > 0
 
     def _repair_last_line(self) -> None:
-        """A killed run may leave a line without its newline at the end: complete it if it is a whole record, else cut it."""
+        """A killed run may leave a last line without its newline: end it if the record is complete, else cut it off."""
         with open(self.path, "rb+") as file:
             data = file.read()
             start = data.rfind(b"\n") + 1

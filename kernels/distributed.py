@@ -27,7 +27,8 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that can't continue: it diverged, or the sampler and the trainer disagree. `run_stage` prints it as one line."""
+    """A run that can't continue: it diverged, a checkpoint can't be written, or the sampler and the trainer disagree.
+    `run_stage` prints it as one line."""
 
 
 def run_stage(main: Callable[[], None]) -> None:
