@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from data import prepare
-from evaluate import grade, read_answers, read_cases
+from data import prepare, records
+from evaluate import grade, read_cases
 from kernels import distributed
 from kernels.distributed import InputError
 
@@ -77,7 +77,7 @@ def test_set(prepared, name):
 
 def test_prepared_answers_grade_right(prepared):
     """Guards against an answer that is made so plain, or left so raw, that a right solution is graded wrong."""
-    gold = read_answers([str(prepared / "gold" / f"{name}.jsonl") for name in FILES])
+    gold = records.read_answers([str(prepared / "gold" / f"{name}.jsonl") for name in FILES])
     assert not [answer for answer in gold.values() if "$" in answer.replace(r"\$", "")]
     pairs = read_lines(prepared / "olympiadbench.jsonl")
     several = next(pair["id"] for pair in pairs if gold[pair["id"]] == "69,84")  # `$69$,$84$` as published
