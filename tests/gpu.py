@@ -355,7 +355,7 @@ def train(out: Path) -> None:
     say("INFO", "sampling, 1.5B, 128 rows", f"{engine.tokens / (time.time() - started):,.0f} tokens/s, captures included")
     settings = {"loss_norm": "token", "max_new_tokens": T, "micro_tokens": 16384 if GPU else 50, "temperature": 1.0}
     settings |= {"tis_cap": 0.0, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 1e-3, "max_gap": 1.0, "lr": 1e-6}
-    args = argparse.Namespace(**settings, max_grad_norm=1.0, kl="k3", group_size=G)
+    args = argparse.Namespace(**settings)
     advantages = [a.expand(T) for a in torch.randn(problems * G)]
     for step in range(3):
         rollouts = [
