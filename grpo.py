@@ -96,7 +96,7 @@ MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
     "heldout", "activation_checkpointing", "max_gap",
 }  # fmt: skip
-WEIGHT_DECAY = 0.0
+WEIGHT_DECAY = 0.01  # of the released code
 MAX_GRAD_NORM = 1.0  # the paper's gradient clip
 NO_TARGET = -1  # of a place that predicts nothing which is trained
 
