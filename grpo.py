@@ -65,7 +65,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler
 from kernels.transformer import Transformer, load_model
-from train_prm import REWARD_MODELS, Judgement, clip_and_step, rank_share, score_solutions
+from train_prm import REWARD_MODELS, Judgement, clip_and_step, score_solutions
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ MAX_GRAD_NORM = 1.0  # the paper's gradient clip
 NO_TARGET = -1  # of a place that predicts nothing which is trained
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no plain equality
 class Rollout:
     """One response on its way from the sampler to the loss. Its token ids are never decoded and encoded again."""
 
@@ -575,42 +575,49 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
     return *packed, torch.tensor(layout, device=device)
 
 
-def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """This rank's share of the global batch, in micro-batches of at most max_tokens packed tokens (single longer
-    responses excepted).
-
-    Responses to one prompt stay together, because the prompt is then packed and run once for all of them. Two groups a and
-    b of three responses with 40 tokens each, to prompts of 1 + 100 tokens; one rank, max_tokens 200:
-
-        micro-batch    a1 a2          a3          b1 b2          b3
-        tokens         100 + 40 + 40  100 + 40    100 + 40 + 40  100 + 40
-    """
-    # 1. Groups: responses that follow each other and have one prompt. Whole ones are dealt to the ranks, by size.
+def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[list[Rollout]]:
+    """The groups of one rank: responses that follow each other and have one prompt. They are dealt out by size, so that
+    ranks have similar work, and never torn apart, since a prompt is packed and run once for all its responses."""
     groups: list[list[Rollout]] = []
     for r in rollouts:
         if not groups or r.prompt != groups[-1][0].prompt:
             groups.append([])
         groups[-1].append(r)
-    sizes = [len(group[0].prompt) + sum(len(r.ids) for r in group) for group in groups]
-    mine = [groups[i] for i in rank_share(sizes)]
+    groups.sort(key=lambda group: len(group[0].prompt) + sum(len(r.ids) for r in group))
+    return groups[rank::ranks]
 
-    # 2. Fill micro-batches, group by group. A group that doesn't fit goes on in the next one, with its prompt again.
+
+def fill_micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[list[Rollout]]:
+    """Micro-batches of at most max_tokens packed tokens (single longer responses excepted), filled group by group. A group
+    that doesn't fit continues in the next one, with its prompt again.
+
+    Two groups a and b of three responses with 40 tokens each, to prompts of 1 + 100 tokens; max_tokens 200:
+
+        micro-batch    a1 a2          a3          b1 b2          b3
+        tokens         100 + 40 + 40  100 + 40    100 + 40 + 40  100 + 40
+    """
     batches: list[list[Rollout]] = []
     tokens = 0  # packed in the last of them
-    for group in mine:
+    for group in groups:
         prompt = len(group[0].prompt) - 1  # its last token is counted with each response
-        for r in group:
-            starts_prompt = not batches or not batches[-1] or batches[-1][-1].prompt != r.prompt
-            needed = len(r.ids) + (prompt if starts_prompt else 0)
+        for number, r in enumerate(group):
+            needed = len(r.ids)
+            if number == 0:
+                needed += prompt
             if not batches or tokens + needed > max_tokens:
                 batches.append([])
                 tokens = 0
-                needed = len(r.ids) + prompt
+                needed = prompt + len(r.ids)
             batches[-1].append(r)
             tokens += needed
+    return batches
 
-    # 3. FSDP's collectives need every rank in every micro-batch. A rank that has fewer than the others runs one token
-    # that predicts nothing: its loss and gradient are zero.
+
+def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """This rank's share of the global batch, in as many micro-batches as the rank with the most has: FSDP's collectives
+    need every rank in every micro-batch. What is missing runs one token that predicts nothing, without a gradient."""
+    groups = deal_groups(rollouts, distributed.rank(), distributed.world_size())
+    batches = fill_micro_batches(groups, max_tokens)
     most = distributed.max_over_ranks(len(batches))  # a collective: every rank must get here
     while len(batches) < most:
         batches.append([Rollout(problem_id="", prompt=[0], ids=[], logprobs=[], text="", finish="")])

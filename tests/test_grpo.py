@@ -11,10 +11,11 @@ from generate import Engine, format_valid
 from kernels import distributed
 from kernels.decode import SlotCache
 from kernels.distributed import InputError, RunError
-from kernels.sampler import Sampler
+from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import load_model
 from train_prm import Judgement, pack, targets_after_prompt
 
+import bench_memory
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -544,6 +545,60 @@ def test_two_ranks_train_as_one(world):
     torchrun("grpo.py", *flags, "--steps", 4, "--out", root / "ranks")
     for one, two in zip(read_metrics(root / "whole"), read_metrics(root / "ranks"), strict=True):
         assert one == pytest.approx(two, abs=1e-4), one["step"]
+
+
+def test_micro_batches_take_whole_groups():
+    """Guards: a prompt packed again and again because its responses are dealt and filled by length; a response that is lost
+    or in two micro-batches; ranks that have not the same work; a micro-batch with more tokens than it may have."""
+    a, b = [7] * 101, [8] * 101
+    rollouts = [grpo.Rollout("", prompt, [0] * 40, [], "", "") for prompt in (a, a, a, b, b, b)]
+    batches = grpo.fill_micro_batches(grpo.deal_groups(rollouts, 0, 1), 200)
+    assert [[rollouts.index(r) for r in batch] for batch in batches] == [[0, 1], [2], [3, 4], [5]]
+    rng = random.Random(0)
+    rollouts = []
+    for i in range(24):
+        prompt = [i] * rng.randint(1, 60)
+        rollouts += [grpo.Rollout("", prompt, [0] * rng.randint(1, 90), [], "", "") for _ in range(8)]
+    found, work = [], []
+    for rank in range(3):
+        batches = grpo.fill_micro_batches(grpo.deal_groups(rollouts, rank, 3), 400)
+        tokens = [len(grpo.pack_responses(batch, torch.device("cpu"))[0]) for batch in batches]
+        assert max(tokens) <= 400
+        work.append(sum(tokens))
+        found += [id(r) for batch in batches for r in batch]
+    assert sorted(found) == sorted(map(id, rollouts)) and max(work) < 1.15 * min(work)
+    everything = sum(len(r.prompt) + len(r.ids) for r in rollouts)
+    prompts = sum(len(r.prompt) for r in rollouts)
+    assert everything - sum(work) > 0.6 * prompts  # nearly 7/8 of them
+
+
+def test_planned_memory(model_path):
+    """Guards: a plan that is off for what can be counted: parameters, the cache's tensors, and (within a fifth) what
+    autograd keeps of a micro-batch, without the log-probs, which have a workspace of their own."""
+    model = load_model(model_path, dtype=torch.bfloat16).train()
+    c, count = model.config, sum(map(torch.numel, model.parameters()))
+    sizes = {"ranks": 1, "slots": 8, "prompt": 40, "new_tokens": 20, "judgement": 30}
+    plan = bench_memory.grpo_memory(c, c, **sizes)
+    assert plan["weights"] == 8 * count and plan["reward model"] == 2 * count
+    cache = SlotCache(model, 8, 90, None)  # the reward model's: prompt, response and judgement
+    held = (cache.keys.nbytes + cache.values.nbytes) / (8 * 90) * 2 * PREFILL_TOKENS
+    assert plan["KV cache"] == cache.keys.nbytes + cache.values.nbytes + held
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that its address isn't used again
+        return x
+
+    for model.checkpointing in (False, True):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden = model.packed(torch.arange(512) % model.config.vocab_size, torch.tensor([512]))  # noqa: F841
+        found = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+        planned = 512 * bench_memory.kept_per_token(c, model.checkpointing) * 2
+        again = 512 * bench_memory.kept_per_token(c, False) * 2 / c.num_layers if model.checkpointing else 0
+        assert found + again == pytest.approx(planned, rel=0.2), (model.checkpointing, found, again, planned)
 
 
 def test_two_caches_are_never_there_at_once(world, monkeypatch):
