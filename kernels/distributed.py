@@ -167,6 +167,13 @@ def gather(mine: list) -> list:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
+def free_cached_memory() -> None:
+    """Give a GPU's cached memory back after the samplers' caches have been freed. If PyTorch kept it, the optimizer's state
+    would come to lie in between, and the next caches, of another size, might find no piece that is large enough."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def sum_over_ranks(*values: float) -> list[float]:
     """Each value summed over all ranks."""
     if world_size() == 1:

@@ -469,7 +469,7 @@ def test_work_queue_example(monkeypatch):
     assert [list(rank) for rank in ranks] == [[], []]
 
 
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+cuda_only = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda_only)])
