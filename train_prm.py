@@ -338,12 +338,6 @@ def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups + [[] for _ in range(int(distributed.max_over_ranks(len(groups))) - len(groups))]
 
 
-def packing_efficiency(lengths: list[int], max_tokens: int) -> float:
-    """Share of real tokens if batches of max_tokens were padded to their longest sequence; ours have no padding."""
-    groups = split_micro_batches(lengths, max_tokens)
-    return sum(lengths) / sum(len(group) * max((lengths[i] for i in group), default=0) for group in groups)
-
-
 def rank_share(lengths: list[int]) -> list[int]:
     """Indices of this rank's share of a global batch: dealt out by length, so that ranks have similar work."""
     return sorted(range(len(lengths)), key=lengths.__getitem__)[distributed.rank() :: distributed.world_size()]
@@ -450,10 +444,8 @@ def main() -> None:
     records.check_arguments(out, vars(args), FREE)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
-    filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
-    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the "
-        f"longest of a micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
-        f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
+    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens, {len(held)} held "
+        f"out, {counts}, {steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if distributed.rank() == 0:
         records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
     with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
