@@ -71,6 +71,13 @@ TINY = {
     "save_every": 50,
     "device": "cpu",
 }
+
+# Ours: the paper gives none. They were never varied, so they are no flags; args.json lists them beside the arguments.
+WARMUP = 0.03  # share of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.0
+MAX_GRAD_NORM = 1.0
+CONSTANTS = {"warmup": WARMUP, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}
+
 KINDS = ["orm", "prm", "prm_cot", "disc_prm", "policy"]
 
 FREE = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}  # may change on resuming
@@ -407,9 +414,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
     parser.add_argument("--epochs", type=int, default=2, help="(ours)")
     parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
-    parser.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps")
-    parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
     parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
     parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
@@ -419,8 +423,8 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "labels", "out")
     records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    records.check_numbers(args, "lr", "weight_decay", least=0)
-    records.check_numbers(args, "warmup", "eval_fraction", least=0, most=0.9)
+    records.check_numbers(args, "lr", least=0)
+    records.check_numbers(args, "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} is the model itself; choose another, a resumed run starts from it")
     device = distributed.init_distributed(args.device)
@@ -437,17 +441,17 @@ def main() -> None:
         raise InputError(f"{args.labels}: no usable label for --kind {args.kind} ({counts})")
     # On a GPU the fused kernel needs no memory beside the moments, and passes over them once.
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda"
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
     )
     steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
     out = Path(args.out)
-    records.check_arguments(out, vars(args), FREE)
+    records.check_arguments(out, vars(args) | CONSTANTS, FREE)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     tokens = sum(len(ids) for ids, _ in sequences)
     distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens, {len(held)} held "
         f"out, {counts}, {steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
+        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
     with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
         train(model, optimizer, sequences, held, args, start, steps, metrics)
     distributed.log(f"{out}: done")
@@ -465,8 +469,8 @@ def train(model, optimizer, sequences, held, args, start, steps, metrics) -> Non
         started = time.time()
         batch = batch_for_step(step, sequences, args.batch_size, args.seed)
         loss = sft_batch_loss(model, batch, args.micro_tokens, train=True)
-        lr = args.lr * cosine_schedule(step, steps, math.ceil(args.warmup * steps))
-        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm)
+        lr = args.lr * cosine_schedule(step, steps, math.ceil(WARMUP * steps))
+        norm = clip_and_step(model, optimizer, lr, MAX_GRAD_NORM)
         record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
         record["time/tokens_per_second"] = sum(len(ids) for ids, _ in batch) / (time.time() - started)
         saving = step + 1 == steps or (step + 1) % args.save_every == 0

@@ -104,15 +104,19 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
 # --------------------------------------------------------------------------- what a run was made with
 
 
-def describe_run(args: argparse.Namespace) -> dict:
-    """What `<output>.args.json` holds: resolved arguments, package versions, git commit."""
+def describe_run(args: argparse.Namespace, constants: dict | None = None) -> dict:
+    """The contents of `<output>.args.json`: resolved arguments, package versions, git commit; and the constants of a
+    stage that decide its result as an argument would, if there are any."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # no git here
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    return {"arguments": vars(args), "versions": packages, "commit": commit or None}
+    run = {"arguments": vars(args), "versions": packages, "commit": commit or None}
+    if constants is not None:
+        run["constants"] = constants
+    return run
 
 
 def hash_file(path: str | Path) -> str:
@@ -121,12 +125,17 @@ def hash_file(path: str | Path) -> str:
 
 
 def check_arguments(output: Path, new: dict, free: set[str]) -> None:
-    """Raise InputError if `<output>.args.json` has other than these new arguments, except for the `free` ones."""
+    """Raise InputError if `<output>.args.json` has other than these new arguments, except for the `free` ones.
+
+    new may include constants. One that was an argument when the earlier run began is compared with it; an argument that
+    no longer exists is ignored.
+    """
     earlier = Path(f"{output}.args.json")
     if not (earlier.exists() and output.exists()):
         return
-    old = json.loads(earlier.read_text())["arguments"]
-    for name in sorted((old.keys() | new.keys()) - free):
+    run = json.loads(earlier.read_text())
+    old = run["arguments"] | run.get("constants", {})
+    for name in sorted(new.keys() - free):
         if old.get(name) != new.get(name):
             change = f"made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}"
             if name.endswith("_sha256"):

@@ -295,6 +295,25 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
 
 
+def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
+    """Guards: a run begun with another warm-up that goes on with the constant; a run refused because a flag is gone;
+    constants missing in args.json."""
+    root, flags = world
+    path = root / "whole.args.json"
+    written = path.read_text()
+    now = json.loads(written)
+    assert now["constants"] == {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    before = {name: value for name, value in now.items() if name != "constants"}
+    try:
+        path.write_text(json.dumps(before | {"arguments": now["arguments"] | now["constants"] | {"gone": 1}}))
+        run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
+        path.write_text(json.dumps(before | {"arguments": now["arguments"] | now["constants"] | {"warmup": 0.1}}))
+        with pytest.raises(InputError, match=r"made with --warmup 0.1, this run has --warmup 0.03"):
+            run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
+    finally:
+        path.write_text(written)
+
+
 def test_two_ranks_train_as_one(world):
     """Guards: a token count per rank, an averaged gradient, sharded weights in the export, a rank without sequences
     that misses a collective (the last batch has one sequence, and the ranks' micro-batches differ in number), recomputed
