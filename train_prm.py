@@ -374,7 +374,7 @@ def sft_batch_loss(model: Transformer, sequences: list[Sequence], micro_tokens: 
 def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
     """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = distributed.whole(norm)
     if not torch.isfinite(norm):
         raise RunError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; "
                          "start again with a lower --lr and another --out")  # fmt: skip
