@@ -65,7 +65,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import CPU_SLOTS, PREFILL_TOKENS, Sampler
 from kernels.transformer import Config, Transformer, load_model
-from train_prm import REWARD_MODELS, Judgement, clip_and_step, rank_share, score_solutions, split_micro_batches
+from train_prm import REWARD_MODELS, Judge, Judgement, clip_and_step, rank_share, score_solutions, split_micro_batches
 
 import torch
 from torch import Tensor
@@ -499,7 +499,7 @@ def update_policy(
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
     """What a reader watches: the reward and its parts, and the indicators of reward hacking; means over the batch."""
     judged = [r for r in rollouts if r.judgement is not None]
-    stepwise = prm_kind != "orm"  # which judges no steps
+    stepwise = REWARD_MODELS[prm_kind].judges_steps
     mismatched = [stepwise and r.judgement.verdict is not None and r.judgement.step_verdicts is None for r in judged]
 
     def mean(values: list) -> float:
@@ -685,9 +685,9 @@ def main() -> None:
     records.check_numbers(args, "group_size", least=2)  # one response is always as good as its group
     if args.reward in JUDGED and args.prm is None:
         raise InputError("--prm is missing; it goes with --policy")
-    if args.reward in ("step_augmented", *STEP_DESIGNS) and args.prm_kind == "orm":
+    if args.reward in ("step_augmented", *STEP_DESIGNS) and not REWARD_MODELS[args.prm_kind].judges_steps:
         raise InputError(
-            f"--reward {args.reward} needs verdicts on steps, and --prm_kind orm gives none; take process_aware"
+            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; take process_aware"
         )
     if args.min_steps > args.max_steps:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
@@ -738,13 +738,11 @@ def run(args: argparse.Namespace) -> None:
     policy = Engine(Sampler(inference, args.slots), tokenizer, stop_ids)
     judge = None
     if args.reward in JUDGED:
-        prm = open_engine(args.prm, device, args.slots, "--prm")
+        engine = open_engine(args.prm, device, args.slots, "--prm")
+        prm = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
 
         def judge(solutions: list[dict], step: int) -> list[Judgement]:
-            return score_solutions(
-                prm, args.prm_kind, solutions, max_new_tokens=args.prm_max_new_tokens,
-                votes=args.prm_votes, seed=f"{args.seed}/{step}",
-            )  # fmt: skip
+            return score_solutions(prm, solutions, seed=f"{args.seed}/{step}")
 
     for p in problems:
         p["prompt"] = policy.encode(SOLVE_PROMPT.format(problem=p["problem"]))

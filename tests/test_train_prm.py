@@ -117,22 +117,22 @@ def test_examples_of_each_kind():
         make_label(7, answer=None),
     ]
     for kind in ("orm", "prm", "prm_cot"):
-        prompt, parse = REWARD_MODELS[kind]
-        sequences, counts = train_prm.make_sequences(kind, labels, tokenizer, tokenizer.eos_token_id, 1000)
+        model = REWARD_MODELS[kind]
+        sequences, counts = train_prm.encode_labels(kind, labels, tokenizer, tokenizer.eos_token_id, 1000)
         kept = [labels[i] for i in (0, 1, 2, 4)]
         assert counts == {"dropped": 1, "unused": 0, "too_long": 0}
         for (ids, targets), label in zip(sequences, kept, strict=True):
             start = targets.count(-1)
             assert targets == [-1] * (start - 1) + ids[start:] + [-1]
-            shown = prompt.format(problem=label["problem"], solution=render_steps(label["steps"], label["answer"]))
+            shown = model.prompt.format(problem=label["problem"], solution=render_steps(label["steps"], label["answer"]))
             assert ids[:start] == encode_chat(tokenizer, shown)
             assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[start:-1]
-            parsed = parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
+            parsed = model.parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
             assert parsed.verdict is label["outcome"]
             assert parsed.step_verdicts == (None if kind == "orm" else label["step_labels"])
     assert train_prm.make_example("orm", right)[1] == "Yes" and train_prm.make_example("orm", wrong)[1] == "No"
     assert train_prm.make_example("prm_cot", labels[2])[1] == right["text"]
-    sequences, counts = train_prm.make_sequences("policy", labels, tokenizer, tokenizer.eos_token_id, 1000)
+    sequences, counts = train_prm.encode_labels("policy", labels, tokenizer, tokenizer.eos_token_id, 1000)
     responses = [tokenizer.decode(targets[targets.count(-1) - 1 : -2]) for _, targets in sequences]
     assert responses == [render_response(label["steps"], label["answer"]) for label in (right, labels[2])]
     assert counts == {"dropped": 1, "unused": 2, "too_long": 0}  # unused: judged wrong, and without an answer
@@ -142,7 +142,7 @@ def test_examples_of_each_kind():
     assert format_valid(response, "strict") and all(format_valid(text, "strict") for text in responses)
     assert train_prm.make_example("policy", make_label(1, steps=["a <answer> in", "b"])) is None
     longest = max(len(ids) for ids, _ in sequences)
-    assert train_prm.make_sequences("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
+    assert train_prm.encode_labels("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
 
 
 def test_the_discriminative_prm_is_trained_where_it_is_read():
@@ -150,7 +150,7 @@ def test_the_discriminative_prm_is_trained_where_it_is_read():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     label = {**make_label(3), "step_labels": [True, False], "outcome": False}
     label["steps"] = label["steps"][:2]
-    ((ids, targets),) = train_prm.make_sequences("disc_prm", [label], tokenizer, tokenizer.eos_token_id, 1000)[0]
+    ((ids, targets),) = train_prm.encode_labels("disc_prm", [label], tokenizer, tokenizer.eos_token_id, 1000)[0]
     yes, no = yes_no_ids(tokenizer)
     marked, ends = step_end_positions(tokenizer, label)
     assert ids == marked and [targets[end] for end in ends] == [yes, no, no]
@@ -219,7 +219,7 @@ def test_export_is_a_hugging_face_directory(world):
     tokenizer = AutoTokenizer.from_pretrained(out)
     labels = [json.loads(line) for line in (world[0] / "labels.jsonl").read_text().splitlines()]
     _, held = train_prm.split_by_problem(labels, 0.25)
-    sequences, _ = train_prm.make_sequences("prm_cot", held, tokenizer, tokenizer.eos_token_id, 8192)
+    sequences, _ = train_prm.encode_labels("prm_cot", held, tokenizer, tokenizer.eos_token_id, 8192)
     losses = [record["eval/loss"] for record in read_metrics(out) if "eval/loss" in record]
     assert len(losses) == 5 and losses[0] > losses[2] == min(losses)
     assert train_prm.sft_batch_loss(ours, sequences, 1000, train=False) == pytest.approx(min(losses), abs=1e-5)
