@@ -242,8 +242,8 @@ def score_solutions(
 def put_to_vote(parsed: list[Verification], text: str, tokens: int) -> Judgement:
     """One judgement from all votes on a solution: majorities, a tie counts as incorrect.
 
-    This is the rule of `verify.step_consistency`, without its demands on a text to train on: no text has to agree with
-    every majority, and where the judgements are not whole, what could be parsed of them still counts.
+    This is the rule of `verify.step_consistency` without what that one asks of a text to train on: here no text has to
+    agree with every majority, and where no judgement was parsed whole, bare verdicts count.
     """
     # 1. Who votes?
     whole = [judgement for judgement in parsed if judgement.step_verdicts and judgement.verdict is not None]
@@ -307,6 +307,18 @@ def policy_example(label: dict) -> tuple[str, str] | None:
     return SOLVE_PROMPT.format(problem=label["problem"]), response
 
 
+def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | None:
+    """The example of a kept record; None if this kind has no use for it."""
+    if kind == "disc_prm":
+        return discriminative_example(label, tokenizer)
+    texts = make_example(kind, label)
+    if texts is None:
+        return None
+    user_turn, target = texts
+    response = tokenizer(target, add_special_tokens=False).input_ids
+    return targets_after_prompt(encode_chat(tokenizer, user_turn), [*response, end_id])
+
+
 def encode_labels(
     kind: str, labels: list[dict], tokenizer, end_id: int, max_length: int
 ) -> tuple[list[Example], dict[str, int]]:
@@ -318,20 +330,13 @@ def encode_labels(
         if label["dropped"] is not None:
             counts["dropped"] += 1
             continue
-        if kind == "disc_prm":
-            example = discriminative_example(label, tokenizer)
-        else:
-            texts = make_example(kind, label)
-            if texts is None:
-                counts["unused"] += 1
-                continue
-            user_turn, target = texts
-            response = tokenizer(target, add_special_tokens=False).input_ids
-            example = targets_after_prompt(encode_chat(tokenizer, user_turn), [*response, end_id])
-        if len(example.ids) > max_length:
+        example = encode_example(kind, label, tokenizer, end_id)
+        if example is None:
+            counts["unused"] += 1
+        elif len(example.ids) > max_length:
             counts["too_long"] += 1
-            continue
-        examples.append(example)
+        else:
+            examples.append(example)
     return examples, counts
 
 
@@ -418,41 +423,34 @@ def score_discriminative(
 ) -> list[Judgement]:
     """Judge solutions with a discriminative PRM: a step is correct if after its last token Yes is likelier than No, and
     so is the outcome after the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
-    # 1. Batches of solutions, in order; without steps, or too long for the context, they stay unparsed.
-    batches: list[list[int]] = []  # indices of solutions
-    marked = {}  # index of a solution -> (token ids, positions to read)
-    size = 0
-    for i, solution in enumerate(solutions):
-        if not solution["steps"]:
-            continue
-        ids, positions = step_end_positions(tokenizer, solution)
-        if len(ids) > model.config.max_positions:
-            continue
-        marked[i] = ids, positions
-        if not batches or size + len(ids) > batch_tokens:
-            batches.append([])
-            size = 0
-        batches[-1].append(i)
-        size += len(ids)
-
-    # 2. The log-odds of every token in a batch, then those at the marked positions.
+    # log p(Yes) - log p(No) is a difference of logits, so it takes one direction in place of the whole vocabulary.
     yes, no = yes_no_ids(tokenizer)
+    towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
+
+    # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
+    marked = []  # (index of the solution, token ids, positions)
+    for i, solution in enumerate(solutions):
+        if solution["steps"]:
+            ids, positions = step_end_positions(tokenizer, solution)
+            if len(ids) <= model.config.max_positions:
+                marked.append((i, ids, positions))
+
+    # 2. The log-odds of every token, packed, then those at the marked positions.
     judgements = [UNPARSED] * len(solutions)
-    for batch in batches:
-        ids = torch.tensor([token for i in batch for token in marked[i][0]], device=model.device)  # (N,)
-        lengths = [len(marked[i][0]) for i in batch]
-        sizes = torch.tensor(lengths, device=model.device)  # (S,)
-        log_yes, _ = model.packed(ids, sizes, torch.full_like(ids, yes))  # (N,)
-        log_no, _ = model.packed(ids, sizes, torch.full_like(ids, no))
-        for i, log_odds in zip(batch, (log_yes - log_no).split(lengths), strict=True):
-            read = log_odds[marked[i][1]]  # (n + 1,)
-            *step_odds, outcome_odds = read.tolist()
-            *step_scores, score = read.sigmoid().tolist()
+    for group in group_by_length([len(ids) for _, ids, _ in marked], batch_tokens):
+        batch = [marked[place] for place in group]
+        lengths = [len(ids) for _, ids, _ in batch]
+        packed = torch.tensor([token for _, ids, _ in batch for token in ids], device=model.device)  # (N,)
+        hidden = model.packed(packed, torch.tensor(lengths, device=model.device))  # (N, D)
+        log_odds = hidden.float() @ towards_yes  # (N,)
+        for (i, ids, positions), odds in zip(batch, log_odds.split(lengths), strict=True):
+            *step_odds, outcome_odds = odds[positions].tolist()
+            *step_scores, score = odds[positions].sigmoid().tolist()
             judgements[i] = Judgement(
-                step_verdicts=[odds > 0 for odds in step_odds],
+                step_verdicts=[value > 0 for value in step_odds],
                 verdict=outcome_odds > 0,
-                text=" ".join(f"{odds:+.2f}" for odds in read.tolist()),
-                tokens=len(marked[i][0]),
+                text=" ".join(f"{value:+.2f}" for value in [*step_odds, outcome_odds]),
+                tokens=len(ids),
                 step_scores=step_scores,
                 score=score,
             )
@@ -480,14 +478,10 @@ def rank_share(lengths: list[int]) -> list[int]:
     return shortest_first[distributed.rank() :: distributed.world_size()]
 
 
-def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most max_tokens tokens (a longer sequence is a group of its own), similar lengths together.
-    A collective: every rank gets the same number of groups, the last ones possibly empty.
+def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own.
 
-    The shares above at max_tokens 8, as indices in the share and as lengths:
-
-        rank 0    lengths 2 4 9    [0 1] [2]    2 + 4, then 9
-        rank 1    lengths 3 5      [0 1] []     3 + 5, then nothing: DUMMY
+    Lengths 9 2 4 at max_tokens 8: [1 2] with 2 + 4 tokens, [0] with 9.
     """
     groups: list[list[int]] = []
     tokens = 0  # in the last group
@@ -497,6 +491,17 @@ def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             tokens = 0
         groups[-1].append(i)
         tokens += lengths[i]
+    return groups
+
+
+def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """The micro-batches of a rank's share, as `group_by_length`. A collective: every rank gets the same number of them,
+    the last ones possibly empty. The shares above at max_tokens 8, as indices in the share:
+
+    rank 0    lengths 2 4 9    [0 1] [2]    2 + 4 tokens, then 9
+    rank 1    lengths 3 5      [0 1] []     3 + 5 tokens, then DUMMY
+    """
+    groups = group_by_length(lengths, max_tokens)
     most = distributed.max_over_ranks(len(groups))
     while len(groups) < most:
         groups.append([])

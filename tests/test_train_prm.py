@@ -165,6 +165,18 @@ def test_evaluation_problems_are_not_trained_on():
     assert not {x["problem"] for x in training} & {x["problem"] for x in evaluation}
 
 
+def test_a_batch_is_shared_out_as_its_picture_says(monkeypatch):
+    """Guards: an example that two ranks have or none; a micro-batch too large; ranks with other numbers of micro-batches."""
+    lengths = [5, 2, 9, 4, 3]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: 2)
+    for rank, share, groups in ((0, [1, 3, 2], [[0, 1], [2]]), (1, [4, 0], [[0, 1], []])):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert train_prm.rank_share(lengths) == share
+        assert train_prm.split_micro_batches([lengths[i] for i in share], 8) == groups
+    assert train_prm.group_by_length([9, 2, 4], 8) == [[1, 2], [0]]
+
+
 def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
     """Guards: means of micro-batch means; the last micro-batch logged as the loss; targets shifted by one."""
     model = load_model(make_model(tmp_path / "model"))
