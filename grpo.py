@@ -9,7 +9,7 @@
 
 One step: (1) sample a group of G responses to each problem; (2) check their format and let the reward model judge the
 valid ones; (3) normalise rewards within each group to advantages; (4) one clipped policy-gradient update with a KL
-penalty towards the initial policy.
+penalty towards the initial policy. `train` is these four parts; everything above it is what they call, in this order.
 
 | --reward            | of a response                                                     | baseline |
 |---------------------|-------------------------------------------------------------------|----------|
@@ -39,7 +39,8 @@ import argparse
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,16 +57,15 @@ from generate import (
     find_boxes,
     find_model,
     format_valid,
-    open_config,
     open_engine,
     open_model,
     split_steps,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
-from kernels.sampler import CPU_SLOTS, PREFILL_TOKENS, Sampler
-from kernels.transformer import Config, Transformer, load_model
-from train_prm import REWARD_MODELS, Judge, Judgement, clip_and_step, rank_share, score_solutions, split_micro_batches
+from kernels.sampler import Sampler
+from kernels.transformer import Transformer, load_model
+from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, clip_and_step, score_solutions
 
 import torch
 from torch import Tensor
@@ -92,57 +92,118 @@ TINY = {
     "slots": 128,
     "device": "cpu",
 }
-FREE = {"out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every",
-        "heldout_every", "heldout", "activation_checkpointing", "max_gap"}  # fmt: skip
-STEP_DESIGNS = {"selective_advantage": 4, "global_step": 3}  # and the fewest steps that they put up with
-JUDGED = ["process_aware", "step_augmented", *STEP_DESIGNS]  # these need a reward model
-REWARDS = [*JUDGED, "rlvr", "majority", "self_certainty", "random"]
+MAY_CHANGE_ON_RESUME = {
+    "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
+    "heldout", "activation_checkpointing", "max_gap",
+}  # fmt: skip
+WEIGHT_DECAY = 0.01  # of the released code
+MAX_GRAD_NORM = 1.0  # the paper's gradient clip
 
-# --------------------------------------------------------------------------- what the reward model is shown
 
+@dataclass(eq=False)  # tensors have no plain equality
+class Rollout:
+    """One response on its way from the sampler to the loss. Its token ids are never decoded and encoded again."""
 
-def shown_solution(response: str) -> tuple[list[str], str | None]:
-    """(steps, answer) that the reward model is shown: everything up to the last `</answer>`, and the last answer.
+    problem_id: str
+    prompt: list[int]
+    ids: list[int]
+    logprobs: list[float]  # as the sampler recorded them
+    text: str
+    finish: str
+    problem: str = ""
+    certainty: list[float] = field(default_factory=list)  # of each token, for self_certainty only
+    # What judging adds:
+    valid: bool = False  # V: the format is kept
+    judgement: Judgement | None = None  # None where the reward model wasn't asked
+    step_spans: list[tuple[int, int]] = field(default_factory=list)  # tokens of each judged step; [] without verdicts
+    wrong_step_count: bool = False  # too few steps or too many, in the step designs
+    ungradable: bool = False  # a baseline that reads answers couldn't grade it
+    reward: float = 0.0
+    # What the update adds:
+    token_advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (T,)
+    token_weights: Tensor = field(default_factory=lambda: torch.zeros(0))  # (T,), in the loss
+    old_logprobs: Tensor | None = None  # (T,) of the policy before the first update of this batch
 
-    Under the constraint `none` this includes whatever was appended to a first solution; if it were cut away, appending
-    could never be rewarded, and could not be studied.
-    """
-    text = response[: response.rfind("</answer>") + len("</answer>")] if "</answer>" in response else response
-    return split_steps(text), extract_answer(text)
+    @property
+    def verdict(self) -> bool | None:
+        """The reward model's verdict on the outcome; None if there is none that can be read."""
+        return self.judgement.verdict if self.judgement is not None else None
+
+    @property
+    def step_verdicts(self) -> list[bool] | None:
+        """Its verdicts on the steps; None unless there is one for each step."""
+        return self.judgement.step_verdicts if self.judgement is not None else None
+
+    @property
+    def judged_steps(self) -> list[tuple[bool, tuple[int, int]]]:
+        """(verdict, token range) of each step, for the step designs. [] where the verdicts don't match the steps, and where
+        their number is penalised: what steps change must never cancel a penalty."""
+        if self.wrong_step_count or not self.step_spans:
+            return []
+        return list(zip(self.step_verdicts, self.step_spans, strict=True))
 
 
 # --------------------------------------------------------------------------- rewards
 
 
-def process_aware_reward(valid: bool, judgement: Judgement | None) -> float:
-    """r = V * y, with y the reward model's final verdict; an unparsed judgement is 0."""
-    return float(valid and judgement is not None and judgement.verdict is True)
+@dataclass(frozen=True)
+class Context:
+    """What a reward may know beside the group itself."""
+
+    seed: str  # of this step
+    gold: dict[str, str]  # reference answers by problem id; empty unless the reward is marked with `reads_answers`
 
 
-def step_augmented_reward(valid: bool, judgement: Judgement | None) -> float:
-    """r = V * (0.4 k/n + 0.6 y), k of n steps judged correct; k/n is 0 without step verdicts, r without a verdict."""
-    if not valid or judgement is None or judgement.verdict is None:
-        return 0.0
-    share = sum(judgement.step_verdicts) / len(judgement.step_verdicts) if judgement.step_verdicts else 0.0
-    return 0.4 * share + 0.6 * judgement.verdict
+def process_aware_reward(group: list[Rollout], context: Context) -> list[float]:
+    """r = V y, with y the reward model's verdict. A judgement that can't be parsed is worth 0."""
+    return [float(r.valid and r.verdict is True) for r in group]
 
 
-def majority_rewards(answers: list[str | None]) -> list[float]:
-    """r = 1 for the answers of one group that equal its most frequent one (TTRL), as the grader sees it, else 0."""
+def step_augmented_reward(group: list[Rollout], context: Context) -> list[float]:
+    """r = V (0.4 k/n + 0.6 y), k of n steps judged correct. Without a verdict r = 0; without step verdicts k/n = 0."""
+    rewards = []
+    for r in group:
+        if not r.valid or r.verdict is None:
+            rewards.append(0.0)
+            continue
+        share = 0.0
+        if r.step_verdicts:
+            share = sum(r.step_verdicts) / len(r.step_verdicts)
+        rewards.append(0.4 * share + 0.6 * r.verdict)
+    return rewards
+
+
+def rlvr_reward(group: list[Rollout], context: Context) -> list[float]:
+    """r = 1 if the answer is graded right against the reference: the verifiable baseline."""
+    answers = [(extract_answer(r.text) or "", context.gold[r.problem_id]) for r in group]
+    grades = grade_all(answers)
+    for r, grade in zip(group, grades, strict=True):
+        r.ungradable = grade is None
+    return [float(grade is True) for grade in grades]
+
+
+def majority_reward(group: list[Rollout], context: Context) -> list[float]:
+    """r = 1 for the answers that equal the group's most frequent one, as the grader sees it (TTRL); 0 for all if no
+    response has an answer."""
+    answers = [extract_answer(r.text) for r in group]
     winner = majority_answer(answers)
     if winner is None:
-        return [0.0] * len(answers)
+        return [0.0] * len(group)
     return [float(grade is True) for grade in grade_all([(answer, winner) for answer in answers])]
 
 
-def self_certainty_reward(certainty: list[float]) -> float:
+def self_certainty_reward(group: list[Rollout], context: Context) -> list[float]:
     """r = mean over the response's tokens of KL(uniform || p), recorded by the sampler (Intuitor)."""
-    return sum(certainty) / max(len(certainty), 1)
+    return [sum(r.certainty) / max(len(r.certainty), 1) for r in group]
 
 
-def random_reward(valid: bool, rng: random.Random) -> float:
-    """r = V * coin: the control. It may teach the format, it must not teach mathematics."""
-    return float(valid and rng.random() < 0.5)
+def random_reward(group: list[Rollout], context: Context) -> list[float]:
+    """r = V times a coin: the control. It may teach the format, it must not teach mathematics."""
+    rewards = []
+    for number, r in enumerate(group):
+        coin = random.Random(f"{context.seed}/{r.problem_id}/{number}")
+        rewards.append(float(r.valid and coin.random() < 0.5))
+    return rewards
 
 
 # --------------------------------------------------------------------------- advantages
@@ -153,94 +214,16 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
     Without std_norm (Dr. GRPO) A = r - mean.
 
     A group of equal rewards gives exactly 0: compared by max and min, because in fp32 the mean of sixteen rewards of
-    0.7 isn't 0.7, and the tiny difference over a tiny std would be anything.
+    0.7 isn't 0.7, and the rounding error would be divided by a tiny std.
     """
-    groups = rewards.view(-1, group_size)  # (B / G, G)
     if group_size == 1:
         return torch.zeros_like(rewards)
-    centred = groups - groups.mean(1, keepdim=True)
-    scaled = centred / (groups.std(1, keepdim=True) + 1e-6) if std_norm else centred
+    groups = rewards.view(-1, group_size)  # (B / G, G)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if std_norm:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
     equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    return scaled.masked_fill(equal, 0.0).view(-1)
-
-
-def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
-    """The half-open token range of each step of a response in its sampled ids, which decode to text; nothing is encoded
-    again. Tagged steps are looked for inside their tags, as the same words may stand outside. [] if a step isn't in the
-    text as it stands. A token that holds the end of one step and the beginning of the next belongs to the first; a
-    step's range may then be empty."""
-
-    def characters(n: int) -> int:  # that the first n tokens make up; of a character of several tokens the last counts
-        return len(tokenizer.decode(ids[:n], skip_special_tokens=True).rstrip("\ufffd"))
-
-    tagged = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
-    spans, place, token = [], 0, 0
-    for k, step in enumerate(steps):
-        start = text.find(step, max(place, tagged[k] if k < len(tagged) else 0))
-        if start < 0:
-            return []
-        place = start + len(step)
-        numbers = range(len(ids) + 1)
-        first = bisect_left(numbers, start, lo=token, key=characters)
-        if first > token and characters(first) > start:  # the token before holds the step's first character, too
-            first -= 1
-        token = bisect_left(numbers, place, lo=first, key=characters)
-        spans.append((first, token))
-    return spans
-
-
-def selective_advantage(
-    advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
-) -> Tensor:
-    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
-    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
-    tokens = torch.full((length,), advantage)
-    for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
-        if correct != (advantage >= 0):
-            tokens[start:end] *= discount
-    return tokens
-
-
-def global_step_advantage(
-    step_rewards: list[list[float]], step_ends: list[list[int]], lengths: list[int]
-) -> list[Tensor]:
-    """A_step, (T_i,) for each response of one group: a step's reward stands at its last token, step_ends (inclusive),
-    normalised by mean and std over all steps of the group, and a token gets the sum from itself to the end."""
-    pool = torch.tensor([reward for rewards in step_rewards for reward in rewards], dtype=torch.float32)
-    mean, scale = 0.0, 1.0
-    if len(pool) > 1:
-        mean, scale = pool.mean().item(), pool.std().item() + 1e-6
-    equal = len(pool) > 1 and pool.max() == pool.min()  # then exactly 0, as in group_advantages
-    result = []
-    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
-        tokens = torch.zeros(length)
-        for reward, end in zip(rewards, ends, strict=True):
-            tokens[: end + 1] += 0.0 if equal else (reward - mean) / scale
-        result.append(tokens)
-    return result
-
-
-def token_advantages(
-    rollouts: list["Rollout"], advantages: Tensor, reward: str, group_size: int, discount: float
-) -> list[Tensor]:
-    """The advantage of every token, (T_i,) for each response, from A_process (B,). The step designs change it where the
-    reward model judged just the steps that the response has, and their number isn't penalised; elsewhere A stays."""
-    result = [a.expand(len(r.ids)) for r, a in zip(rollouts, advantages, strict=True)]
-    spans = [[] if r.penalised else r.spans for r in rollouts]
-    verdicts = [r.judgement.step_verdicts if located else [] for r, located in zip(rollouts, spans, strict=True)]
-    if reward == "selective_advantage":
-        for i, r in enumerate(rollouts):
-            result[i] = selective_advantage(advantages[i].item(), verdicts[i], spans[i], len(r.ids), discount)
-    if reward == "global_step":
-        for start in range(0, len(rollouts), group_size):
-            group = range(start, start + group_size)
-            rewards = [[(1 if verdict else -1) / len(verdicts[i]) for verdict in verdicts[i]] for i in group]
-            ends = [[end - 1 for _, end in spans[i]] for i in group]
-            of_steps = global_step_advantage(rewards, ends, [len(rollouts[i].ids) for i in group])
-            for i, a_step in zip(group, of_steps, strict=True):
-                if spans[i]:
-                    result[i] = 0.8 * advantages[i] + 0.2 * a_step
-    return result
+    return advantages.masked_fill(equal, 0.0).view(-1)
 
 
 # --------------------------------------------------------------------------- the loss
@@ -254,12 +237,13 @@ def loss_weights(lengths: list[int], norm: str, max_tokens: int) -> Tensor:
     answers. Computed once, before the batch is split, so that the split can't matter.
     """
     B, N = len(lengths), sum(lengths)
-    per_token = {
-        "token": [1 / N] * B,
-        "sequence": [1 / (B * max(n, 1)) for n in lengths],
-        "dr_grpo": [1 / (B * max_tokens)] * B,
-    }[norm]
-    return torch.tensor(per_token).repeat_interleave(torch.tensor(lengths))
+    if norm == "token":
+        weight_of_response = [1 / N] * B
+    elif norm == "sequence":
+        weight_of_response = [1 / (B * max(length, 1)) for length in lengths]
+    else:
+        weight_of_response = [1 / (B * max_tokens)] * B
+    return torch.tensor(weight_of_response).repeat_interleave(torch.tensor(lengths))
 
 
 def grpo_loss(
@@ -272,63 +256,185 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coef: float = 0.001,
-    kl: str = "k3",
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped GRPO loss with a KL penalty; every argument (N,) over packed response tokens.
 
         loss = sum_t w_t [ -min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t) + beta k_t ]
-        rho = exp(logp - old),   k3 = exp(ref - logp) - (ref - logp) - 1,   k2 = (ref - logp)^2 / 2
+        rho = exp(logp - old),   k = exp(ref - logp) - (ref - logp) - 1
 
-    Both have KL(policy || ref) as their expected value or near it (k3 exactly, k2 to second order), but what the loss
-    uses is the gradient, and there they part: with samples of the current policy, the expected gradient of k3 is that
-    of KL(ref || policy), and only k2's is that of KL(policy || ref).
+    The estimator k, called k3, has KL(policy || ref) as its expected value. What the loss uses is its gradient, and that
+    is another matter: with samples of the current policy, the expected gradient of k3 is that of KL(ref || policy).
+
+        estimator                    expected value      expected gradient
+        k3                           KL(policy || ref)   of KL(ref || policy)
+        k2 = (ref - logp)^2 / 2      about the same      of KL(policy || ref)
 
     stats: weighted sums over these tokens of k3, of the clipped fraction, and of the surrogate.
     """
     ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     difference = ref_logprobs - logprobs
     k3 = difference.exp() - difference - 1
-    penalty = k3 if kl == "k3" else difference**2 / 2
-    loss = (weights * (kl_coef * penalty - surrogate)).sum()
+    loss = (weights * (kl_coef * k3 - surrogate)).sum()
     with torch.no_grad():
-        bound = (clipped * advantages < ratio * advantages).float()  # tokens whose gradient the clip has cut off
-        stats = {name: (weights * x).sum().item() for name, x in
-                 (("kl", k3), ("clip_fraction", bound), ("surrogate", surrogate))}  # fmt: skip
+        cut_off = clipped_ratio * advantages < ratio * advantages  # tokens that the clip leaves without a gradient
+        stats = {
+            "kl": (weights * k3).sum().item(),
+            "clip_fraction": (weights * cut_off).sum().item(),
+            "surrogate": (weights * surrogate).sum().item(),
+        }
     return loss, stats
 
 
-# --------------------------------------------------------------------------- one step
+# --------------------------------------------------------------------------- rewards for steps
 
 
-@dataclass
-class Rollout:
-    """One response on its way from the sampler to the loss. Its token ids are never decoded and encoded again."""
+def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
+    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the text.
 
-    problem_id: str
-    prompt: list[int]
-    ids: list[int]
-    logprobs: list[float]  # recorded by the sampler
-    text: str
-    finish: str
-    valid: bool = False
-    judgement: Judgement | None = None
-    reward: float = 0.0
-    certainty: list[float] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)  # of the steps that were judged; [] without verdicts
-    penalised: bool = False  # its number of steps is out of bounds
-    old: Tensor | None = None  # (T,) log-probs before the first update of its batch
-    ref: Tensor | None = None  # (T,) log-probs of the frozen initial policy
-    unknown: bool = False  # a baseline that reads answers couldn't grade it
+    The ids decode to `text`; nothing is encoded again. Six tokens, and two steps in tags:
+
+        tokens       <step>  1+  1=2</  step>  <step>  3</step>
+        characters   6       8   13     18     24      32           that the first 1, 2, 3, ... tokens decode to
+        step "1+1=2" is text[6:11]: from the first token that reaches beyond 6, up to the first that reaches 11: (1, 3)
+        step "3"     is text[24:25]: (5, 6)
+
+    Tagged steps are looked for inside their tags, as the same words may stand outside. A token that has the end of one
+    step and the beginning of the next belongs to the first; a step's range may then be empty.
+    """
+
+    def characters(count: int) -> int:
+        """How many characters the first `count` tokens decode to; of a character of several tokens the last counts."""
+        return len(tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
+
+    counts = range(len(ids) + 1)
+    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
+    spans = []
+    text_end, token_end = 0, 0  # of the step before
+    for k, step in enumerate(steps):
+        earliest = max(text_end, tags[k]) if k < len(tags) else text_end
+        text_start = text.find(step, earliest)
+        if text_start < 0:
+            return []
+        text_end = text_start + len(step)
+        token_start = bisect_left(counts, text_start, lo=token_end, key=characters)
+        if token_start > token_end and characters(token_start) > text_start:
+            token_start -= 1  # the token before has the step's first character, too
+        token_end = bisect_left(counts, text_end, lo=token_start, key=characters)
+        spans.append((token_start, token_end))
+    return spans
 
 
-# An empty micro-batch still runs, on one token that is no target: FSDP needs every rank in every micro-batch.
-NOTHING = Rollout("", [0], [], [], "", "")
+def selective_advantage(
+    advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
+) -> Tensor:
+    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
+    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
+    tokens = torch.full((length,), advantage)
+    for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
+        agrees = correct == (advantage >= 0)
+        if not agrees:
+            tokens[start:end] *= discount
+    return tokens
+
+
+def global_step_advantage(
+    step_rewards: list[list[float]], step_ends: list[list[int]], lengths: list[int]
+) -> list[Tensor]:
+    """A_step, (T_i,) for each response of one group: a step's reward stands at its last token, step_ends (inclusive),
+    normalised by mean and std over all steps of the group, and a token gets the sum from itself to the end."""
+    pool = torch.tensor([reward for rewards in step_rewards for reward in rewards], dtype=torch.float32)
+    mean, scale = 0.0, 1.0
+    if len(pool) > 1:
+        mean = pool.mean().item()
+        scale = pool.std().item() + 1e-6
+    equal = len(pool) > 1 and pool.max() == pool.min()  # then exactly 0, as in group_advantages
+    result = []
+    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
+        tokens = torch.zeros(length)
+        for reward, end in zip(rewards, ends, strict=True):
+            if not equal:
+                tokens[: end + 1] += (reward - mean) / scale
+        result.append(tokens)
+    return result
+
+
+def spread_selective(group: list[Rollout], advantages: Tensor, discount: float) -> list[Tensor]:
+    """`selective_advantage` of each response of a group; without judged steps all tokens keep A."""
+    result = []
+    for r, advantage in zip(group, advantages.tolist(), strict=True):
+        verdicts = [verdict for verdict, _ in r.judged_steps]
+        spans = [span for _, span in r.judged_steps]
+        result.append(selective_advantage(advantage, verdicts, spans, len(r.ids), discount))
+    return result
+
+
+def spread_global(group: list[Rollout], advantages: Tensor, discount: float) -> list[Tensor]:
+    """0.8 A + 0.2 A_step, where each correct one of n steps is worth 1/n and each incorrect one -1/n. Responses without
+    judged steps take no part in A_step and keep A."""
+    step_rewards, step_ends = [], []
+    for r in group:
+        steps = r.judged_steps
+        step_rewards.append([(1 if verdict else -1) / len(steps) for verdict, _ in steps])
+        step_ends.append([end - 1 for _, (_, end) in steps])
+    of_steps = global_step_advantage(step_rewards, step_ends, [len(r.ids) for r in group])
+    result = []
+    for r, advantage, a_step in zip(group, advantages, of_steps, strict=True):
+        if r.judged_steps:
+            result.append(0.8 * advantage + 0.2 * a_step)
+        else:
+            result.append(advantage.expand(len(r.ids)))
+    return result
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A choice of --reward: the rewards of a group, and what they need."""
+
+    of_group: Callable[[list[Rollout], Context], list[float]]
+    needs_judge: bool = False
+    needs_step_verdicts: bool = False
+    reads_answers: bool = False  # a baseline that may see the reference answers
+    least_steps: int = 0  # a step design: fewer steps than these (or more than --max_steps) earn nothing
+    spread: Callable[[list[Rollout], Tensor, float], list[Tensor]] | None = None  # over tokens; None: A for each
+
+
+REWARDS = {
+    "process_aware": Reward(process_aware_reward, needs_judge=True),
+    "step_augmented": Reward(step_augmented_reward, needs_judge=True, needs_step_verdicts=True),
+    "selective_advantage": Reward(
+        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=4, spread=spread_selective
+    ),
+    "global_step": Reward(
+        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=3, spread=spread_global
+    ),
+    "rlvr": Reward(rlvr_reward, reads_answers=True),
+    "majority": Reward(majority_reward),
+    "self_certainty": Reward(self_certainty_reward),
+    "random": Reward(random_reward),
+}
+
+
+# --------------------------------------------------------------------------- one step: sample, judge, reward, advantage
+
+
+def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
+    """The problems of a step: every epoch has a new order; a function of (step, seed), so that a resumed run continues
+    exactly. `place` is the problem's number in the whole run: one that comes twice in a step must get two groups."""
+    n = len(problems)
+    start = step * batch_size
+    order: list[int] = []  # of all epochs that the batch touches
+    for epoch in range(start // n, (start + batch_size - 1) // n + 1):
+        of_epoch = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(of_epoch)
+        order += of_epoch
+    first = start % n
+    return [problems[order[first + k]] | {"place": start + k} for k in range(batch_size)]
 
 
 def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
-    """G responses to each problem, groups consecutive, from the full distribution at --temperature, as in the loss."""
+    """G responses to each problem, groups consecutive, from the whole distribution at --temperature, as in the loss."""
     groups = engine.sample(
         [p["prompt"] for p in problems],
         keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
@@ -339,180 +445,296 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
         certainty=args.reward == "self_certainty",
     )
     rollouts = []
-    for p, s in ((p, s) for p, group in zip(problems, groups, strict=True) for s in group):
-        text = engine.text(s)
-        rollouts.append(Rollout(p["id"], p["prompt"], s.ids, s.logprobs, text, s.finish, certainty=s.certainty))
+    for p, samples in zip(problems, groups, strict=True):
+        for sample in samples:
+            rollouts.append(
+                Rollout(
+                    problem_id=p["id"],
+                    problem=p["problem"],
+                    prompt=p["prompt"],
+                    ids=sample.ids,
+                    logprobs=sample.logprobs,
+                    text=engine.text(sample),
+                    finish=sample.finish,
+                    certainty=sample.certainty,
+                )
+            )
     return rollouts
 
 
-def score_rollouts(
-    rollouts: list[Rollout], problems: list[dict], args, step: int, tokenizer, judge: Callable | None, gold: dict
-) -> None:
-    """Set valid, scored and reward of each rollout. Only format-valid responses cost a reward-model call."""
-    text_of = {p["id"]: p["problem"] for p in problems}
+def shown_solution(response: str) -> tuple[list[str], str | None]:
+    """(steps, answer) that the reward model is shown: everything up to the last `</answer>`, and the last answer.
+
+    Under the constraint `none` this includes whatever was appended to a first solution; if it were cut away, appending
+    could never be rewarded, and could not be studied.
+    """
+    if "</answer>" in response:
+        response = response[: response.rindex("</answer>") + len("</answer>")]
+    return split_steps(response), extract_answer(response)
+
+
+def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
+    """Set `judgement` of the valid responses, and where the step designs ask for it, `step_spans`. An invalid response
+    costs no call of the reward model."""
+    valid = [r for r in rollouts if r.valid]
+    solutions = []
+    for r in valid:
+        steps, answer = shown_solution(r.text)
+        # The id seeds the samples of --prm_votes: equal responses get equal judgements, on any rank.
+        name = f"{r.problem_id}/{r.text}"
+        solutions.append({"id": name, "problem": r.problem, "steps": steps, "answer": answer})
+    for r, solution, judgement in zip(valid, solutions, judge(solutions, seed=seed), strict=True):
+        r.judgement = judgement
+        both = judgement.verdict is not None and judgement.step_verdicts is not None
+        if both and REWARDS[args.reward].spread is not None:
+            r.step_spans = locate_steps(tokenizer, r.ids, r.text, solution["steps"])
+
+
+def give_rewards(rollouts: list[Rollout], context: Context, args) -> None:
+    """Set `reward`, group by group. In the step designs a response with too few or too many steps earns nothing, before
+    the group's mean and std are taken."""
+    reward = REWARDS[args.reward]
+    for group in groups_of(rollouts, args.group_size):
+        for r, value in zip(group, reward.of_group(group, context), strict=True):
+            r.reward = value
+            if reward.spread is not None and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
+                r.wrong_step_count = True
+                r.reward = 0.0
+
+
+def groups_of(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:
+    """The groups of rollouts, which stand one behind the other."""
+    return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
+
+
+def score_rollouts(rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int):
+    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements."""
+    seed = f"{args.seed}/{step}"
     for r in rollouts:
-        r.valid = format_valid(r.text, args.format_constraints, r.finish == "stop")
-    if args.reward in JUDGED:
-        valid = [r for r in rollouts if r.valid]
-        shown = [shown_solution(r.text) for r in valid]
-        solutions = [  # the id is for the seeds of --prm_votes: equal responses get equal judgements, on any rank
-            {"id": f"{r.problem_id}/{r.text}", "problem": text_of[r.problem_id], "steps": steps, "answer": answer}
-            for r, (steps, answer) in zip(valid, shown, strict=True)
-        ]
-        for r, (steps, _), scored in zip(valid, shown, judge(solutions, step), strict=True):
-            r.judgement = scored
-            if args.reward in STEP_DESIGNS and scored.verdict is not None and scored.step_verdicts is not None:
-                r.spans = locate_steps(tokenizer, r.ids, r.text, steps)
-        reward_of = step_augmented_reward if args.reward == "step_augmented" else process_aware_reward
-        for r in rollouts:
-            r.reward = reward_of(r.valid, r.judgement)
-            if args.reward in STEP_DESIGNS and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
-                r.penalised, r.reward = True, 0.0
-    elif args.reward == "rlvr":
-        pairs = [(extract_answer(r.text) or "", gold[r.problem_id]) for r in rollouts]
-        for r, correct in zip(rollouts, grade_all(pairs), strict=True):
-            r.unknown, r.reward = correct is None, float(correct is True)
-    elif args.reward == "majority":
-        for start in range(0, len(rollouts), args.group_size):
-            group = rollouts[start : start + args.group_size]
-            for r, reward in zip(group, majority_rewards([extract_answer(r.text) for r in group]), strict=True):
-                r.reward = reward
-    elif args.reward == "self_certainty":
-        for r in rollouts:
-            r.reward = self_certainty_reward(r.certainty)
-    else:
-        for i, r in enumerate(rollouts):
-            r.reward = random_reward(r.valid, random.Random(f"{args.seed}/{step}/{r.problem_id}/{i % args.group_size}"))
-    if args.overlong == "penalise":
-        for r in rollouts:
-            r.reward = 0.0 if r.finish == "length" else r.reward
+        r.valid = format_valid(r.text, args.format_constraints, finished=r.finish == "stop")
+    if REWARDS[args.reward].needs_judge:
+        judge_responses(rollouts, judge, tokenizer, seed, args)
+    context = Context(seed, gold if REWARDS[args.reward].reads_answers else {})
+    give_rewards(rollouts, context, args)
 
 
-def in_loss(rollouts: list[Rollout], advantages: list[Tensor], args) -> list[int]:
-    """Indices of the responses that the loss is over: all, but for those that --overlong mask and --drop_equal_groups
-    (of which no token, (T_i,) each, has an advantage) leave out. These aren't in the loss's denominator either."""
-    kept = []
-    for i, r in enumerate(rollouts):
-        start = i - i % args.group_size
-        equal = not any(a.any() for a in advantages[start : start + args.group_size])
-        if not (args.drop_equal_groups and equal) and not (args.overlong == "mask" and r.finish == "length"):
-            kept.append(i)
-    return kept
+def spread_advantages(rollouts: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
+    """The advantage of every token, (T_i,) for each response, from A (B,). The step designs change it where the reward
+    model judged just the steps that the response has; elsewhere A stays."""
+    spread = REWARDS[args.reward].spread
+    result = []
+    for group, of_group in zip(
+        groups_of(rollouts, args.group_size), advantages.view(-1, args.group_size), strict=True
+    ):
+        if spread is not None:
+            result += spread(group, of_group, args.selective_discount)
+        else:
+            result += [a.expand(len(r.ids)) for r, a in zip(group, of_group, strict=True)]
+    return result
+
+
+# --------------------------------------------------------------------------- one step: the update
 
 
 def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(ids (N,), lengths (S,), targets (N,), layout (M,)) of a micro-batch, as `Transformer.packed` takes them: the
-    targets are all responses, in order, and a prompt stands there once for all responses to it. Its last token is left
-    to each of them, because it predicts their first. layout: None if nothing is shared."""
-    ids, targets, layout, lengths, prompts = [], [], [], [], {}
+    """Put the responses of a micro-batch one behind the other, with each prompt only once: (ids (N,), lengths (S,),
+    targets (N,), layout (M,)), as `Transformer.packed` takes them.
+
+    Two responses [r s] and [u v w] to the same prompt [a b c]:
+
+        place      0 1 | 2 3 | 4 5 6
+        ids        a b | c r | c u v
+        targets    - - | r s | u v w        what each place predicts: position i predicts token i + 1
+        layout     0 1 2 3 | 0 1 4 5 6      the places of sequence 1, then those of sequence 2
+        lengths    4       | 5
+
+    The prompt's last token c is repeated, because it predicts the first token of each response. layout is None if
+    nothing is shared.
+    """
+    ids, targets, layout, lengths = [], [], [], []
+    places_of_prompt: dict[tuple[int, ...], range] = {}  # of its tokens without the last
     for r in rollouts:
-        prompt, last = tuple(r.prompt[:-1]), r.prompt[-1:]
-        if prompt not in prompts:
-            prompts[prompt] = range(len(ids), len(ids) + len(prompt))
+        prompt = tuple(r.prompt[:-1])
+        if prompt not in places_of_prompt:
+            places_of_prompt[prompt] = range(len(ids), len(ids) + len(prompt))
             ids += prompt
-            targets += [-1] * len(prompt)
-        own = last + r.ids[:-1]
-        layout += [*prompts[prompt], *range(len(ids), len(ids) + len(own))]
-        lengths.append(len(prompt) + len(own))
-        ids += own
-        targets += r.ids or [-1]
-    ids, lengths, targets, layout = (torch.tensor(x, device=device) for x in (ids, lengths, targets, layout))
-    return ids, lengths, targets, layout if len(layout) > len(ids) else None
+            targets += [NO_TARGET] * len(prompt)
+        shared = places_of_prompt[prompt]
+
+        inputs = r.prompt[-1:] + r.ids[:-1]
+        own = range(len(ids), len(ids) + len(inputs))
+        ids += inputs
+        targets += r.ids or [NO_TARGET]  # the empty response of an idle rank predicts nothing
+
+        layout += [*shared, *own]
+        lengths.append(len(shared) + len(own))
+    packed = [torch.tensor(x, device=device) for x in (ids, lengths, targets)]
+    if len(layout) == len(ids):
+        return *packed, None
+    return *packed, torch.tensor(layout, device=device)
 
 
-def set_reference_logprobs(model: Transformer, rollouts: list[Rollout], args) -> None:
-    """Set ref of each rollout of this rank: its log-probs under the frozen initial policy."""
-    with torch.no_grad():
-        for group in split_micro_batches([len(r.prompt) + len(r.ids) for r in rollouts], args.micro_tokens):
-            chunk = [rollouts[i] for i in group]
-            ids, row_lengths, targets, layout = pack_responses(chunk or [NOTHING], model.device)
-            logprobs, _ = model.packed(ids, row_lengths, targets, args.temperature, layout)
-            for r, values in zip(chunk, logprobs[targets >= 0].split([len(r.ids) for r in chunk]), strict=True):
-                r.ref = values
+def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[list[Rollout]]:
+    """The groups of one rank: responses that follow each other and have one prompt. They are dealt out by size, so that
+    ranks have similar work, and never torn apart, since a prompt is packed and run once for all its responses."""
+    groups: list[list[Rollout]] = []
+    for r in rollouts:
+        if not groups or r.prompt != groups[-1][0].prompt:
+            groups.append([])
+        groups[-1].append(r)
+    groups.sort(key=lambda group: len(group[0].prompt) + sum(len(r.ids) for r in group))
+    return groups[rank::ranks]
+
+
+def fill_micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[list[Rollout]]:
+    """Micro-batches of at most max_tokens packed tokens (single longer responses excepted), filled group by group. A group
+    that doesn't fit continues in the next one, with its prompt again.
+
+    Two groups a and b of three responses with 40 tokens each, to prompts of 1 + 100 tokens; max_tokens 200:
+
+        micro-batch    a1 a2          a3          b1 b2          b3
+        tokens         100 + 40 + 40  100 + 40    100 + 40 + 40  100 + 40
+    """
+    batches: list[list[Rollout]] = []
+    tokens = 0  # packed in the last of them
+    for group in groups:
+        prompt = len(group[0].prompt) - 1  # its last token is counted with each response
+        for number, r in enumerate(group):
+            needed = len(r.ids)
+            if number == 0:
+                needed += prompt
+            if not batches or tokens + needed > max_tokens:
+                batches.append([])
+                tokens = 0
+                needed = prompt + len(r.ids)
+            batches[-1].append(r)
+            tokens += needed
+    return batches
+
+
+def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """This rank's share of the global batch, in as many micro-batches as the rank with the most has: FSDP's collectives
+    need every rank in every micro-batch. What is missing runs one token that predicts nothing, without a gradient."""
+    groups = deal_groups(rollouts, distributed.rank(), distributed.world_size())
+    batches = fill_micro_batches(groups, max_tokens)
+    most = distributed.max_over_ranks(len(batches))  # a collective: every rank must get here
+    while len(batches) < most:
+        batches.append([Rollout(problem_id="", prompt=[0], ids=[], logprobs=[], text="", finish="")])
+    return batches
+
+
+def micro_batch_loss(
+    model: Transformer, reference: Transformer | None, batch: list[Rollout], args
+) -> tuple[Tensor, dict[str, float]]:
+    """The GRPO loss of a micro-batch, a part of the global batch's sum, and sums over its N response tokens."""
+    ids, lengths, targets, layout = pack_responses(batch, model.device)
+    response = targets >= 0
+
+    # 1. Log-probs of the policy and of the reference. The responses were drawn from softmax(logits / T): at any other
+    # temperature these would be another policy's, and ratio, KL and the comparison below wrong without an error to see.
+    packed = ids, lengths, targets, args.temperature, layout
+    ref_logprobs = None
+    if reference is not None:  # first, while no activations of the policy are kept
+        with torch.no_grad():
+            ref_logprobs = reference.packed(*packed)[0][response]  # (N,)
+    logprobs, entropy = model.packed(*packed)
+    logprobs = logprobs[response]  # (N,)
+    current = logprobs.detach()
+    if ref_logprobs is None:
+        ref_logprobs = current  # the KL to itself is zero
+
+    # 2. Old log-probs are those of the policy before the first update of this batch. In that update they are the current
+    # ones: the ratio is 1 in value and carries the gradient.
+    for r, values in zip(batch, current.split([len(r.ids) for r in batch]), strict=True):
+        if r.old_logprobs is None:
+            r.old_logprobs = values
+    old_logprobs = torch.cat([r.old_logprobs for r in batch])
+
+    # 3. The loss, token by token, and how far the sampler's log-probs are from the trainer's.
+    sampled = torch.tensor([x for r in batch for x in r.logprobs], device=model.device)
+    advantages = torch.cat([r.token_advantages for r in batch]).to(model.device)
+    if args.tis_cap:
+        advantages = advantages * (old_logprobs - sampled).exp().clamp(max=args.tis_cap)
+    weights = torch.cat([r.token_weights for r in batch]).to(model.device)
+    clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
+    loss, stats = grpo_loss(
+        logprobs, old_logprobs, ref_logprobs, advantages, weights, **clip, kl_coef=args.kl_coef
+    )
+    gap = (sampled - old_logprobs).abs()
+    stats["entropy"] = entropy[response].sum().item()
+    stats["gap"] = gap.sum().item()
+    stats["largest_gap"] = gap.max().item() if len(gap) else 0.0
+    return loss, stats
 
 
 def update_policy(
     model, optimizer, reference, rollouts: list[Rollout], advantages: list[Tensor], args
 ) -> dict[str, float]:
-    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and
-    advantages, (T_i,) or one number each, and trains on its share. A batch's first update fixes its old log-probs."""
+    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and their
+    token advantages, (T_i,) or one number each, and trains on its share."""
+    # 1. Weights are made over the whole batch of all ranks, so that it can't matter how it is split.
     lengths = [len(r.ids) for r in rollouts]
-    weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens).to(model.device)
-    weight = weights.sum().item()  # 1 except under dr_grpo: metrics are divided by it, the loss isn't
-    weights = weights.split(lengths)
-    total = [len(r.prompt) + len(r.ids) for r in rollouts]
-    mine = rank_share(total)
-    # All ranks or none: a rank with no rollouts of its own has to take part.
-    if reference is not None and distributed.max_over_ranks(any(rollouts[i].ref is None for i in mine)):
-        set_reference_logprobs(reference, [rollouts[i] for i in mine], args)
-    sums = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
-    worst = 0.0
-    for group in split_micro_batches([total[i] for i in mine], args.micro_tokens):
-        chunk = [mine[j] for j in group]
-        ids, row_lengths, targets, layout = pack_responses([rollouts[i] for i in chunk] or [NOTHING], model.device)
-        logprobs, entropy = model.packed(ids, row_lengths, targets, args.temperature, layout)
-        if not chunk:
-            (0.0 * logprobs.sum()).backward()
-            continue
-        here = targets >= 0
-        logprobs, entropy = logprobs[here], entropy[here].detach()  # (N,)
-        for i, values in zip(chunk, logprobs.detach().split([lengths[i] for i in chunk]), strict=True):
-            rollouts[i].old = values if rollouts[i].old is None else rollouts[i].old
-        old = torch.cat([rollouts[i].old for i in chunk])
-        recorded = torch.tensor([x for i in chunk for x in rollouts[i].logprobs], device=model.device)
-        importance = (old - recorded).exp().clamp(max=args.tis_cap) if args.tis_cap else 1.0
-        loss, stats = grpo_loss(
-            logprobs,
-            old,
-            torch.cat([rollouts[i].ref for i in chunk]) if reference is not None else old,
-            torch.cat([advantages[i].expand(lengths[i]) for i in chunk]).to(model.device) * importance,
-            torch.cat([weights[i] for i in chunk]),
-            clip_low=args.clip_low,
-            clip_high=args.clip_high,
-            kl_coef=args.kl_coef,
-            kl=args.kl,
-        )
-        (loss * distributed.world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
-        gap = (recorded - old).abs()
-        worst = max(worst, gap.max().item())
-        stats |= {"entropy": entropy.sum().item() / sum(lengths), "gap": gap.sum().item() / sum(lengths)}
+    weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens)  # (N,)
+    for r, advantage, of_response in zip(rollouts, advantages, weights.split(lengths), strict=True):
+        r.token_advantages = advantage.expand(len(r.ids))
+        r.token_weights = of_response
+
+    # 2. Gradients add up over micro-batches, and over ranks: FSDP averages them, and the loss is a sum.
+    totals = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
+    largest_gap = 0.0
+    for batch in split_into_micro_batches(rollouts, args.micro_tokens):
+        loss, stats = micro_batch_loss(model, reference, batch, args)
+        (loss * distributed.world_size()).backward()
+        largest_gap = max(largest_gap, stats.pop("largest_gap"))
         for name, value in stats.items():
-            sums[name] += value
-    values = dict(zip(sums, distributed.sum_over_ranks(*sums.values()), strict=True))
-    if not values["gap"] <= args.max_gap:
+            totals[name] += value
+    totals = dict(zip(totals, distributed.sum_over_ranks(*totals.values()), strict=True))
+
+    # 3. Is what was sampled what is trained?
+    gap = totals["gap"] / sum(lengths)
+    if not gap <= args.max_gap:
         raise RunError(
-            f"the sampler's log-probs differ from the trainer's by {values['gap']:.4f} nats a token, more than "
+            f"the sampler's log-probs differ from the trainer's by {gap:.4f} nats per token, more than "
             f"--max_gap {args.max_gap}: the sampled policy isn't the one being trained; stopped before the update"
         )
-    norm = clip_and_step(model, optimizer, args.lr, args.max_grad_norm)
-    measured = {"kl/k3": values["kl"] / weight} if reference is not None else {}  # from itself it would be 0
-    return measured | {
-        "loss/clip_fraction": values["clip_fraction"] / weight,
-        "loss/surrogate": values["surrogate"],
-        "policy/entropy": values["entropy"],
-        "gap/mean": values["gap"],
-        "gap/max": distributed.max_over_ranks(worst),
+
+    # 4. The step.
+    norm = clip_and_step(model, optimizer, args.lr, MAX_GRAD_NORM)
+    weight = weights.sum().item()  # 1 except under dr_grpo
+    metrics = {
+        "loss/clip_fraction": totals["clip_fraction"] / weight,
+        "loss/surrogate": totals["surrogate"],
+        "policy/entropy": totals["entropy"] / sum(lengths),
+        "gap/mean": gap,
+        "gap/max": distributed.max_over_ranks(largest_gap),
         "train/grad_norm": norm,
     }
+    if reference is not None:
+        metrics["kl/k3"] = totals["kl"] / weight
+    return metrics
+
+
+# --------------------------------------------------------------------------- what a reader watches
 
 
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
-    """What a reader watches: the reward and its parts, and the indicators of reward hacking; means over the batch."""
+    """The reward and its parts, and the indicators of reward hacking; means over the batch."""
     judged = [r for r in rollouts if r.judgement is not None]
-    stepwise = REWARD_MODELS[prm_kind].judges_steps
-    mismatched = [stepwise and r.judgement.verdict is not None and r.judgement.step_verdicts is None for r in judged]
+    judges_steps = REWARD_MODELS[prm_kind].judges_steps
+    share_correct = [sum(r.step_verdicts) / len(r.step_verdicts) for r in judged if r.step_verdicts]
+    mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
+    rewards = torch.tensor([r.reward for r in rollouts])
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
 
-    rewards = torch.tensor([r.reward for r in rollouts])
     return {
         "reward/mean": mean([r.reward for r in rollouts]),
         "reward/std": rewards.std().item() if len(rollouts) > 1 else 0.0,
-        "reward/verdict": mean([r.judgement.verdict is True for r in judged]),
-        "reward/steps_correct": mean([sum(v) / len(v) for r in judged if (v := r.judgement.step_verdicts)]),
-        "reward/unknown": mean([r.unknown for r in rollouts]),
-        "reward/unparsed": mean([r.judgement.verdict is None for r in judged]),
+        "reward/verdict": mean([r.verdict is True for r in judged]),
+        "reward/steps_correct": mean(share_correct),
+        "reward/unknown": mean([r.ungradable for r in rollouts]),
+        "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
@@ -520,7 +742,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "format/text_after_answer": mean([bool(r.text.partition("</answer>")[2].strip()) for r in rollouts]),
         "response/steps": mean([len(split_steps(r.text)) for r in rollouts]),
         "response/length": mean([len(r.ids) for r in rollouts]),
-        "response/penalised": mean([r.penalised for r in rollouts]),
+        "response/penalised": mean([r.wrong_step_count for r in rollouts]),
         "response/truncated": mean([r.finish == "length" for r in rollouts]),
         "group/zero_std": mean((advantages.view(-1, group_size) == 0).all(1).tolist()),
     }
@@ -534,98 +756,88 @@ def heldout_metrics(
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
-    texts, right = [text for (text,) in result["texts"]], torch.from_numpy(result["correct"][:, 0])
+    texts = [text for (text,) in result["texts"]]
+    correct = torch.from_numpy(result["correct"][:, 0])
     valid = torch.tensor([format_valid(text) for text in texts])
     numbers = {name: result[name] for name in ("accuracy", "low", "high")}
     numbers["valid"] = valid.float().mean().item()
     if valid.any():  # the accuracy of no response isn't a number
-        numbers["accuracy_of_valid"] = right[valid].float().mean().item()
-    if judge:
-        ends = ["length" if cut else "stop" for cut in result["cut"]]
-        responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
+        numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
+    if judge is not None:
+        responses = []
+        for problem, text, cut in zip(heldout, texts, result["cut"], strict=True):
+            finish = "length" if cut else "stop"
+            responses.append(Rollout(problem["id"], [], [], [], text, finish, problem=problem["problem"]))
         mine = responses[distributed.rank() :: distributed.world_size()]
-        score_rollouts(mine, heldout, args, step, engine.tokenizer, judge, gold)
+        score_rollouts(mine, judge, engine.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
     return {f"heldout/{name}": value for name, value in numbers.items()}
 
 
-def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
-    """The problems of a step: every epoch a new order; a function of (step, seed), so a resumed run goes on exactly."""
-    start, n = step * batch_size, len(problems)
-    order: list[int] = []  # of the epochs that the batch touches
-    for epoch in range(start // n, (start + batch_size - 1) // n + 1):
-        fresh = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(fresh)
-        order += fresh
-    return [{**problems[order[start % n + k]], "place": start + k} for k in range(batch_size)]
-
-
-def estimate_memory(policy: Config, prm: Config | None, args, gpu: bool) -> dict[str, float]:
-    """What a rank will need, in GiB. Shared out over ranks: fp32 weights, gradients and AdamW's two moments, the
-    frozen reference. On every rank: the sampler's copy, the reward model, and one KV cache, the larger of two (the
-    sampler's is freed before the reward model's is made). Left out: a few gathered layers, what the CUDA libraries
-    take, fragments, and the start, where all fp32 weights (4 bytes a parameter) are on each rank for a moment."""
-
-    def parameters(c: Config) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in Transformer(c).parameters())
-
-    def cache(c: Config, new_tokens: int) -> int:
-        longest = min(args.max_prompt_tokens + new_tokens, c.max_positions)
-        held = 2 * PREFILL_TOKENS  # of the prompts that have just been run, twice while they are put together
-        return 2 * c.num_layers * ((args.slots or CPU_SLOTS) * longest + held) * c.num_kv_heads * c.head_dim * size
-
-    size = 2 if gpu else 4  # bytes of a number outside the optimizer
-    weights, shared = parameters(policy), 4 + size * (args.kl_coef > 0)
-    # Kept for the backward pass, for each token: at a norm 4 numbers of hidden size; queries, keys and values for all
-    # heads, and the attention's output twice; 4 of the MLP's width. Recomputing keeps only the input of a layer.
-    norm, heads = 4 * policy.hidden_size, policy.num_heads * policy.head_dim
-    layer, layers = 2 * norm + 5 * heads + 4 * policy.intermediate_size, policy.num_layers
-    kept = norm + (layer + layers * policy.hidden_size if args.activation_checkpointing else layers * layer)
-    judgement = args.max_new_tokens + args.prm_max_new_tokens  # the response is part of the reward model's prompt
-    needed = {
-        "weights": shared * weights / distributed.world_size()
-        + (size * weights if gpu or distributed.world_size() > 1 else 0),
-        "gradients and optimizer": 12 * weights / distributed.world_size(),
-        "activations": args.micro_tokens * kept * size,
-        "KV cache": max(cache(policy, args.max_new_tokens), cache(prm, judgement) if prm else 0),
-        "reward model": size * parameters(prm) if prm else 0,
-    }
-    return {name: count / 2**30 for name, count in needed.items()}
-
-
 def describe_rollout(r: Rollout, advantage: float) -> dict:
     """A response as a record: what --dump_rollouts writes and `report.show_rollout` shows."""
     return {
-        "problem_id": r.problem_id, "text": r.text, "ids": r.ids, "finish": r.finish, "valid": r.valid,
-        "reward": r.reward, "advantage": advantage, "judgement": r.judgement and vars(r.judgement),
-    }  # fmt: skip
+        "problem_id": r.problem_id,
+        "text": r.text,
+        "ids": r.ids,
+        "finish": r.finish,
+        "valid": r.valid,
+        "reward": r.reward,
+        "advantage": advantage,
+        "judgement": vars(r.judgement) if r.judgement is not None else None,
+    }
 
 
 def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
-    """Everything about a step's responses, one a line, for reading later."""
+    """All responses of a step, one per line."""
     rows = [describe_rollout(r, a) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
     records.write_lines(path, rows)
 
 
 def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
-    """Say that a whole batch of judgements has no verdict: nobody is rewarded, and the policy only drifts."""
+    """Say that not one judgement of a batch has a verdict: no response is rewarded, so the update is noise."""
     texts = [r.judgement.text for r in rollouts if r.judgement is not None]
     tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict, so nothing is rewarded; check "
                f"--prm, --prm_kind and --prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
 
 
-def print_sample(problem: dict, r: Rollout, advantage: float, step: int) -> None:
+def print_sample(r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
-    tqdm.write(f"--- step {step} · {problem['problem']}\n{report.show_rollout(describe_rollout(r, advantage))}")
+    tqdm.write(f"--- step {step} · {r.problem}\n{report.show_rollout(describe_rollout(r, advantage))}")
+
+
+class Clock:
+    """Seconds of the phases of a step: `with clock("sample"): ...`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+    def metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one."""
+        sampled = sum(len(r.ids) for r in rollouts)
+        judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
+        tokens = {"sample": sampled, "score": judged, "update": sampled}
+        numbers = {}
+        for phase, seconds in self.seconds.items():
+            numbers[f"time/{phase}"] = seconds
+            numbers[f"time/{phase}_tokens_per_second"] = tokens[phase] / seconds
+        numbers["time/tokens_per_second"] = sampled / sum(self.seconds.values())
+        return numbers
 
 
 # --------------------------------------------------------------------------- main
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked: what can't work is refused before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data and models")
     group.add_argument("--policy", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
@@ -636,34 +848,29 @@ def main() -> None:
     group.add_argument("--heldout", help="problems for monitoring, never for training")
     group.add_argument("--gold", help="JSON Lines with id and answer, for monitoring and --reward rlvr only")
     group = parser.add_argument_group("reward")
-    group.add_argument("--reward", default="process_aware", choices=REWARDS)
+    group.add_argument("--reward", default="process_aware", choices=list(REWARDS))
     group.add_argument("--format_constraints", default="paper", choices=["none", "paper", "strict"])
     group.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
     group.add_argument("--prm_votes", type=int, default=1, help="judgements per response; 1: a greedy one")
     group.add_argument("--selective_discount", type=float, default=0.0, help="0.5 halves what is 0 in the paper")
-    group.add_argument("--min_steps", type=int, help="fewer earn nothing; default: 4 (selective), 3 (global_step)")
-    group.add_argument("--max_steps", type=int, default=20, help="more earn nothing, in these two")
-    group.add_argument("--overlong", default="keep", choices=["keep", "mask", "penalise"],
-                       help="responses cut by the length limit: left, out of the loss, or with reward 0")  # fmt: skip
-    group.add_argument("--drop_equal_groups", action="store_true", help="groups without any advantage leave the loss")
+    group.add_argument("--min_steps", type=int,
+                       help="responses with fewer steps get reward 0; default: 4 (selective), 3 (global_step)")  # fmt: skip
+    group.add_argument("--max_steps", type=int, default=20, help="so do responses with more, under these two rewards")
     group = parser.add_argument_group("GRPO")
-    group.add_argument("--steps", type=int, default=300, help="updates")
+    group.add_argument("--steps", type=int, default=300, help="batches of responses")
     group.add_argument("--batch_size", type=int, default=256, help="problems per step")
     group.add_argument("--group_size", type=int, default=16, help="G, responses per problem")
     group.add_argument("--max_new_tokens", type=int, default=2048, help="per response")
     group.add_argument("--max_prompt_tokens", type=int, default=2048, help="longer problems are left out")
     group.add_argument("--temperature", type=float, default=1.0, help="of the rollouts and of every log-prob")
     group.add_argument("--lr", type=float, default=1e-6, help="constant")
-    group.add_argument("--weight_decay", type=float, default=0.0)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
     group.add_argument("--clip_low", type=float, default=0.2)
     group.add_argument("--clip_high", type=float, default=0.2)
-    group.add_argument("--no_std_norm", action="store_true", help="advantages aren't divided by the group's std")
     group.add_argument("--updates", type=int, default=1, help="per batch")
     group.add_argument("--tis_cap", type=float, default=0.0, help="caps importance weights, trainer/sampler; 0: none")
     group.add_argument("--kl_coef", type=float, default=0.001, help="0 turns the KL term off")
-    group.add_argument("--kl", default="k3", choices=["k3", "k2"], help="the estimator in the loss, see grpo_loss")
-    group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"])
+    group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"],
+                       help="weight of a token, see loss_weights; dr_grpo also leaves out the group's std")  # fmt: skip
     group.add_argument("--max_gap", type=float, default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
     group = parser.add_argument_group("running")
     group.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
@@ -676,16 +883,18 @@ def main() -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "policy", "problems", "out")
+
+    reward = REWARDS[args.reward]
     if args.min_steps is None:
-        args.min_steps = STEP_DESIGNS.get(args.reward, 1)
+        args.min_steps = reward.least_steps or 1
     records.check_numbers(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size",
                  "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
                  "save_every")  # fmt: skip
-    records.check_numbers(args, "lr", "weight_decay", "kl_coef", least=0)
-    records.check_numbers(args, "group_size", least=2)  # one response is always as good as its group
-    if args.reward in JUDGED and args.prm is None:
+    records.check_numbers(args, "lr", "kl_coef", least=0)
+    records.check_numbers(args, "group_size", least=2)  # a group of one always has zero advantage
+    if reward.needs_judge and args.prm is None:
         raise InputError("--prm is missing; it goes with --policy")
-    if args.reward in ("step_augmented", *STEP_DESIGNS) and not REWARD_MODELS[args.prm_kind].judges_steps:
+    if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:
         raise InputError(
             f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; take process_aware"
         )
@@ -695,137 +904,190 @@ def main() -> None:
         raise InputError(f"--temperature {args.temperature}: it must be positive, a greedy group has no advantage")
     if Path(args.out).resolve() == Path(args.policy).resolve():
         raise InputError(f"--out {args.out} is the policy itself, which the KL term needs as it is; choose another")
-    run(args)
+    return args
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, those of --gold (only the tiny world's file may be missing). Only --reward rlvr
-    needs them, and only then those in the problems file count, too; InputError if it lacks one."""
-    needed = args.reward == "rlvr"
-    gold = {p["id"]: p["answer"] for p in problems if needed and p.get("answer") is not None}
+    """Reference answers by problem id, for two uses only: --reward rlvr, a baseline, and the accuracy on --heldout.
+
+    Nothing else gets them: a reward sees them if it is marked with `reads_answers`, and the reward model never does. Who
+    doubts it deletes the gold file: a run with any other reward makes the same steps without (a test does just that).
+    Only for rlvr, answers in the problems file count, too, and InputError is raised if a problem has none. Of the gold
+    files only the tiny world's may be missing.
+    """
+    needed = REWARDS[args.reward].reads_answers
+    gold = {}
+    if needed:
+        gold = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None}
     if args.gold is not None and (needed or args.gold != TINY["gold"] or Path(args.gold).is_file()):
         gold |= records.read_answers([args.gold])
-    missing = [p["id"] for p in problems if needed and p["id"] not in gold]
-    if missing:
-        raise InputError(f"--reward rlvr: problem {missing[0]} has no reference answer; give --gold with all of them")
+    if needed:
+        missing = [p["id"] for p in problems if p["id"] not in gold]
+        if missing:
+            raise InputError(
+                f"--reward {args.reward}: problem {missing[0]} has no reference answer; give --gold with all of them"
+            )
     return gold
 
 
-def run(args: argparse.Namespace) -> None:
-    """The training loop."""
-    device = distributed.init_distributed(args.device)
+def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
+    """The problems whose prompts leave room for a response, each with its `prompt`; InputError if there are none."""
+    left = engine.context - args.max_new_tokens
+    fitting = []
+    for problem in problems:
+        prompt = engine.encode(SOLVE_PROMPT.format(problem=problem["problem"]))
+        if len(prompt) <= min(args.max_prompt_tokens, left):
+            fitting.append(problem | {"prompt": prompt})
+    if not fitting:
+        raise InputError(
+            f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and the "
+            f"{max(left, 0)} tokens that --max_new_tokens leaves of the context; change one"
+        )
+    return fitting
+
+
+@dataclass
+class Setup:
+    """What the loop works with."""
+
+    policy: Engine  # samples; its model is a copy of `model` on a GPU or several ranks, else the same
+    model: Transformer  # is trained: fp32 weights, sharded
+    reference: Transformer | None  # the frozen initial policy, sharded
+    optimizer: torch.optim.Optimizer
+    judge: Callable | None  # judge(solutions, seed=...) -> judgements; None for rewards without a reward model
+    problems: list[dict]
+    heldout: list[dict]
+    gold: dict[str, str]
+    start: int  # steps done by an earlier run
+
+
+def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
+    """Read the data, load the models and the newest checkpoint. Models are loaded one after another, because each of them
+    is whole on every rank for a moment."""
     out = Path(args.out)
+    # 1. The data.
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
-    args.problems_sha256 = records.hash_file(args.problems)  # a run that goes on must find the same problems
+    args.problems_sha256 = records.hash_file(args.problems)  # a resumed run must find the same problems
     gold = load_gold(args, problems)
     heldout = records.read(args.heldout, ["id", "problem"]) if args.heldout and gold else []
+
+    # 2. Three copies of the policy: the one that is trained, the frozen one of the KL term, and the one that samples. A
+    # single CPU process samples with the trained one itself.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    configs = [open_config(args.policy, "--policy"), open_config(args.prm, "--prm") if args.reward in JUDGED else None]
-    memory = estimate_memory(*configs, args, device.type == "cuda")
-    distributed.log(f"estimated memory of each rank: {sum(memory.values()):.2f} GiB, of which")
-    distributed.log("\n".join(f"{gib:10.2f}  {name}" for name, gib in memory.items()))
     source = find_model(args.policy, "--policy")
     reference = None
-    if args.kl_coef:  # one after another: each is whole only for a moment
-        reference = distributed.prepare_training(load_model(source, device, dtype).requires_grad_(False), False)
+    if args.kl_coef:
+        reference = load_model(source, device, dtype).requires_grad_(False)
+        reference = distributed.prepare_training(reference, False)
     model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
+    vocabulary = model.vocabulary
     model = distributed.prepare_training(model, args.activation_checkpointing)
-    sharded = device.type == "cuda" or distributed.world_size() > 1
-    inference = load_model(source, device, dtype) if sharded else model
-    inference.vocabulary = model.vocabulary
-    if reference is not None:
-        reference.vocabulary = model.vocabulary
+    inference = model
+    if device.type == "cuda" or distributed.world_size() > 1:
+        inference = load_model(source, device, dtype)
+    for copy in (inference, reference):
+        if copy is not None:
+            copy.vocabulary = vocabulary  # all three leave out the same rows of the head
     policy = Engine(Sampler(inference, args.slots), tokenizer, stop_ids)
+
+    # 3. The reward model.
     judge = None
-    if args.reward in JUDGED:
-        engine = open_engine(args.prm, device, args.slots, "--prm")
-        prm = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+    if REWARDS[args.reward].needs_judge:
+        prm = open_engine(args.prm, device, args.slots, "--prm")
+        judge = partial(score_solutions, Judge(prm, args.prm_kind, args.prm_max_new_tokens, args.prm_votes))
 
-        def judge(solutions: list[dict], step: int) -> list[Judgement]:
-            return score_solutions(prm, solutions, seed=f"{args.seed}/{step}")
-
-    for p in problems:
-        p["prompt"] = policy.encode(SOLVE_PROMPT.format(problem=p["problem"]))
-    left = inference.config.max_positions - args.max_new_tokens
-    fitting = [p for p in problems if len(p["prompt"]) <= min(args.max_prompt_tokens, left)]
-    if not fitting:
-        about = (
-            f"--max_prompt_tokens {args.max_prompt_tokens} and the {max(left, 0)} tokens that --max_new_tokens leaves"
-        )
-        raise InputError(f"{args.problems}: no problem fits into both {about} of the context; change one")
+    # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
+    fitting = fitting_problems(problems, policy, args)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda"
+        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
     )
-    records.check_arguments(out, vars(args), FREE)
+    records.check_arguments(out, vars(args), MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     distributed.copy_weights(inference, model)
+    distributed.log(
+        f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
+        f"responses per step, reward {args.reward}, constraints {args.format_constraints}"
+        + (f", resumed after step {start}" if start else "")
+        + ("" if gold else ", no gold file: held-out accuracy isn't measured")
+    )
+    return Setup(policy, model, reference, optimizer, judge, fitting, heldout, gold, start)
+
+
+def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
+    """The loop: one step is sample, judge, advantages, update."""
+    out = Path(args.out)
+    measure = partial(heldout_metrics, run.policy, run.heldout, run.gold, run.judge, args)  # of a step
+    signals = distributed.stop_on_signal()
+    if run.start == 0 and run.heldout:
+        metrics.append({"step": 0, **measure(0)})
+    todo = range(run.start, args.steps)
+    main_rank = distributed.rank() == 0
+    bar = tqdm(todo, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=not main_rank)
+    for step in bar:
+        clock = Clock()
+
+        # 1. Sample a group of G responses to each problem of this step.
+        with clock("sample"):
+            problems = batch_for_step(step, run.problems, args.batch_size, args.seed)
+            mine = problems[distributed.rank() :: distributed.world_size()]
+            rollouts = sample_rollouts(run.policy, mine, args, step)
+
+        # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
+        with clock("score"):
+            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step)
+            groups = distributed.gather(groups_of(rollouts, args.group_size))
+            rollouts = [r for group in groups for r in group]  # all B responses, on every rank
+            distributed.free_cached_memory()
+
+        # 3. How much better than its group is each response, and each of its tokens?
+        with clock("update"):
+            rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
+            advantages = group_advantages(rewards, args.group_size, std_norm=args.loss_norm != "dr_grpo")  # (B,)
+            token_advantages = spread_advantages(rollouts, advantages, args)  # B tensors (T_i,)
+
+            # 4. One clipped update (or several), and the sampler gets the new weights.
+            for _ in range(args.updates):
+                trained = update_policy(run.model, run.optimizer, run.reference, rollouts, token_advantages, args)
+            distributed.copy_weights(run.policy.sampler.model, run.model)
+
+        record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
+        record |= trained | clock.metrics(rollouts)
+        last = step + 1 == args.steps
+        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+        if run.heldout and (last or (step + 1) % args.heldout_every == 0):
+            record |= measure(step + 1)
+        if main_rank:
+            show_progress(bar, record, rollouts, advantages, args, step)
+        metrics.append(record)
+        if last or stopped or (step + 1) % args.save_every == 0:
+            distributed.export(run.model, find_model(args.policy), out)
+            distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+        if stopped and not last:
+            distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
+            raise SystemExit(143)
+
+
+def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, args, step: int) -> None:
+    """What rank 0 prints and writes of a step beside its metrics."""
+    if record["reward/unparsed"] == 1:
+        warn_of_garbage(rollouts, step + 1)
+    if args.dump_rollouts:
+        dump_rollouts(Path(args.out) / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
+    if step % args.sample_every == 0:
+        print_sample(rollouts[0], advantages[0].item(), step + 1)
+    speed = f"{record['time/tokens_per_second']:,.0f} tok/s"
+    bar.set_postfix_str(f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, {speed}", refresh=False)
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = distributed.init_distributed(args.device)
+    run = set_up(args, device)
+    out = Path(args.out)
     if distributed.rank() == 0:
         records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
-    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
-        f"{args.batch_size} x {args.group_size} responses a step, reward {args.reward}, constraints {args.format_constraints}"
-        + (f", resumed after step {start}" if start else "")
-        + ("" if gold else ", no gold file: held-out accuracy isn't measured"))  # fmt: skip
-
-    measure = partial(heldout_metrics, policy, heldout, gold, judge, args)  # of a step
-    signals = distributed.stop_on_signal()
-    with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
-        if start == 0 and heldout:
-            metrics.append({"step": 0, **measure(0)})
-        todo = range(start, args.steps)
-        bar = tqdm(todo, initial=start, total=args.steps, desc="grpo", unit="step", disable=distributed.rank() != 0)
-        for step in bar:
-            t0 = time.perf_counter()
-            batch = batch_for_step(step, fitting, args.batch_size, args.seed)
-            mine = sample_rollouts(policy, batch[distributed.rank() :: distributed.world_size()], args, step)
-            t1 = time.perf_counter()
-            score_rollouts(mine, batch, args, step, tokenizer, judge, gold)
-            groups = [mine[i : i + args.group_size] for i in range(0, len(mine), args.group_size)]
-            # Of all ranks, in the order of the batch.
-            rollouts = [r for group in distributed.gather(groups) for r in group]
-            if device.type == "cuda":
-                # The caches have just been freed. If PyTorch kept their memory, the optimizer's state would come to lie in
-                # between, and the next step's caches, of another size, might find no piece that is large enough.
-                torch.cuda.empty_cache()
-            t2 = time.perf_counter()
-            rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
-            advantages = group_advantages(rewards, args.group_size, not args.no_std_norm)  # (B,)
-            of_tokens = token_advantages(rollouts, advantages, args.reward, args.group_size, args.selective_discount)
-            trained, kept = {}, in_loss(rollouts, of_tokens, args)
-            chosen, theirs = [rollouts[i] for i in kept], [of_tokens[i] for i in kept]
-            for _ in range(args.updates if kept else 0):  # nothing kept, nothing learnt
-                trained = update_policy(model, optimizer, reference, chosen, theirs, args)
-            distributed.copy_weights(inference, model)
-            t3 = time.perf_counter()
-            record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
-            record |= trained
-            record["loss/responses"] = len(kept)
-            sampled, judged = sum(len(r.ids) for r in rollouts), sum(r.judgement.tokens for r in rollouts if r.judgement)
-            for phase, tokens, seconds in (("sample", sampled, t1 - t0), ("score", judged, t2 - t1),
-                                           ("update", sampled, t3 - t2)):  # fmt: skip
-                record |= {f"time/{phase}": seconds, f"time/{phase}_tokens_per_second": tokens / seconds}
-            record["time/tokens_per_second"] = sampled / (t3 - t0)
-            if distributed.rank() == 0 and record["reward/unparsed"] == 1:
-                warn_of_garbage(rollouts, step + 1)
-            last, stopped = step + 1 == args.steps, distributed.max_over_ranks(len(signals)) > 0
-            if heldout and (last or (step + 1) % args.heldout_every == 0):
-                record |= measure(step + 1)
-            if distributed.rank() == 0 and args.dump_rollouts:
-                dump_rollouts(out / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
-            metrics.append(record)
-            if last or stopped or (step + 1) % args.save_every == 0:
-                distributed.export(model, source, out)
-                distributed.save_checkpoint(out / "training", step + 1, model, optimizer)
-            if distributed.rank() == 0 and step % args.sample_every == 0:
-                print_sample(batch[0], rollouts[0], advantages[0].item(), step + 1)
-            bar.set_postfix_str(
-                f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, "
-                f"{record['time/tokens_per_second']:,.0f} tok/s", refresh=False
-            )  # fmt: skip
-            if stopped and not last:
-                distributed.log(
-                    f"{out}: stopped by a signal after step {step + 1} and saved; the same command goes on from there"
-                )
-                raise SystemExit(143)
+    with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
+        train(run, args, metrics)
     distributed.log(f"{out}: done")
 
 

@@ -144,6 +144,13 @@ def gather(mine: list) -> list:
     return everything
 
 
+def free_cached_memory() -> None:
+    """Give a GPU's cached memory back after the samplers' caches have been freed. If PyTorch kept it, the optimizer's state
+    would come to lie in between, and the next caches, of another size, might find no piece that is large enough."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def sum_over_ranks(*values: float) -> list[float]:
     """Each value summed over all ranks. A collective."""
     return _reduce(list(values), dist.ReduceOp.SUM)

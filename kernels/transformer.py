@@ -128,47 +128,78 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def packed_attention(lengths: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Attend]:
     """Causal attention over sequences packed one behind the other in a single row of N tokens.
 
-    lengths (S,) long; layout (M,) long, M their sum: where each token of each sequence stands in the packed row, None
-    for all in order. Sequences that begin alike may share these tokens, such as a prompt's with all its responses.
-    Returns (positions (1, N), attend): everything but the attention then runs on N tokens, without padding. In half
-    precision on CUDA attention is PyTorch's flash `varlen_attn`; elsewhere it is padded, among similar lengths.
-    """
-    sizes, device = lengths.tolist(), lengths.device
-    starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,)
-    places = torch.arange(sum(sizes), device=device)  # (M,)
-    shared, layout = layout is not None, places if layout is None else layout
-    home = layout.new_zeros(int(layout.max()) + 1).index_copy(0, layout, places)  # (N,): one place of each packed token
-    position = places - starts[:-1].repeat_interleave(lengths)  # (M,), each counted from its sequence's start
+    lengths (S,) long; layout (M,) long, M their sum: where each token of each sequence stands in the packed row; None:
+    all in order. Sequences that begin alike may share these tokens, such as a prompt's with all its responses. Returns
+    (positions (1, N), attend): everything but attention then runs on N tokens, without padding.
 
-    @functools.cache
-    def pad() -> tuple[list[Tensor], Tensor]:
-        """Tables (R, T) of the tokens of R similar sequences, and where each packed token is in them, (N,)."""
-        pieces, tables, found, filled = layout.split(sizes), [], {}, 0
-        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-        while order:
-            longest = sizes[order[0]]
-            group = [i for i in order if sizes[i] >= 0.8 * longest]
-            order = order[len(group) :]
-            # What fills up is any token: it stands to the right of the real ones, which don't look there.
+    Two sequences [a b c r] and [a b c u v] of which the packed row has a b only once:
+
+        packed row    a b c r c u v          N = 7
+        lengths       4 5                    M = 9
+        layout        0 1 2 3  0 1 4 5 6
+        positions     0 1 2 3 2 3 4          of each packed token within its sequence
+        home          0 1 2 3 6 7 8          of each packed token, one of its places among the M
+
+    In half precision on CUDA attention is PyTorch's flash `varlen_attn`; elsewhere it is padded, among sequences of
+    similar lengths.
+    """
+    device = lengths.device
+    sizes = lengths.tolist()
+    starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (S + 1,): 0 4 9
+    places = torch.arange(sum(sizes), device=device)  # (M,)
+    shared = layout is not None
+    if layout is None:
+        layout = places
+    home = layout.new_zeros(int(layout.max()) + 1).index_copy(0, layout, places)  # (N,)
+    position = places - starts[:-1].repeat_interleave(lengths)  # (M,)
+
+    @functools.cache  # for all layers, and only where attention is padded
+    def padded_tables() -> tuple[list[Tensor], Tensor]:
+        """For each group of similar sequences a table (R, T) of where their tokens stand in the packed row; and where each
+        packed token is in all tables one behind the other, (N,)."""
+        pieces = layout.split(sizes)
+        tables = []
+        offset_of = {}  # sequence -> where its row begins in the tables
+        filled = 0
+        waiting = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        while waiting:
+            longest = sizes[waiting[0]]
+            group = [i for i in waiting if sizes[i] >= 0.8 * longest]
+            waiting = waiting[len(group) :]
+            # The padding is any token: it stands to the right of the real ones, which don't look there.
             tables.append(torch.stack([F.pad(pieces[i], (0, longest - sizes[i])) for i in group]))
-            found |= {i: filled + k * longest for k, i in enumerate(group)}
+            for row, i in enumerate(group):
+                offset_of[i] = filled + row * longest
             filled += tables[-1].numel()
-        offsets = torch.tensor([found[i] for i in range(len(sizes))], device=device)
+        offsets = torch.tensor([offset_of[i] for i in range(len(sizes))], device=device)  # (S,)
         return tables, (position + offsets.repeat_interleave(lengths))[home]
+
+    def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if shared:
+            q, k, v = (x.index_select(0, layout) for x in (q, k, v))  # (M, heads, E)
+        repeats = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(repeats, dim=1)  # (M, H, E): torch 2.11 has no enable_gqa here
+        v = v.repeat_interleave(repeats, dim=1)
+        causal = (-1, 0)  # any number of tokens to the left, none to the right
+        out = varlen_attn(q, k, v, starts, starts, max(sizes), max(sizes), window_size=causal)
+        return out.index_select(0, home) if shared else out
+
+    def attend_padded(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
+        tables, where = padded_tables()
+        outputs = []
+        for table in tables:
+            rows = [x.index_select(0, table.flatten()).unflatten(0, table.shape) for x in (q, k, v)]  # (R, T, heads, E)
+            outputs.append(causal_attention(layer, *rows).flatten(0, 1))  # (R T, H, E)
+        return torch.cat(outputs).index_select(0, where)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            from torch.nn.attention.varlen import varlen_attn
-
-            repeat = q.shape[2] // k.shape[2]  # torch 2.11 has no enable_gqa here
-            q, k, v = (x[0].index_select(0, layout) if shared else x[0] for x in (q, k, v))  # (M, heads, E)
-            k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))  # (M, H, E)
-            out = varlen_attn(q, k, v, starts, starts, max(sizes), max(sizes), window_size=(-1, 0))  # causal
-            return (out.index_select(0, home) if shared else out)[None]  # (1, N, H, E)
-        tables, where = pad()
-        padded = [[x[0].index_select(0, t.flatten()).unflatten(0, t.shape) for x in (q, k, v)] for t in tables]
-        out = torch.cat([causal_attention(layer, *qkv).flatten(0, 1) for qkv in padded])
-        return out.index_select(0, where)[None]  # (1, N, H, E)
+            return attend_flash(q[0], k[0], v[0])[None]  # (1, N, H, E)
+        return attend_padded(layer, q[0], k[0], v[0])[None]
 
     return position[home][None], attend
 

@@ -11,7 +11,7 @@ nothing can be saved by raggedness.
 
 The lengths are forced on both. For us every answer is a prompt of its own with a limit of its own, and nothing stops it
 earlier. In TRL a logits processor, one `masked_fill` a token, forbids the end token until an answer is due, and then
-everything else. Steps are whole ones, from prompts to new weights, metrics included: ours is that of `grpo.run`, TRL's
+everything else. Steps are whole ones, from prompts to new weights, metrics included: ours is that of `grpo.train`, TRL's
 lies between its trainer's `on_step_begin` and `on_step_end`. They take turns in one process with the same threads,
 after one of each to warm up; the ratio is the median over the pairs.
 
@@ -32,7 +32,7 @@ from statistics import NormalDist
 
 from data import records
 from generate import SOLVE_PROMPT, Engine, open_model, render_chat
-from grpo import group_advantages, rollout_metrics, sample_rollouts, token_advantages, update_policy
+from grpo import MAX_GRAD_NORM, group_advantages, rollout_metrics, sample_rollouts, spread_advantages, update_policy
 from kernels import distributed
 from kernels.sampler import Sampler
 from kernels.transformer import load_model
@@ -42,7 +42,7 @@ import transformers
 
 POLICY, PROBLEMS = "data/tiny/policy", "data/tiny/problems.jsonl"
 ROLLOUTS, GROUP, TOKENS, LONGEST = 64, 8, 100, 400
-LR, KL_COEF, CLIP, MAX_NORM = 1e-6, 0.04, 0.2, 1.0
+LR, KL_COEF, CLIP = 1e-6, 0.04, 0.2
 # Our step with other rollouts, answer lengths and group sizes; each varies alone.
 GROWTH = {"rollouts": (16, 32, 64, 128, 256), "tokens": (25, 50, 200, 400), "group": (2, 4, 16, 32)}
 
@@ -81,7 +81,7 @@ class ForcedSampler(Sampler):
 
 
 def make_step(lengths: list[int], group_size: int = GROUP):
-    """A function that makes one whole step of ours, as grpo.run does, and returns seconds of (sampling, all of it)."""
+    """A function that makes one whole step of ours, as `grpo.train` does, and returns seconds of (sampling, all of it)."""
     device = torch.device("cpu")
     model, tokenizer, stop_ids = open_model(POLICY, device, torch.float32)
     reference = load_model(POLICY, device).requires_grad_(False)
@@ -90,11 +90,11 @@ def make_step(lengths: list[int], group_size: int = GROUP):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     texts = first_prompts(tokenizer, len(lengths) // group_size)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
-    problems = [{"id": str(i), "place": i, "prompt": prompt} for i, prompt in enumerate(ids)]
+    problems = [{"id": str(i), "problem": "", "place": i, "prompt": prompt} for i, prompt in enumerate(ids)]
     args = Namespace(
-        group_size=group_size, temperature=1.0, max_new_tokens=max(lengths), reward="custom", seed=0, updates=1,
-        micro_tokens=16_384, loss_norm="token", clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF, kl="k3",
-        tis_cap=0.0, max_gap=0.1, lr=LR, max_grad_norm=MAX_NORM,
+        group_size=group_size, temperature=1.0, max_new_tokens=max(lengths), reward="random", seed=0, updates=1,
+        micro_tokens=16_384, loss_norm="token", clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF, tis_cap=0.0,
+        max_gap=0.1, lr=LR, selective_discount=0.0,
     )  # fmt: skip
 
     def step() -> tuple[float, float]:
@@ -105,7 +105,7 @@ def make_step(lengths: list[int], group_size: int = GROUP):
         for r, reward in zip(rollouts, share_of_ones([r.text for r in rollouts]), strict=True):
             r.reward = reward
         advantages = group_advantages(torch.tensor([r.reward for r in rollouts]), group_size)
-        of_tokens = token_advantages(rollouts, advantages, args.reward, group_size, 0.0)
+        of_tokens = spread_advantages(rollouts, advantages, args)
         update_policy(model, optimizer, reference, rollouts, of_tokens, args)
         rollout_metrics(rollouts, advantages, group_size, "prm_cot")
         ended = time.perf_counter()
@@ -152,7 +152,7 @@ def make_trainer(lengths: list[int], steps: int, directory: str):
         logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         max_steps=steps, per_device_train_batch_size=len(lengths), num_generations=GROUP, shuffle_dataset=False,
         max_completion_length=max(lengths), temperature=1.0, beta=KL_COEF, use_bias_correction_kl=False, epsilon=CLIP,
-        loss_type="dapo", learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=MAX_NORM,
+        loss_type="dapo", learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM,
     )  # fmt: skip
     dataset = Dataset.from_dict({"prompt": first_prompts(tokenizer, len(lengths) // GROUP)})
     return GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer), sampling

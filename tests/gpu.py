@@ -106,6 +106,7 @@ def device_milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
     if not GPU:
         return milliseconds(work, 2)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs are being made there
     with torch.cuda.stream(stream):
         work()
     torch.cuda.synchronize()
@@ -177,9 +178,9 @@ def env() -> None:
     card = torch.cuda.get_device_properties(0)
     free, _ = torch.cuda.mem_get_info()
     say("INFO", "card", f"{card.name}, {card.multi_processor_count} SMs, {gib(card.total_memory)}, {gib(free)} free")
-    source = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(2**30, dtype=torch.int32, device=DEVICE)
     target = torch.empty_like(source)
-    ms = device_milliseconds(lambda: target.copy_(source), 5)
+    ms = milliseconds(lambda: target.copy_(source))
     say("INFO", "copy, bytes read and written", f"{2 * source.nbytes / ms / 1e9:.2f} TB/s")
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
     ms = device_milliseconds(lambda: a @ b, 5)
@@ -216,8 +217,8 @@ def log_probs() -> None:
     exact = (hidden[few].detach().double() @ weight.detach().double().T / 0.9).log_softmax(-1)  # (64, V)
     chosen = exact.gather(1, targets[few].clamp(min=0)[:, None])[:, 0]
     entropy = -(exact.exp() * exact).sum(1)
-    check("log p, largest error", float((logprobs[few].double() - chosen * counted).abs().max()), most=5e-4)
-    check("entropy, largest error", float((entropies[few].double() - entropy * counted).abs().max()), most=1e-3)
+    check("log p, largest error", float((logprobs[few].detach().double() - chosen * counted).abs().max()), most=5e-4)
+    check("entropy, largest error", float((entropies[few].detach().double() - entropy * counted).abs().max()), most=1e-3)
     dh, _ = torch.autograd.grad(logprobs, [hidden, weight], upstream)
     d = -exact.exp()  # d log p / d z = [j = target] - p
     d[torch.arange(64, device=DEVICE), targets[few].clamp(min=0)] += 1
@@ -354,7 +355,7 @@ def train(out: Path) -> None:
     say("INFO", "sampling, 1.5B, 128 rows", f"{engine.tokens / (time.time() - started):,.0f} tokens/s, captures included")
     settings = {"loss_norm": "token", "max_new_tokens": T, "micro_tokens": 16384 if GPU else 50, "temperature": 1.0}
     settings |= {"tis_cap": 0.0, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 1e-3, "max_gap": 1.0, "lr": 1e-6}
-    args = argparse.Namespace(**settings, max_grad_norm=1.0, kl="k3", group_size=G)
+    args = argparse.Namespace(**settings)
     advantages = [a.expand(T) for a in torch.randn(problems * G)]
     for step in range(3):
         rollouts = [
@@ -501,13 +502,15 @@ def memory() -> None:
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         started = time.time()
-        stream = engine.stream(prompts, keys=[str(i) for i in range(answers)], max_new_tokens=limits, stop_ids=range(99))
+        keys = [str(i) for i in range(answers)]
+        often = range(0, model.vocabulary, 3)  # a third of all tokens ends an answer
+        stream = engine.stream(prompts, keys=keys, max_new_tokens=limits, stop_ids=often)
         finished = sum(1 for _ in stream)
         text = f"{finished} answers in {time.time() - started:.0f} s"
         if GPU:
-            statistics_now = torch.cuda.memory_stats()
+            counts = torch.cuda.memory_stats()
             text += f", peak {gib(torch.cuda.max_memory_allocated())}, reserved {gib(torch.cuda.memory_reserved())}"
-            text += f", {statistics_now['num_alloc_retries']} retries, {statistics_now['num_ooms']} out of memory"
+            text += f", {counts['num_alloc_retries']} retries, {counts['num_ooms']} out of memory"
         expect(f"14B, slots of {length} tokens from memory", finished == answers and engine.graphs, text)
 
 
@@ -538,11 +541,14 @@ def main() -> None:
             parts[name](out)
         except Exception as error:
             traceback.print_exc()
-            say("FAIL", name, f"{type(error).__name__}: {str(error)[:300]}")
+            say("FAIL", name, f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
+            if isinstance(error, torch.AcceleratorError):
+                say("FAIL", "the rest", "after such an error nothing more runs on this GPU in this process")
+                break
         if GPU:
             gc.collect()
             torch.cuda.empty_cache()
-        (out / "gpu.txt").write_text("\n".join(lines) + "\n")
+    (out / "gpu.txt").write_text("\n".join(lines) + "\n")
     failures = [line for line in lines if " FAIL " in line]
     print("\n".join(failures) or "no failures")
     sys.exit(bool(failures))

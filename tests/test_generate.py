@@ -457,7 +457,7 @@ def test_a_rank_that_is_done_early_takes_more(tmp_path):
     assert [list(few) for few in distributed.work_queue(3, "alone")] == [[0, 1, 2]]
 
 
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+cuda_only = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda_only)])

@@ -15,6 +15,7 @@ from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import load_model
 from train_prm import Judgement, pack, targets_after_prompt
 
+import bench_memory
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,9 +97,15 @@ def make_args(**changes) -> argparse.Namespace:
         "temperature": 1.3,
     }
     settings |= {"loss_norm": "token", "max_new_tokens": 20, "micro_tokens": 10**6, "kl_coef": 0.5, "clip_low": 0.2}
-    settings |= {"clip_high": 0.2, "max_gap": 100.0, "lr": 1.0, "max_grad_norm": 1e9, "kl": "k3", "tis_cap": 0.0}
-    settings |= {"overlong": "keep", "drop_equal_groups": False, "min_steps": 2, "max_steps": 8}
+    settings |= {"clip_high": 0.2, "max_gap": 100.0, "lr": 1.0, "tis_cap": 0.0, "min_steps": 2, "max_steps": 8}
+    settings |= {"selective_discount": 0.0}
     return argparse.Namespace(**settings | changes)
+
+
+def reward_of(reward, valid: bool, judgement: Judgement | None) -> float:
+    """A reward of one response."""
+    response = grpo.Rollout("p", [1], [2], [0.0], "", "stop", valid=valid, judgement=judgement)
+    return reward([response], grpo.Context("0/0", {}))[0]
 
 
 def test_judgements_reach_their_own_response():
@@ -108,18 +115,20 @@ def test_judgements_reach_their_own_response():
     texts = [GOOD.replace("{4}", "{%s}" % k) for k in "12345"]  # noqa: UP031
     texts[3] += " more"
     texts.append(GOOD.replace("\\boxed", ""))
-    rollouts = [grpo.Rollout(f"p{i // 2}", [1], [2], [0.0], text, "stop") for i, text in enumerate(texts)]
+    rollouts = [
+        grpo.Rollout(f"p{i // 2}", [1], [2], [0.0], text, "stop", problem=f"problem {i // 2}")
+        for i, text in enumerate(texts)
+    ]
     seen = []
 
-    def judge(solutions, step):
+    def judge(solutions, seed):
         seen.extend((s["problem"], s["answer"]) for s in solutions)
         return [Judgement(None, verdicts[s["answer"]], "", 0) for s in solutions]
 
-    problems = [{"id": f"p{i}", "problem": f"problem {i}"} for i in range(3)]
-    grpo.score_rollouts(rollouts, problems, make_args(), 0, None, judge, {})
+    grpo.score_rollouts(rollouts, judge, None, {}, make_args(), 0)
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     assert seen == [("problem 0", "1"), ("problem 0", "2"), ("problem 1", "3"), ("problem 2", "5")]
-    assert grpo.process_aware_reward(False, Judgement(None, True, "", 0)) == 0.0
+    assert reward_of(grpo.process_aware_reward, False, Judgement(None, True, "", 0)) == 0.0
     metrics = grpo.rollout_metrics(rollouts, torch.zeros(6), 2, "prm_cot")
     assert metrics["reward/unparsed"] == metrics["reward/count_mismatch"] / 3 == 1 / 4
     assert metrics["format/valid"] == 4 / 6 and metrics["format/text_after_answer"] == 1 / 6
@@ -136,14 +145,15 @@ def test_random_reward_sees_nothing_but_the_format():
         rollouts = [grpo.Rollout("p", [1], [2], [0.0], text, "stop") for _ in range(40)]
         rollouts[7].text = "broken"
         args = make_args(reward="random", group_size=40)
-        grpo.score_rollouts(rollouts, [{"id": "p", "problem": ""}], args, 3, None, None, {})
+        grpo.score_rollouts(rollouts, None, None, {}, args, 3)
         coins.append([r.reward for r in rollouts])
-    assert coins[0] == coins[1] and 8 < sum(coins[0]) < 32
-    assert not any(grpo.random_reward(False, random.Random(i)) for i in range(20))
-    assert {grpo.random_reward(True, random.Random(i)) for i in range(20)} == {0.0, 1.0}
+    assert coins[0] == coins[1] and 8 < sum(coins[0]) < 32 and coins[0][7] == 0
+    invalid, valid = ([grpo.Rollout("p", [1], [2], [0.0], "", "stop", valid=v)] * 20 for v in (False, True))
+    assert not any(grpo.random_reward(invalid, grpo.Context("0/3", {})))
+    assert set(grpo.random_reward(valid, grpo.Context("0/3", {}))) == {0.0, 1.0}
 
 
-def test_verifiable_reward_needs_every_answer(tmp_path):
+def test_verifiable_reward_needs_every_answer(tmp_path, monkeypatch):
     """Guards: a KeyError in the middle of a run; answers of the problems file read by a reward that mustn't see them."""
     problems = [{"id": "a", "problem": "", "answer": "1"}, {"id": "b", "problem": ""}]
     with pytest.raises(InputError, match="problem b"):
@@ -154,8 +164,11 @@ def test_verifiable_reward_needs_every_answer(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         grpo.load_gold(make_args(gold="nowhere.jsonl"), problems)
     rollouts = [grpo.Rollout("b", [1], [2], [0.0], GOOD.replace("{4}", f"{{{k}}}"), "stop") for k in (2, 3)]
-    grpo.score_rollouts(rollouts, problems, make_args(reward="rlvr"), 0, None, None, {"b": "2"})
+    grpo.score_rollouts(rollouts, None, None, {"b": "2"}, make_args(reward="rlvr"), 0)
     assert [r.reward for r in rollouts] == [1.0, 0.0]
+    with pytest.raises(KeyError):  # a reward that isn't marked with reads_answers is given none
+        monkeypatch.setitem(grpo.REWARDS, "rlvr", grpo.Reward(grpo.rlvr_reward))
+        grpo.score_rollouts(rollouts, None, None, {"b": "2"}, make_args(reward="rlvr"), 0)
 
 
 def test_group_advantages():
@@ -184,11 +197,19 @@ def test_step_augmented_and_majority_by_hand():
         (True, [True, True], None, 0.0),  # unparsed
         (False, [True, True], True, 0.0),
     ):
-        assert grpo.step_augmented_reward(valid, Judgement(steps, verdict, "", 0)) == pytest.approx(reward)
-    assert grpo.step_augmented_reward(True, None) == 0.0
-    assert grpo.majority_rewards(["1/2", None, "0.5", "3", "1/2"]) == [1, 0, 1, 0, 1]
-    assert grpo.majority_rewards([None, None]) == [0, 0]
-    assert grpo.self_certainty_reward([1.0, 2.0, 6.0]) == 3.0 and grpo.self_certainty_reward([]) == 0.0
+        judgement = Judgement(steps, verdict, "", 0)
+        assert reward_of(grpo.step_augmented_reward, valid, judgement) == pytest.approx(reward)
+    assert reward_of(grpo.step_augmented_reward, True, None) == 0.0
+
+    def majority(answers):
+        texts = [STEPS if answer is None else f"\\boxed{{{answer}}}" for answer in answers]
+        group = [grpo.Rollout("p", [1], [2], [0.0], text, "stop") for text in texts]
+        return grpo.majority_reward(group, grpo.Context("0/0", {}))
+
+    assert majority(["1/2", None, "0.5", "3", "1/2"]) == [1, 0, 1, 0, 1]
+    assert majority([None, None]) == [0, 0]
+    sure = [grpo.Rollout("p", [1], [2], [0.0], "", "stop", certainty=x) for x in ([1.0, 2.0, 6.0], [])]
+    assert grpo.self_certainty_reward(sure, grpo.Context("0/0", {})) == [3.0, 0.0]
 
 
 def test_selective_advantage_by_hand():
@@ -238,7 +259,8 @@ def test_steps_are_located_on_the_sampled_tokens():
     assert len(word) == 1 and grpo.locate_steps(tokenizer, word, " Paul", ["Pa", "ul"]) == [(0, 1), (1, 1)]
 
     def response(length, verdicts, spans, penalised=False):
-        r = grpo.Rollout("p", [1], [2] * length, [0.0] * length, "", "stop", penalised=penalised, spans=spans)
+        r = grpo.Rollout("p", [1], [2] * length, [0.0] * length, "", "stop", step_spans=spans)
+        r.wrong_step_count = penalised
         r.judgement = Judgement(verdicts, True, "", 0)
         return r
 
@@ -248,13 +270,17 @@ def test_steps_are_located_on_the_sampled_tokens():
         response(2, None, []),  # a count mismatch
     ]
     advantages = torch.tensor([1.0, -1.0, 0.5])
-    selective = grpo.token_advantages(group, advantages, "selective_advantage", 3, 0.0)
+
+    def spread(reward):
+        return grpo.spread_advantages(group, advantages, make_args(reward=reward, group_size=3))
+
+    selective = spread("selective_advantage")
     assert [x.tolist() for x in selective] == [[1, 0, 0, 1], [-1] * 3, [0.5] * 2]
-    both = grpo.token_advantages(group, advantages, "global_step", 3, 0.0)
+    both = spread("global_step")
     a_step = grpo.global_step_advantage([[0.5, -0.5]], [[0, 2]], [4])[0]
     assert both[0].tolist() == pytest.approx((0.8 + 0.2 * a_step).tolist())
     assert [x.tolist() for x in both[1:]] == [[-1] * 3, [0.5] * 2]
-    assert next(x.tolist() for x in grpo.token_advantages(group, advantages, "rlvr", 3, 0.0)) == [1] * 4
+    assert spread("rlvr")[0].tolist() == [1] * 4
 
 
 def test_out_of_bounds_is_penalised_before_the_group_statistics():
@@ -264,46 +290,36 @@ def test_out_of_bounds_is_penalised_before_the_group_statistics():
     args = make_args(reward="global_step", min_steps=2, max_steps=3)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
 
-    def judge(solutions, step):
+    def judge(solutions, seed):
         return [Judgement([True] * len(s["steps"]), True, "", 0) for s in solutions]
 
-    grpo.score_rollouts(rollouts, [{"id": "p", "problem": ""}], args, 0, tokenizer, judge, {})
-    assert [(r.reward, r.penalised) for r in rollouts] == [(1.0, False), (0.0, True)]
-
-
-def test_what_leaves_the_loss():
-    """Guards: a masked response that still counts in the denominator, a group dropped for another's rewards, or for
-    equal rewards although its steps differ."""
-    rollouts = [grpo.Rollout("p", [1], [2], [0.0], "", finish) for finish in ("stop", "length", "stop", "stop")]
-    advantages = [torch.tensor(a) for a in ([1.0, 1.0], [-1.0], [0.0, 0.0], [0.0])]
-    assert grpo.in_loss(rollouts, advantages, make_args()) == [0, 1, 2, 3]
-    assert grpo.in_loss(rollouts, advantages, make_args(overlong="mask")) == [0, 2, 3]
-    assert grpo.in_loss(rollouts, advantages, make_args(drop_equal_groups=True)) == [0, 1]
-    advantages[2][1] = 0.2
-    assert grpo.in_loss(rollouts, advantages, make_args(drop_equal_groups=True)) == [0, 1, 2, 3]
+    grpo.score_rollouts(rollouts, judge, tokenizer, {}, args, 0)
+    assert [len(r.judged_steps) for r in rollouts] == [2, 0]
+    assert [(r.reward, r.wrong_step_count) for r in rollouts] == [(1.0, False), (0.0, True)]
 
 
 def test_kl_gradients_over_a_whole_vocabulary():
     """Guards: the folklore that k3 in the loss descends KL(policy || ref). Summed exactly over five tokens, its expected
-    gradient at the sampling policy is that of KL(ref || policy); k2's is that of KL(policy || ref)."""
+    gradient at the sampling policy is that of KL(ref || policy)."""
     torch.manual_seed(0)
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
     logp = logits.log_softmax(0)
-    kl = {"k2": (logp.exp() * (logp - ref)).sum(), "k3": (ref.exp() * (ref - logp)).sum()}
-    for name, wanted in kl.items():
-        zeros = torch.zeros(5, dtype=torch.float64)
-        weights = logp.detach().exp()  # the expectation over tokens of the sampling policy
-        loss, stats = grpo.grpo_loss(logp, logp.detach(), ref, zeros, weights, kl_coef=1.0, kl=name)
-        ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, wanted))
-        torch.testing.assert_close(ours, theirs)
-        other = torch.autograd.grad(kl["k2" if name == "k3" else "k3"], logits, retain_graph=True)[0]
-        assert (ours - other).abs().max() > 0.01
-        assert stats["kl"] == pytest.approx(kl["k2"].item())  # the value of both is about KL(policy || ref)
+    kl_to_ref, kl_from_ref = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()
+    zeros = torch.zeros(5, dtype=torch.float64)
+    weights = logp.detach().exp()  # the expectation over tokens of the sampling policy
+    loss, stats = grpo.grpo_loss(logp, logp.detach(), ref, zeros, weights, kl_coef=1.0)
+    ours, theirs, other = (
+        torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, kl_from_ref, kl_to_ref)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert (ours - other).abs().max() > 0.01
+    assert stats["kl"] == pytest.approx(kl_to_ref.item())  # the value is KL(policy || ref)
 
 
-def test_several_updates_keep_the_old_policy(model_path):
+def test_several_updates_keep_the_old_policy(model_path, monkeypatch):
     """Guards: old log-probs taken anew at every update, so that the clip never binds."""
+    monkeypatch.setattr(grpo, "MAX_GRAD_NORM", 1e9)
     args, rng = make_args(kl_coef=0.0, lr=0.5), random.Random(2)
     rollouts = [
         grpo.Rollout("p", [3, 4], [rng.randrange(500) for _ in range(6)], [0.1] * 6, "", "stop") for _ in range(4)
@@ -410,14 +426,18 @@ def test_loss_and_gradient_equal_autograd_on_full_logits(model_path, norm):
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "dr_grpo"])
-def test_update_gives_every_token_its_own_advantage(model_path, norm):
+def test_update_gives_every_token_its_own_advantage(model_path, monkeypatch, norm):
     """Guards: a reward on another response's tokens (a stale loop variable, an order lost in sorting by length); a
-    gradient or metrics that depend on the micro-batches; the sampler's temperature missing from the loss."""
+    gradient or metrics that depend on the micro-batches, or on a prompt that a group shares by halves; the sampler's
+    temperature missing from the loss."""
+    monkeypatch.setattr(grpo, "MAX_GRAD_NORM", 1e9)
     args = make_args(loss_norm=norm)
     rng = random.Random(1)
     rollouts = []
-    for length in (6, 1, 9, 3, 12, 4):
-        prompt, ids = ([rng.randrange(500) for _ in range(n)] for n in (rng.randint(1, 9), length))
+    for i, length in enumerate((6, 1, 9, 3, 12, 4)):
+        if i % 3 == 0:  # two groups of three
+            prompt = [rng.randrange(500) for _ in range(rng.randint(5, 9))]
+        ids = [rng.randrange(500) for _ in range(length)]
         rollouts.append(grpo.Rollout("p", prompt, ids, [0.1 * length] * length, "", "stop"))
     advantages = torch.tensor([1.0, -3.0, 0.25, 2.0, 0.0, -0.5])
     reference = load_model(make_model(model_path.parent / "reference", seed=1))
@@ -432,7 +452,7 @@ def test_update_gives_every_token_its_own_advantage(model_path, norm):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer = torch.optim.SGD(model.parameters())  # one step of size 1: the difference is the gradient
         for r in rollouts:
-            r.old = r.ref = None
+            r.old_logprobs = None
         args.micro_tokens = micro_tokens
         results.append(grpo.update_policy(model, optimizer, reference, rollouts, advantages, args))
         assert results[-1]["train/grad_norm"] == pytest.approx(norm_wanted, rel=1e-4)
@@ -527,20 +547,42 @@ def test_two_ranks_train_as_one(world):
         assert one == pytest.approx(two, abs=1e-4), one["step"]
 
 
-def test_estimated_memory(model_path):
-    """Guards: an estimate that is off for what can be counted: parameters, the cache's tensors, and (within a fifth)
-    what autograd keeps of a micro-batch, without the log-probs, which have a workspace of their own."""
+def test_micro_batches_take_whole_groups():
+    """Guards: a prompt packed again and again because its responses are dealt and filled by length; a response that is lost
+    or in two micro-batches; ranks that have not the same work; a micro-batch with more tokens than it may have."""
+    a, b = [7] * 101, [8] * 101
+    rollouts = [grpo.Rollout("", prompt, [0] * 40, [], "", "") for prompt in (a, a, a, b, b, b)]
+    batches = grpo.fill_micro_batches(grpo.deal_groups(rollouts, 0, 1), 200)
+    assert [[rollouts.index(r) for r in batch] for batch in batches] == [[0, 1], [2], [3, 4], [5]]
+    rng = random.Random(0)
+    rollouts = []
+    for i in range(24):
+        prompt = [i] * rng.randint(1, 60)
+        rollouts += [grpo.Rollout("", prompt, [0] * rng.randint(1, 90), [], "", "") for _ in range(8)]
+    found, work = [], []
+    for rank in range(3):
+        batches = grpo.fill_micro_batches(grpo.deal_groups(rollouts, rank, 3), 400)
+        tokens = [len(grpo.pack_responses(batch, torch.device("cpu"))[0]) for batch in batches]
+        assert max(tokens) <= 400
+        work.append(sum(tokens))
+        found += [id(r) for batch in batches for r in batch]
+    assert sorted(found) == sorted(map(id, rollouts)) and max(work) < 1.15 * min(work)
+    everything = sum(len(r.prompt) + len(r.ids) for r in rollouts)
+    prompts = sum(len(r.prompt) for r in rollouts)
+    assert everything - sum(work) > 0.6 * prompts  # nearly 7/8 of them
+
+
+def test_planned_memory(model_path):
+    """Guards: a plan that is off for what can be counted: parameters, the cache's tensors, and (within a fifth) what
+    autograd keeps of a micro-batch, without the log-probs, which have a workspace of their own."""
     model = load_model(model_path, dtype=torch.bfloat16).train()
-    args = argparse.Namespace(kl_coef=0.1, slots=8, micro_tokens=512, activation_checkpointing=False,
-                              max_prompt_tokens=40, max_new_tokens=20, prm_max_new_tokens=30)  # fmt: skip
-    gib, parameters = (
-        grpo.estimate_memory(model.config, model.config, args, True),
-        sum(map(torch.numel, model.parameters())),
-    )
-    assert gib["weights"] * 2**30 == 8 * parameters and gib["reward model"] * 2**30 == 2 * parameters
-    cache = SlotCache(model, args.slots, 90, None)  # the reward model's: prompt, response and judgement
-    held = (cache.keys.nbytes + cache.values.nbytes) / (args.slots * 90) * 2 * PREFILL_TOKENS
-    assert gib["KV cache"] * 2**30 == cache.keys.nbytes + cache.values.nbytes + held
+    c, count = model.config, sum(map(torch.numel, model.parameters()))
+    sizes = {"ranks": 1, "slots": 8, "prompt": 40, "new_tokens": 20, "judgement": 30}
+    plan = bench_memory.grpo_memory(c, c, **sizes)
+    assert plan["weights"] == 8 * count and plan["reward model"] == 2 * count
+    cache = SlotCache(model, 8, 90, None)  # the reward model's: prompt, response and judgement
+    held = (cache.keys.nbytes + cache.values.nbytes) / (8 * 90) * 2 * PREFILL_TOKENS
+    assert plan["KV cache"] == cache.keys.nbytes + cache.values.nbytes + held
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -554,10 +596,9 @@ def test_estimated_memory(model_path):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             hidden = model.packed(torch.arange(512) % model.config.vocab_size, torch.tensor([512]))  # noqa: F841
         found = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
-        args.activation_checkpointing = model.checkpointing
-        estimate = grpo.estimate_memory(model.config, None, args, True)["activations"] * 2**30
-        again = gib["activations"] * 2**30 / model.config.num_layers if model.checkpointing else 0  # a layer, later
-        assert found + again == pytest.approx(estimate, rel=0.2), (model.checkpointing, found, again, estimate)
+        planned = 512 * bench_memory.kept_per_token(c, model.checkpointing) * 2
+        again = 512 * bench_memory.kept_per_token(c, False) * 2 / c.num_layers if model.checkpointing else 0
+        assert found + again == pytest.approx(planned, rel=0.2), (model.checkpointing, found, again, planned)
 
 
 def test_two_caches_are_never_there_at_once(world, monkeypatch):

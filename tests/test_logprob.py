@@ -19,7 +19,7 @@ import pytest
 import torch
 
 SOURCE = Path(logprob.__file__).with_suffix(".cu")
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+cuda_only = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 # logprob.cu as C++: a block's threads are coroutines that change at __syncthreads(). `backwards` starts with the last
 # thread: a race would then give another result.
@@ -530,7 +530,8 @@ def test_logits_never_exist_and_keep_is_what_it_says(kept_slices, device, monkey
         assert peak <= 1.1 * sizes["workspace"] + 4 * N * D + small + blocks  # nothing is kept without a backward pass
 
 
-@cuda_only
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("N, V, D", [(70_000, 1000, 64), (15_000, 151_936, 64)])
 def test_beyond_32_bits_and_65535_rows(N, V, D):
     """Row numbers in a grid dimension that ends at 65,535, and N * V offsets that overflow 32 bits."""
@@ -546,7 +547,8 @@ def test_beyond_32_bits_and_65535_rows(N, V, D):
     assert (dw.double() - exact.double()).norm() < 4e-3 * exact.double().norm()
 
 
-@cuda_only
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernels_are_in_use():
     """The fallback taken without anybody noticing."""
     assert logprob.cuda_passes(torch.device("cuda", 0))[0] is not logprob.merge_slice
