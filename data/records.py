@@ -105,18 +105,19 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
 
 
 def describe_run(args: argparse.Namespace, constants: dict | None = None) -> dict:
-    """The contents of `<output>.args.json`: resolved arguments, package versions, git commit; and the constants of a
-    stage that decide its result as an argument would, if there are any."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The contents of `<output>.args.json`: resolved arguments, constants that were never flags, package versions, git
+    commit."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # git is not installed
         commit = ""
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    run = {"arguments": vars(args), "versions": packages, "commit": commit or None}
-    if constants is not None:
-        run["constants"] = constants
-    return run
+    return {
+        "arguments": vars(args),
+        "constants": constants or {},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "commit": commit or None,  # not a git checkout
+    }
 
 
 def hash_file(path: str | Path) -> str:
@@ -124,23 +125,26 @@ def hash_file(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def check_arguments(output: Path, new: dict, free: set[str]) -> None:
-    """Raise InputError if `<output>.args.json` has other than these new arguments, except for the `free` ones.
+def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None:
+    """Raise InputError if `<output>.args.json` differs from these arguments, apart from those that may change on resuming.
 
-    new may include constants. One that was an argument when the earlier run began is compared with it; an argument that
-    no longer exists is ignored.
+    An argument named x_sha256 is the hash of the file given by --x. Constants may be among the arguments: an earlier run may
+    have had one of them as a flag. A flag that no longer exists is ignored.
     """
-    earlier = Path(f"{output}.args.json")
-    if not (earlier.exists() and output.exists()):
+    description = Path(f"{output}.args.json")
+    if not (description.exists() and output.exists()):
         return
-    run = json.loads(earlier.read_text())
-    old = run["arguments"] | run.get("constants", {})
-    for name in sorted(new.keys() - free):
-        if old.get(name) != new.get(name):
-            change = f"made with --{name} {old.get(name)}, this run has --{name} {new.get(name)}"
-            if name.endswith("_sha256"):
-                change = f"what --{name.removesuffix('_sha256')} holds has changed since"
-            raise InputError(f"{output}: {change}; choose another --out or remove it")
+    run = json.loads(description.read_text())
+    earlier = run["arguments"] | run.get("constants", {})
+    for name in sorted(arguments.keys() - may_change):
+        before = earlier.get(name)
+        now = arguments.get(name)
+        if before == now:
+            continue
+        difference = f"made with --{name} {before}, this run has --{name} {now}"
+        if name.endswith("_sha256"):
+            difference = f"what --{name.removesuffix('_sha256')} holds has changed since"
+        raise InputError(f"{output}: {difference}; choose another --out or remove it")
 
 
 # --------------------------------------------------------------------------- files that runs append to
