@@ -126,8 +126,8 @@ def parse_prm(text: str, num_steps: int) -> Verification:
     return exactly_once(steps, verdicts, num_steps)
 
 
-# PRM-CoT: asked the same as a PRM, but it reasons before each verdict, as Stage I's verifier does; so that one's parser
-# reads it.
+# PRM-CoT: the PRM's prompt, but reasons before each verdict. It is trained on Stage I's verifications, so their parser,
+# `parse_verification`, reads its answers.
 
 
 def write_prm_cot_target(label: dict) -> str:
@@ -143,7 +143,7 @@ class RewardModel:
     write_target: Callable[[dict], str] | None = None  # a kept label -> the answer to train on
     parse: Callable[[str, int], Verification] | None = None  # an answer, the number of steps -> its verdicts
     judges_steps: bool = True
-    generative: bool = True  # if not, there is no text to write or parse: its verdicts are read off its log-odds
+    generative: bool = True  # if not, it has no text to write or parse: its verdicts are read off its log-odds
 
 
 REWARD_MODELS = {
@@ -166,12 +166,12 @@ def ask(prompt: str, solution: dict) -> str:
 @dataclass(frozen=True)
 class Judgement:
     """A reward model's judgement of one solution, None for what could not be parsed. The scores are vote fractions (0 or
-    1 for a single vote), and a discriminative PRM's probabilities of Yes."""
+    1 for a single vote) or, of a discriminative PRM, probabilities of Yes."""
 
     step_verdicts: list[bool] | None
     verdict: bool | None
     text: str  # what was parsed; of several votes the first
-    tokens: int  # generated, by all votes
+    tokens: int  # sampled, by all votes; of a discriminative PRM, read
     step_scores: list[float] | None = None
     score: float | None = None
 
@@ -181,8 +181,8 @@ UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained reward model, and how it is asked: votes = 1 is one greedy pass, votes = K are K samples at
-    `temperature` (top_p 1) that are put to the vote."""
+    """A trained reward model and how it is asked. votes = 1 is one greedy pass; votes = K samples K judgements at
+    `temperature` (top_p 1) and puts them to the vote."""
 
     engine: Engine
     kind: str
@@ -194,7 +194,7 @@ class Judge:
 def score_solutions(
     judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
 ) -> list[Judgement]:
-    """Judge solutions (problem, steps, answer; optional id), in order. A title shows progress.
+    """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows progress.
 
     A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises InputError
     for several votes of a discriminative PRM.
@@ -242,8 +242,8 @@ def score_solutions(
 def put_to_vote(parsed: list[Verification], text: str, tokens: int) -> Judgement:
     """One judgement from all votes on a solution: majorities, a tie counts as incorrect.
 
-    This is the rule of `verify.step_consistency` without what that one asks of a text to train on: here no text has to
-    agree with every majority, and where no judgement was parsed whole, bare verdicts count.
+    This is the rule of `verify.step_consistency`, less its demands on a training text: no text has to agree with every
+    majority, and where no judgement was parsed whole, bare verdicts count.
     """
     # 1. Who votes?
     whole = [judgement for judgement in parsed if judgement.step_verdicts and judgement.verdict is not None]
@@ -258,7 +258,8 @@ def put_to_vote(parsed: list[Verification], text: str, tokens: int) -> Judgement
         verdict_voters = parsed
 
     # 2. The steps, one after another.
-    step_verdicts, step_scores = None, None
+    step_verdicts = None
+    step_scores = None
     step_votes = [voter.step_verdicts for voter in step_voters if voter.step_verdicts]
     if step_votes:
         columns = list(zip(*step_votes, strict=True))  # for each step, what every voter says of it
@@ -266,7 +267,8 @@ def put_to_vote(parsed: list[Verification], text: str, tokens: int) -> Judgement
         step_scores = [sum(column) / len(column) for column in columns]
 
     # 3. The outcome.
-    verdict, score = None, None
+    verdict = None
+    score = None
     verdicts = [voter.verdict for voter in verdict_voters if voter.verdict is not None]
     if verdicts:
         verdict = majority(verdicts)
@@ -459,7 +461,7 @@ def score_discriminative(
 
 # --------------------------------------------------------------------------- the loss of a global batch
 
-# FSDP needs every rank in every micro-batch. A rank that has no example left runs this one: no target, so no loss.
+# FSDP needs every rank in every micro-batch. A rank that has none left runs this: without a target there is no loss.
 DUMMY = Example(ids=[0], targets=[NO_TARGET])
 
 
@@ -495,11 +497,13 @@ def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """The micro-batches of a rank's share, as `group_by_length`. A collective: every rank gets the same number of them,
-    the last ones possibly empty. The shares above at max_tokens 8, as indices in the share:
+    """`group_by_length` for this rank's share of a batch. A collective: every rank gets the same number of micro-batches,
+    the last ones possibly empty.
 
-    rank 0    lengths 2 4 9    [0 1] [2]    2 + 4 tokens, then 9
-    rank 1    lengths 3 5      [0 1] []     3 + 5 tokens, then DUMMY
+    The shares above at max_tokens 8, as indices in each share:
+
+        rank 0    lengths 2 4 9    [0 1] [2]    2 + 4 tokens, then 9
+        rank 1    lengths 3 5      [0 1] []     3 + 5 tokens, then DUMMY
     """
     groups = group_by_length(lengths, max_tokens)
     most = distributed.max_over_ranks(len(groups))
@@ -519,13 +523,15 @@ def pack(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def sft_batch_loss(model: Transformer, batch: list[Example], micro_tokens: int, train: bool) -> float:
-    """Loss of one global batch, which every rank has whole: the negative log-likelihood of all targets, divided by their
-    number. With train=True its gradient is added to the parameters'. A collective.
+    """Loss of a global batch, which every rank has whole. With train=True its gradient is added to the parameters'. A
+    collective.
 
         loss = - sum over all targets of log p(target) / number of targets
+
+    The targets are those of `targets_after_prompt` (or `discriminative_example`); no other position counts.
     """
-    # The denominator is that of the whole batch, counted by every rank for itself. A mean per micro-batch or rank would
-    # weigh tokens by what they happen to be packed with.
+    # The denominator is the number of targets in the whole batch, which every rank counts for itself. Means per micro-batch
+    # or per rank would weigh a token by what it happens to be packed with.
     num_targets = 0
     for example in batch:
         num_targets += sum(target != NO_TARGET for target in example.targets)
@@ -601,33 +607,33 @@ def main() -> None:
 
 
 @dataclass
-class Training:
-    """What the loop works on: made once, before the first step."""
+class Setup:
+    """What the loop works with."""
 
     model: Transformer
     optimizer: torch.optim.Optimizer
     examples: list[Example]
     held_out: list[Example]  # of other problems, for the evaluation loss
-    steps: int  # of the whole run
-    start: int  # steps that an earlier run made
+    steps: int
+    start: int  # steps done by an earlier run
 
 
-def set_up(args: argparse.Namespace) -> Training:
+def set_up(args: argparse.Namespace) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. Labels.
+    # 1. The labels.
     device = distributed.init_distributed(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
 
-    # 2. The model. Its weights are fp32, see `prepare_training`.
+    # 2. The model, with fp32 weights.
     model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
     end_id = tokenizer.eos_token_id
     if end_id is None:
         end_id = stop_ids[0]
 
-    # 3. Examples.
+    # 3. The examples.
     training, evaluation = split_by_problem(labels, args.eval_fraction)
     examples, counts = encode_labels(args.kind, training, tokenizer, end_id, args.max_length)
     held_out, _ = encode_labels(args.kind, evaluation, tokenizer, end_id, args.max_length)
@@ -635,8 +641,7 @@ def set_up(args: argparse.Namespace) -> Training:
         raise InputError(f"{args.labels}: no usable label for --kind {args.kind} ({counts})")
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
 
-    # 4. The optimizer, and what an earlier run left of it. On a GPU the fused kernel needs no memory beside the moments,
-    # and passes over them once.
+    # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
     )
@@ -650,7 +655,7 @@ def set_up(args: argparse.Namespace) -> Training:
     resumed = f", resumed after step {start}" if start else ""
     distributed.log(f"{args.kind}: {len(examples)} sequences of {tokens:.0f} tokens, {len(held_out)} held out, {counts}, "
                     f"{steps} steps{resumed}")  # fmt: skip
-    return Training(model, optimizer, examples, held_out, steps, start)
+    return Setup(model, optimizer, examples, held_out, steps, start)
 
 
 def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: int) -> list[Example]:
@@ -664,7 +669,7 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
     return [examples[i] for i in order[start : start + batch_size]]
 
 
-def train(run: Training, args: argparse.Namespace) -> None:
+def train(run: Setup, args: argparse.Namespace) -> None:
     """The loop. The exported model is the best by evaluation loss, or the last one if nothing is held out."""
     out = Path(args.out)
     source = find_model(args.model)
