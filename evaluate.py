@@ -35,7 +35,7 @@ from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import with_progress
-from train_prm import REWARD_MODELS, Judgement, score_solutions
+from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
 from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
 import numpy as np
@@ -263,7 +263,7 @@ def processbench_numbers(kind: str, cases: list[dict], scored: list[Judgement], 
     its verdict: against final_answer_correct where a case says it, else against "no wrong step".
     """
     n, rng = len(cases), np.random.default_rng(seed)
-    if kind == "orm":
+    if not REWARD_MODELS[kind].judges_steps:
         truths = [case.get("final_answer_correct", case["label"] == -1) for case in cases]
         right = np.array([float(s.verdict == truth) for s, truth in zip(scored, truths, strict=True)])
         numbers = {"outcome_acc": (float(right.mean()), n, bootstrap_interval(right, seed))}
@@ -288,6 +288,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     args = parse_command(parser, "model", "data")
     subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
+    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     rows = []
@@ -296,12 +297,12 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         # ProcessBench has no separate answer: whatever a case says of it isn't shown.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
         mine = solutions[distributed.rank() :: distributed.world_size()]
-        scored = distributed.gather(score_solutions(engine, args.kind, mine, **settings, title=subset))
+        scored = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         numbers = processbench_numbers(args.kind, cases, scored, args.seed)
         about = {"model": args.model, "kind": args.kind, **settings}
         tokens = sum(s.tokens for s in scored)
         rows += result_rows("processbench", subset, numbers, about, time.time() - started, tokens)
-    headline = "outcome_acc" if args.kind == "orm" else "f1"
+    headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
     publish(rows + average_rows("processbench", rows, headline), args)
 
 
@@ -457,6 +458,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
         for n, path in name_files("solutions", args.solutions).items()
     }
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
+    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
     settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
     settings |= {"max_new_tokens": args.max_new_tokens}
     for name, solutions in files.items():
@@ -470,7 +472,7 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
             raise InputError(f"problem {unknown[0]}: no gold answer; --gold must have one for every problem")
         samples, k = [s for group in groups.values() for s in group], len(next(iter(groups.values())))
         judged = distributed.gather(score_solutions(
-            engine, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
+            judge, samples[distributed.rank() :: distributed.world_size()], seed=args.seed, title=name))  # fmt: skip
         grades = grade_all([(s["answer"], gold[s["problem_id"]]) for s in samples])
         in_groups = [slice(i, i + k) for i in range(0, len(samples), k)]
         result = accuracy_of([grades[i] for i in in_groups], args.seed)

@@ -65,7 +65,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler
 from kernels.transformer import Transformer, load_model
-from train_prm import REWARD_MODELS, Judgement, clip_and_step, score_solutions
+from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, clip_and_step, score_solutions
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 WEIGHT_DECAY = 0.01  # of the released code
 MAX_GRAD_NORM = 1.0  # the paper's gradient clip
-NO_TARGET = -1  # of a place that predicts nothing which is trained
+CONSTANTS = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}  # listed in args.json beside the arguments
 
 
 @dataclass(eq=False)  # tensors have no plain equality
@@ -721,8 +721,9 @@ def update_policy(
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
     """The reward and its parts, and the indicators of reward hacking; means over the batch."""
     judged = [r for r in rollouts if r.judgement is not None]
+    judges_steps = REWARD_MODELS[prm_kind].judges_steps
     share_correct = [sum(r.step_verdicts) / len(r.step_verdicts) for r in judged if r.step_verdicts]
-    mismatched = [r.verdict is not None and r.step_verdicts is None and prm_kind != "orm" for r in judged]
+    mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
     rewards = torch.tensor([r.reward for r in rollouts])
 
     def mean(values: list) -> float:
@@ -893,10 +894,10 @@ def parse_arguments() -> argparse.Namespace:
     records.check_numbers(args, "lr", "kl_coef", least=0)
     records.check_numbers(args, "group_size", least=2)  # a group of one always has zero advantage
     if reward.needs_judge and args.prm is None:
-        raise InputError("--prm is missing; it goes with --policy")
-    if reward.needs_step_verdicts and args.prm_kind == "orm":
+        raise InputError("--policy also needs --prm with this --reward")
+    if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:
         raise InputError(
-            f"--reward {args.reward} needs verdicts on steps, and --prm_kind orm gives none; take process_aware"
+            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; take process_aware"
         )
     if args.min_steps > args.max_steps:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
@@ -994,15 +995,14 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     judge = None
     if REWARDS[args.reward].needs_judge:
         prm = open_engine(args.prm, device, args.slots, "--prm")
-        limits = {"max_new_tokens": args.prm_max_new_tokens, "votes": args.prm_votes}
-        judge = partial(score_solutions, prm, args.prm_kind, **limits)
+        judge = partial(score_solutions, Judge(prm, args.prm_kind, args.prm_max_new_tokens, args.prm_votes))
 
     # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
     fitting = fitting_problems(problems, policy, args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
     )
-    records.check_arguments(out, vars(args), MAY_CHANGE_ON_RESUME)
+    records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     distributed.copy_weights(inference, model)
     distributed.log(
@@ -1086,7 +1086,7 @@ def main() -> None:
     run = set_up(args, device)
     out = Path(args.out)
     if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
+        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
     with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
         train(run, args, metrics)
     distributed.log(f"{out}: done")

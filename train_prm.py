@@ -10,20 +10,20 @@
 | kind     | user turn                                      | target                                            |
 |----------|------------------------------------------------|---------------------------------------------------|
 | orm      | problem, solution, "Is the answer correct?"    | Yes or No                                         |
-| prm      | problem, solution, "Let's verify step by step" | one Correct/Incorrect a step, the verdict         |
+| prm      | problem, solution, "Let's verify step by step" | Correct or Incorrect per step, then the verdict   |
 | prm_cot  | the same                                       | the chosen verification, thinking removed         |
-| disc_prm | the same                                       | Yes or No after each step's last token (baseline) |
+| disc_prm | the same                                       | Yes or No at each step's last token (baseline)    |
 | policy   | the solver prompt                              | a solution judged correct, in tags                |
 
 The loss is the mean negative log-likelihood of the target tokens, the end-of-turn token included, over the whole
-global batch: micro-batches and ranks sum their tokens and divide by one common count.
+global batch: micro-batches and ranks add up their tokens and divide by one common count.
 
 What differs from the paper: its fine-tuning settings are not published, so learning rate, epochs and batch size are
-ours. `--kind policy` fine-tunes the policy's format on the reference-free labels (the paper: on solutions of a larger
+ours. `--kind policy` teaches the policy's format on the reference-free labels (the paper: on solutions of a larger
 model, App. D).
 
-The file introduces what evaluation and GRPO share: the reward models and scoring with them, packed batches and the update.
-FSDP2 and checkpoints are in kernels/distributed.py.
+evaluate.py and grpo.py use three parts of this file: the reward models and judging with them, micro-batches, and the
+optimizer's step. FSDP2 and checkpoints are in kernels/distributed.py.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from data import records
 from generate import (
@@ -41,8 +42,8 @@ from generate import (
     Engine,
     encode_chat,
     escape_special_tokens,
-    find_boxes,
     find_model,
+    format_valid,
     open_model,
     render_chat,
     render_response,
@@ -71,309 +72,501 @@ TINY = {
     "save_every": 50,
     "device": "cpu",
 }
-KINDS = ["orm", "prm", "prm_cot", "disc_prm", "policy"]
+
+# Ours: the paper gives none. They were never varied, so they are no flags; args.json lists them beside the arguments.
+WARMUP = 0.03  # share of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.0
+MAX_GRAD_NORM = 1.0
+CONSTANTS = {"warmup": WARMUP, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}
 
 MAY_CHANGE_ON_RESUME = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}
 
-# A training sequence: token ids, and for each position the token that it is to predict, or -1.
-Sequence = tuple[list[int], list[int]]
+# --------------------------------------------------------------------------- reward models: what each is asked and must answer
 
-# --------------------------------------------------------------------------- reward models: prompt, target, parser, score
+# ORM: the outcome alone.
 
 ORM_PROMPT = "Problem: {problem}\n\nSolution: {solution}\n\nIs the answer correct (Yes/No)?"
 
 
-def parse_orm(text: str, num_steps: int) -> Verification:
-    """The outcome reward model says Yes or No and nothing else."""
-    return Verification(None, {"yes": True, "no": False}.get(text.strip().lower()))
+def write_orm_target(label: dict) -> str:
+    """Yes or No."""
+    return "Yes" if label["outcome"] else "No"
 
+
+def parse_orm(text: str, num_steps: int) -> Verification:
+    """Parses `write_orm_target`: Yes or No and nothing else."""
+    verdict = {"yes": True, "no": False}.get(text.strip().lower())
+    return Verification(step_verdicts=None, verdict=verdict)
+
+
+# PRM: every step and the outcome, without reasons.
 
 PRM_PROMPT = "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
-
-
 PRM_LINE = re.compile(r"[ \t]*Step (\d{1,6}): (Correct|Incorrect)[ \t.]*", re.IGNORECASE)
 
 
-def write_prm_target(labels: list[bool], outcome: bool) -> str:
-    """The PRM's target: one line a step, then the Verification line."""
-    lines = [f"Step {k}: {'Correct' if label else 'Incorrect'}" for k, label in enumerate(labels, 1)]
-    lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if outcome else 'No'}**")
+def write_prm_target(label: dict) -> str:
+    """One line per step, then the Verification line."""
+    lines = []
+    for k, correct in enumerate(label["step_labels"], 1):
+        lines.append(f"Step {k}: {'Correct' if correct else 'Incorrect'}")
+    lines.append(f"**Verification: Is the answer correct (Yes/No)? {'Yes' if label['outcome'] else 'No'}**")
     return "\n".join(lines)
 
 
 def parse_prm(text: str, num_steps: int) -> Verification:
     """Parses `write_prm_target`."""
-    lines = text.replace("\r", "").rstrip().split("\n")
-    steps = [match for line in lines if (match := PRM_LINE.fullmatch(line))]
-    verdicts = [match.group(1).lower() == "yes" for line in lines if (match := VERDICT.fullmatch(line))]
-    return exactly_once([(int(m.group(1)), m.group(2).lower() == "correct") for m in steps], verdicts, num_steps)
+    steps = []
+    verdicts = []
+    for line in text.replace("\r", "").rstrip().split("\n"):
+        if match := PRM_LINE.fullmatch(line):
+            steps.append((int(match.group(1)), match.group(2).lower() == "correct"))
+        elif match := VERDICT.fullmatch(line):
+            verdicts.append(match.group(1).lower() == "yes")
+    return exactly_once(steps, verdicts, num_steps)
 
 
-# kind of reward model -> (user turn, parser of its answer); PRM and PRM-CoT share the turn, their training differs
-REWARD_MODELS: dict[str, tuple[str, Callable[[str, int], Verification] | None]] = {
-    "orm": (ORM_PROMPT, parse_orm),
-    "prm": (PRM_PROMPT, parse_prm),
-    "prm_cot": (PRM_PROMPT, parse_verification),
-    "disc_prm": (PRM_PROMPT, None),  # says nothing: its log-odds are read off, see `score_discriminative`
+# PRM-CoT: the PRM's prompt, but reasons before each verdict. It is trained on Stage I's verifications, so their parser,
+# `parse_verification`, reads its answers.
+
+
+def write_prm_cot_target(label: dict) -> str:
+    """The verification that Stage I chose, without its thinking."""
+    return without_thinking(label["text"])
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A kind of reward model. A new kind is a row of `REWARD_MODELS` and the functions it names."""
+
+    prompt: str  # the user turn, with the problem and the rendered solution
+    write_target: Callable[[dict], str] | None = None  # a kept label -> the answer to train on
+    parse: Callable[[str, int], Verification] | None = None  # an answer, the number of steps -> its verdicts
+    judges_steps: bool = True
+    generative: bool = True  # if not, it has no text to write or parse: its verdicts are read off its log-odds
+
+
+REWARD_MODELS = {
+    "orm": RewardModel(ORM_PROMPT, write_orm_target, parse_orm, judges_steps=False),
+    "prm": RewardModel(PRM_PROMPT, write_prm_target, parse_prm),
+    "prm_cot": RewardModel(PRM_PROMPT, write_prm_cot_target, parse_verification),
+    "disc_prm": RewardModel(PRM_PROMPT, generative=False),  # `discriminative_example`, `score_discriminative`
 }
+KINDS = [*REWARD_MODELS, "policy"]
 
 
-def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """(token ids of a PRM's prompt, n + 1 positions in them): the last token of each of n steps, and the prompt's."""
-    rendered = escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
-    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start, ends, token = text.rindex(rendered), [], 0
-    for k in range(1, len(solution["steps"]) + 1):
-        end = start + len(escape_special_tokens(tokenizer, render_steps(solution["steps"][:k])))
-        while token + 1 < len(encoded.input_ids) and encoded.offset_mapping[token + 1][0] < end:
-            token += 1
-        ends.append(token)
-    return encoded.input_ids, [*ends, len(encoded.input_ids) - 1]
+def ask(prompt: str, solution: dict) -> str:
+    """The user turn about a solution (problem, steps, answer)."""
+    return prompt.format(problem=solution["problem"], solution=render_steps(solution["steps"], solution["answer"]))
+
+
+# --------------------------------------------------------------------------- judging solutions with a reward model
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A reward model's judgement of one solution, None for what could not be parsed. The scores are vote fractions (0 or
+    1 for a single vote) or, of a discriminative PRM, probabilities of Yes."""
+
+    step_verdicts: list[bool] | None
+    verdict: bool | None
+    text: str  # what was parsed; of several votes the first
+    tokens: int  # sampled, by all votes; of a discriminative PRM, read
+    step_scores: list[float] | None = None
+    score: float | None = None
+
+
+UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained reward model and how it is asked. votes = 1 is one greedy pass; votes = K samples K judgements at
+    `temperature` (top_p 1) and puts them to the vote."""
+
+    engine: Engine
+    kind: str
+    max_new_tokens: int
+    votes: int = 1
+    temperature: float = 0.8
+
+
+def score_solutions(
+    judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
+) -> list[Judgement]:
+    """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows progress.
+
+    A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises InputError
+    for several votes of a discriminative PRM.
+    """
+    engine = judge.engine
+    model = REWARD_MODELS[judge.kind]
+    if not model.generative:
+        if judge.votes > 1:
+            raise InputError(f"--votes {judge.votes}: a {judge.kind} is deterministic; use --votes 1")
+        return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
+
+    # 1. Which solutions can be asked about, and how.
+    prompts = {}  # index of a solution -> token ids
+    for i, solution in enumerate(solutions):
+        if not solution["steps"]:
+            continue
+        prompt = engine.encode(ask(model.prompt, solution))
+        if len(prompt) + judge.max_new_tokens <= engine.context:
+            prompts[i] = prompt
+    asked = list(prompts)
+
+    # 2. Sample. The stream yields prompts as they are finished, by their place among those asked.
+    stream = engine.stream(
+        list(prompts.values()),
+        keys=[str(solutions[i].get("id", i)) for i in asked],
+        num_samples=judge.votes,
+        temperature=judge.temperature if judge.votes > 1 else 0.0,
+        max_new_tokens=judge.max_new_tokens,
+        seed=seed,
+    )
+    if title:
+        stream = with_progress(stream, engine.sampler, title, len(asked), judge.votes)
+
+    # 3. Parse and vote.
+    judgements = [UNPARSED] * len(solutions)
+    for place, samples in stream:
+        i = asked[place]
+        texts = [decode_judgement(engine, prompts[i], sample.ids) for sample in samples]
+        parsed = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
+        tokens = sum(len(sample.ids) for sample in samples)
+        judgements[i] = put_to_vote(parsed, texts[0], tokens)
+    return judgements
+
+
+def put_to_vote(parsed: list[Verification], text: str, tokens: int) -> Judgement:
+    """One judgement from all votes on a solution: majorities, a tie counts as incorrect.
+
+    This is the rule of `verify.step_consistency`, less its demands on a training text: no text has to agree with every
+    majority, and where no judgement was parsed whole, bare verdicts count.
+    """
+    # 1. Who votes?
+    whole = [judgement for judgement in parsed if judgement.step_verdicts and judgement.verdict is not None]
+    if len(parsed) == 1:  # a greedy judgement counts as far as it was parsed
+        step_voters = parsed
+        verdict_voters = parsed
+    elif whole:  # as in Stage I
+        step_voters = whole
+        verdict_voters = whole
+    else:  # verdicts without steps: all that an ORM gives
+        step_voters = []
+        verdict_voters = parsed
+
+    # 2. The steps, one after another.
+    step_verdicts = None
+    step_scores = None
+    step_votes = [voter.step_verdicts for voter in step_voters if voter.step_verdicts]
+    if step_votes:
+        columns = list(zip(*step_votes, strict=True))  # for each step, what every voter says of it
+        step_verdicts = [majority(column) for column in columns]
+        step_scores = [sum(column) / len(column) for column in columns]
+
+    # 3. The outcome.
+    verdict = None
+    score = None
+    verdicts = [voter.verdict for voter in verdict_voters if voter.verdict is not None]
+    if verdicts:
+        verdict = majority(verdicts)
+        score = sum(verdicts) / len(verdicts)
+    return Judgement(step_verdicts, verdict, text, tokens, step_scores, score)
+
+
+# --------------------------------------------------------------------------- examples
+
+NO_TARGET = -1  # a position that predicts nothing: `token_logprobs` ignores negative targets
+
+
+class Example(NamedTuple):
+    """A training sequence of T tokens."""
+
+    ids: list[int]
+    targets: list[int]  # for each position the token that it is to predict, or NO_TARGET
+
+
+def make_example(kind: str, label: dict) -> tuple[str, str] | None:
+    """(user turn, target) of a kept record of a labels file; None if this kind has no use for it. Not for a
+    discriminative PRM, which has no target text."""
+    if kind == "policy":
+        return policy_example(label)
+    model = REWARD_MODELS[kind]
+    return ask(model.prompt, label), model.write_target(label)
+
+
+def policy_example(label: dict) -> tuple[str, str] | None:
+    """A solution that the votes call correct, as the policy is to write it; None if it isn't, or has no answer."""
+    if not label["outcome"] or label["answer"] is None:
+        return None
+    # Instruct models often box the answer in the last step, too, but the format allows one box.
+    steps = [unwrap_boxes(step) for step in label["steps"]]
+    response = render_response(steps, label["answer"])
+    if not format_valid(response, "strict"):  # a policy isn't taught what GRPO would give nothing for
+        return None
+    return SOLVE_PROMPT.format(problem=label["problem"]), response
+
+
+def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | None:
+    """The example of a kept record; None if this kind has no use for it."""
+    if kind == "disc_prm":
+        return discriminative_example(label, tokenizer)
+    texts = make_example(kind, label)
+    if texts is None:
+        return None
+    user_turn, target = texts
+    response = tokenizer(target, add_special_tokens=False).input_ids
+    return targets_after_prompt(encode_chat(tokenizer, user_turn), [*response, end_id])
+
+
+def encode_labels(
+    kind: str, labels: list[dict], tokenizer, end_id: int, max_length: int
+) -> tuple[list[Example], dict[str, int]]:
+    """The examples of a labels file, and how many labels gave none: dropped by Stage I, of no use for this kind, or
+    longer than max_length tokens."""
+    examples = []
+    counts = {"dropped": 0, "unused": 0, "too_long": 0}
+    for label in labels:
+        if label["dropped"] is not None:
+            counts["dropped"] += 1
+            continue
+        example = encode_example(kind, label, tokenizer, end_id)
+        if example is None:
+            counts["unused"] += 1
+        elif len(example.ids) > max_length:
+            counts["too_long"] += 1
+        else:
+            examples.append(example)
+    return examples, counts
+
+
+def targets_after_prompt(prompt: list[int], response: list[int]) -> Example:
+    """Every token of the response is a target, and no token of the prompt. Position i predicts token i + 1:
+
+        prompt [a b c], response [r s .]
+        ids        a  b  c  r  s  .
+        targets    -  -  r  s  .  -
+
+    Found by position, never by token: the padding token may be the end-of-turn token, which is a target.
+    """
+    targets = [NO_TARGET] * (len(prompt) - 1) + response + [NO_TARGET]
+    return Example(prompt + response, targets)
+
+
+def split_by_problem(labels: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
+    """(training labels, held-out labels), split by problem text, so that no problem is on both sides."""
+    problems = sorted({label["problem"] for label in labels})
+    random.Random(0).shuffle(problems)
+    held_out = set(problems[: round(fraction * len(problems))])
+    training = [label for label in labels if label["problem"] not in held_out]
+    evaluation = [label for label in labels if label["problem"] in held_out]
+    return training, evaluation
+
+
+# --------------------------------------------------------------------------- the discriminative baseline
+
+# A discriminative PRM writes nothing: its verdict on a step is which of two tokens it expects after the step's last token.
 
 
 def yes_no_ids(tokenizer) -> tuple[int, int]:
-    """The two fixed tokens of a discriminative PRM: the first of "Yes" and the first of "No"."""
-    yes, no = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("Yes", "No"))
+    """These two tokens: the first of "Yes" and the first of "No"."""
+    yes = tokenizer("Yes", add_special_tokens=False).input_ids[0]
+    no = tokenizer("No", add_special_tokens=False).input_ids[0]
     if yes == no:
         raise InputError("the tokenizer begins Yes and No with one token: no discriminative PRM with this model")
     return yes, no
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A reward model's judgement of one solution: parsed, and the text it was parsed from. The scores are the shares of
-    votes for it, 0 or 1 if there is one, and a disc_prm's probabilities."""
+def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
+    """Where a discriminative PRM's verdicts are read: (token ids of its prompt, n + 1 positions in them), the last token
+    of each of the n steps, and for the outcome that of the prompt.
 
-    step_verdicts: list[bool] | None
-    verdict: bool | None
-    text: str
-    tokens: int
-    step_scores: list[float] | None = None
-    score: float | None = None
+    A step's last token is the last one that begins before the step's end. The steps "ab." and "cd.":
+
+        characters    a  b  .  c  d  .
+        tokens        [ab]  [.c]  [d.]        begin at characters 0, 2, 4
+        step 1        ends at character 3:    token 1
+        step 2        ends at character 6:    token 2
+    """
+    rendered = escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
+    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [begin for begin, _ in encoded.offset_mapping]  # the character at which each token begins
+
+    solution_start = text.rindex(rendered)
+    positions = []
+    token = 0
+    for k in range(1, len(solution["steps"]) + 1):
+        up_to_step = escape_special_tokens(tokenizer, render_steps(solution["steps"][:k]))
+        step_end = solution_start + len(up_to_step)
+        while token + 1 < len(begins) and begins[token + 1] < step_end:
+            token += 1
+        positions.append(token)
+    positions.append(len(begins) - 1)
+    return encoded.input_ids, positions
+
+
+def discriminative_example(label: dict, tokenizer) -> Example:
+    """The prompt alone: the last token of each step predicts Yes or No, and so does the prompt's for the outcome. No
+    other position has a target, because Yes and No stand in the place of the real next token."""
+    ids, positions = step_end_positions(tokenizer, label)
+    yes, no = yes_no_ids(tokenizer)
+    targets = [NO_TARGET] * len(ids)
+    for position, correct in zip(positions, [*label["step_labels"], label["outcome"]], strict=True):
+        targets[position] = yes if correct else no
+    return Example(ids, targets)
 
 
 @torch.no_grad()
 def score_discriminative(
     model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
 ) -> list[Judgement]:
-    """Judge solutions with a discriminative PRM: a step is correct if at its last token Yes is likelier than No, and so
-    is the outcome at the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
+    """Judge solutions with a discriminative PRM: a step is correct if after its last token Yes is likelier than No, and
+    so is the outcome after the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
+    # log p(Yes) - log p(No) is a difference of logits, so it takes one direction in place of the whole vocabulary.
     yes, no = yes_no_ids(tokenizer)
-    scored = [Judgement(None, None, "", 0)] * len(solutions)
-    batches: list[list[tuple[int, list[int], list[int]]]] = [[]]
-    for i, s in enumerate(solutions):
-        ids, ends = step_end_positions(tokenizer, s) if s["steps"] else ([], [])
-        if 0 < len(ids) <= model.config.max_positions:
-            if sum(len(ids) for _, ids, _ in batches[-1]) + len(ids) > batch_tokens:
-                batches.append([])
-            batches[-1].append((i, ids, ends))
-    for batch in filter(None, batches):
-        ids = torch.tensor([token for _, of_one, _ in batch for token in of_one], device=model.device)  # (N,)
-        lengths = torch.tensor([len(of_one) for _, of_one, _ in batch], device=model.device)  # (S,)
-        both = [model.packed(ids, lengths, torch.full_like(ids, token))[0] for token in (yes, no)]
-        odds = (both[0] - both[1]).split(lengths.tolist())  # (n tokens,) each
-        for (i, of_one, ends), values in zip(batch, odds, strict=True):
-            *steps, outcome = values[ends].tolist()
-            *chances, chance = values[ends].sigmoid().tolist()
-            text = " ".join(f"{x:+.2f}" for x in (*steps, outcome))
-            scored[i] = Judgement([x > 0 for x in steps], outcome > 0, text, len(of_one), chances, chance)
-    return scored
+    towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
+
+    # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
+    marked = []  # (index of the solution, token ids, positions)
+    for i, solution in enumerate(solutions):
+        if solution["steps"]:
+            ids, positions = step_end_positions(tokenizer, solution)
+            if len(ids) <= model.config.max_positions:
+                marked.append((i, ids, positions))
+
+    # 2. The log-odds of every token, packed, then those at the marked positions.
+    judgements = [UNPARSED] * len(solutions)
+    for group in group_by_length([len(ids) for _, ids, _ in marked], batch_tokens):
+        batch = [marked[place] for place in group]
+        lengths = [len(ids) for _, ids, _ in batch]
+        packed = torch.tensor([token for _, ids, _ in batch for token in ids], device=model.device)  # (N,)
+        hidden = model.packed(packed, torch.tensor(lengths, device=model.device))  # (N, D)
+        log_odds = hidden.float() @ towards_yes  # (N,)
+        for (i, ids, positions), odds in zip(batch, log_odds.split(lengths), strict=True):
+            *step_odds, outcome_odds = odds[positions].tolist()
+            *step_scores, score = odds[positions].sigmoid().tolist()
+            judgements[i] = Judgement(
+                step_verdicts=[value > 0 for value in step_odds],
+                verdict=outcome_odds > 0,
+                text=" ".join(f"{value:+.2f}" for value in [*step_odds, outcome_odds]),
+                tokens=len(ids),
+                step_scores=step_scores,
+                score=score,
+            )
+    return judgements
 
 
-def score_solutions(
-    engine: Engine,
-    kind: str,
-    solutions: list[dict],
-    *,
-    max_new_tokens: int,
-    votes: int = 1,
-    temperature: float = 0.8,
-    seed: int | str = 0,
-    title: str | None = None,
-) -> list[Judgement]:
-    """Judge solutions (problem, steps, answer; optional id) with a generative reward model, in order.
+# --------------------------------------------------------------------------- the loss of a global batch
 
-    votes = 1 is one greedy pass. votes = K samples K at `temperature` (top_p 1) and aggregates them as in Stage I: the
-    labels are majorities over the verifications that parsed (an ORM votes on its verdict alone). A solution without
-    steps, or whose prompt leaves no room for max_new_tokens in the context, is unparsed. A disc_prm has no votes. A
-    title shows progress.
-    """
-    prompt, parse = REWARD_MODELS[kind]
-    if parse is None:
-        if votes > 1:
-            raise InputError(f"--votes {votes}: a {kind} says the same every time; leave it at 1")
-        return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
-    room = engine.context - max_new_tokens
-    turns, where = [], []
-    for i, s in enumerate(solutions):
-        solution = render_steps(s["steps"], s["answer"])
-        ids = engine.encode(prompt.format(problem=s["problem"], solution=solution)) if s["steps"] else []
-        if 0 < len(ids) <= room:
-            turns.append(ids)
-            where.append(i)
-    stream = engine.stream(
-        turns,
-        keys=[str(solutions[i].get("id", i)) for i in where],
-        num_samples=votes,
-        temperature=temperature if votes > 1 else 0.0,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
-    scored = [Judgement(None, None, "", 0)] * len(solutions)
-    for place, group in with_progress(stream, engine.sampler, title, len(turns), votes) if title else stream:
-        i = where[place]
-        texts = [decode_judgement(engine, turns[place], sample.ids) for sample in group]
-        parsed = [parse(text, len(solutions[i]["steps"])) for text in texts]
-        # Among several only those that parsed as a whole vote, as in Stage I; verdicts alone where none did (an ORM's).
-        whole = [p for p in parsed if p.step_verdicts and p.verdict is not None]
-        verdicts = [p.verdict for p in (whole if votes > 1 and whole else parsed) if p.verdict is not None]
-        stepwise = [p.step_verdicts for p in (whole if votes > 1 else parsed) if p.step_verdicts]
-        columns = list(zip(*stepwise, strict=True))
-        scored[i] = Judgement(
-            [majority(column) for column in columns] or None,
-            majority(verdicts) if verdicts else None,
-            texts[0],
-            sum(len(sample.ids) for sample in group),
-            [sum(column) / len(column) for column in columns] or None,
-            sum(verdicts) / len(verdicts) if verdicts else None,
-        )
-    return scored
-
-
-# --------------------------------------------------------------------------- examples
-
-
-def make_example(kind: str, label: dict) -> tuple[str, str] | None:
-    """(user turn, target) for one kept record of a labels file; None if this kind has no use for it."""
-    solution = render_steps(label["steps"], label["answer"])
-    texts = {"problem": label["problem"], "solution": solution}
-    if kind == "orm":
-        return ORM_PROMPT.format(**texts), "Yes" if label["outcome"] else "No"
-    if kind == "prm":
-        return PRM_PROMPT.format(**texts), write_prm_target(label["step_labels"], label["outcome"])
-    if kind == "prm_cot":
-        return PRM_PROMPT.format(**texts), without_thinking(label["text"])
-    if not label["outcome"] or label["answer"] is None:
-        return None
-    # An instruct model often boxes its answer in the last step, too; GRPO will allow one box and no tag inside another.
-    response = render_response([unwrap_boxes(step) for step in label["steps"]], label["answer"])
-    if len(find_boxes(response)) != 1 or len(re.findall(r"</?(?:think|answer)>", response)) != 4:
-        return None
-    return SOLVE_PROMPT.format(problem=label["problem"]), response
-
-
-def make_sequences(
-    kind: str, labels: list[dict], tokenizer, end_id: int, max_length: int
-) -> tuple[list[Sequence], dict]:
-    """(training sequences, counts): labels that were dropped or whose sequence is too long are left out and counted."""
-    sequences, counts = [], {"dropped": 0, "unused": 0, "too_long": 0}
-    for label in labels:
-        if label["dropped"] is not None:
-            counts["dropped"] += 1
-            continue
-        if kind == "disc_prm":
-            sequence = discriminative_sequence(label, tokenizer)
-        elif example := make_example(kind, label):
-            prompt = encode_chat(tokenizer, example[0])
-            sequence = targets_after_prompt(prompt, [*tokenizer(example[1], add_special_tokens=False).input_ids, end_id])
-        else:
-            counts["unused"] += 1
-            continue
-        if len(sequence[0]) > max_length:
-            counts["too_long"] += 1
-            continue
-        sequences.append(sequence)
-    return sequences, counts
-
-
-def targets_after_prompt(prompt: list[int], response: list[int]) -> Sequence:
-    """The sequence whose targets are the response's tokens, found by position and never by token value (the padding
-    token may equal the end-of-turn token, which is trained on). Position i predicts token i + 1."""
-    return prompt + response, [-1] * (len(prompt) - 1) + response + [-1]
-
-
-def discriminative_sequence(label: dict, tokenizer) -> Sequence:
-    """The sequence of a discriminative PRM: the prompt alone; each step's last token is to predict one of two fixed
-    tokens, and the prompt's last token the outcome. Where other tokens would follow nothing is trained."""
-    ids, ends = step_end_positions(tokenizer, label)
-    right, wrong = yes_no_ids(tokenizer)
-    targets = [-1] * len(ids)
-    for end, correct in zip(ends, [*label["step_labels"], label["outcome"]], strict=True):
-        targets[end] = right if correct else wrong
-    return ids, targets
-
-
-def split_by_problem(labels: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
-    """(training labels, evaluation labels), split by problem text so that no problem is on both sides."""
-    problems = sorted({label["problem"] for label in labels})
-    random.Random(0).shuffle(problems)
-    held = set(problems[: round(fraction * len(problems))])
-    return [x for x in labels if x["problem"] not in held], [x for x in labels if x["problem"] in held]
-
-
-# --------------------------------------------------------------------------- packed batches
-
-
-def pack(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences one behind the other, without padding: (ids (N,), lengths (S,), targets (N,))."""
-    ids = [token for tokens, _ in sequences for token in tokens]
-    targets = [target for _, of_one in sequences for target in of_one]
-    lengths = [len(tokens) for tokens, _ in sequences]
-    return tuple(torch.tensor(x, device=device) for x in (ids, lengths, targets))
-
-
-def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that no group has more than max_tokens tokens (single longer sequences excepted), similar
-    lengths together. Under torchrun every rank gets the same number of groups, the last ones possibly empty: FSDP's
-    collectives need every rank to take part in every micro-batch."""
-    groups: list[list[int]] = []
-    total = 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not groups or total + lengths[i] > max_tokens:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += lengths[i]
-    return groups + [[] for _ in range(int(distributed.max_over_ranks(len(groups))) - len(groups))]
-
-
-def packing_efficiency(lengths: list[int], max_tokens: int) -> float:
-    """Share of real tokens if batches of max_tokens were padded to their longest sequence; ours have no padding."""
-    groups = split_micro_batches(lengths, max_tokens)
-    return sum(lengths) / sum(len(group) * max((lengths[i] for i in group), default=0) for group in groups)
+# FSDP needs every rank in every micro-batch. A rank that has none left runs this: without a target there is no loss.
+DUMMY = Example(ids=[0], targets=[NO_TARGET])
 
 
 def rank_share(lengths: list[int]) -> list[int]:
-    """Indices of this rank's share of a global batch: dealt out by length, so that ranks have similar work."""
-    return sorted(range(len(lengths)), key=lengths.__getitem__)[distributed.rank() :: distributed.world_size()]
+    """Indices of this rank's share of a global batch, dealt out by length, so that ranks have similar work.
+
+    A batch of five examples on two ranks:
+
+        index           0  1  2  3  4
+        lengths         5  2  9  4  3
+        by length       1  4  3  0  2    (2 3 4 5 9 tokens)
+        rank 0          1     3     2    (2 4 9)
+        rank 1             4     0       (3 5)
+    """
+    shortest_first = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return shortest_first[distributed.rank() :: distributed.world_size()]
 
 
-def sft_batch_loss(model: Transformer, sequences: list[Sequence], micro_tokens: int, train: bool) -> float:
-    """Loss of one global batch, which every rank has whole: negative log-likelihood per target token, averaged over
-    all target tokens. With train=True its gradient is added to the parameters'."""
-    denominator = sum(target >= 0 for _, targets in sequences for target in targets)
-    mine = [sequences[i] for i in rank_share([len(ids) for ids, _ in sequences])]
-    total = 0.0
+def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own.
+
+    Lengths 9 2 4 at max_tokens 8: [1 2] with 2 + 4 tokens, [0] with 9.
+    """
+    groups: list[list[int]] = []
+    tokens = 0  # in the last group
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or tokens + lengths[i] > max_tokens:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(i)
+        tokens += lengths[i]
+    return groups
+
+
+def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """`group_by_length` for this rank's share of a batch. A collective: every rank gets the same number of micro-batches,
+    the last ones possibly empty.
+
+    The shares above at max_tokens 8, as indices in each share:
+
+        rank 0    lengths 2 4 9    [0 1] [2]    2 + 4 tokens, then 9
+        rank 1    lengths 3 5      [0 1] []     3 + 5 tokens, then DUMMY
+    """
+    groups = group_by_length(lengths, max_tokens)
+    most = distributed.max_over_ranks(len(groups))
+    while len(groups) < most:
+        groups.append([])
+    return groups
+
+
+def pack(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Examples one behind the other, without padding: (ids (N,), lengths (S,), targets (N,)), S examples of N tokens."""
+    ids, lengths, targets = [], [], []
+    for example in examples:
+        ids += example.ids
+        lengths.append(len(example.ids))
+        targets += example.targets
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device), torch.tensor(targets, device=device)
+
+
+def sft_batch_loss(model: Transformer, batch: list[Example], micro_tokens: int, train: bool) -> float:
+    """Loss of a global batch, which every rank has whole. With train=True its gradient is added to the parameters'. A
+    collective.
+
+        loss = - sum over all targets of log p(target) / number of targets
+
+    The targets are those of `targets_after_prompt` (or `discriminative_example`); no other position counts.
+    """
+    # The denominator is the number of targets in the whole batch, which every rank counts for itself. Means per micro-batch
+    # or per rank would weigh a token by what it happens to be packed with.
+    num_targets = 0
+    for example in batch:
+        num_targets += sum(target != NO_TARGET for target in example.targets)
+
+    mine = [batch[i] for i in rank_share([len(example.ids) for example in batch])]
+    my_loss = 0.0
     with torch.set_grad_enabled(train):
-        for group in split_micro_batches([len(ids) for ids, _ in mine], micro_tokens):
-            # An empty group still runs, on one token that is no target: its loss and gradient are zero.
-            chunk = [mine[i] for i in group] or [([0], [-1])]
-            logprobs, _ = model.packed(*pack(chunk, model.device))
-            loss = -logprobs.sum() / denominator
+        for group in split_micro_batches([len(example.ids) for example in mine], micro_tokens):
+            examples = [mine[i] for i in group] or [DUMMY]
+            ids, lengths, targets = pack(examples, model.device)
+            logprobs, _ = model.packed(ids, lengths, targets)  # (N,), 0 where there is no target
+            loss = -logprobs.sum() / num_targets
             if train:
-                (loss * distributed.world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
-            total += loss.item()
-    return distributed.sum_over_ranks(total)[0]
+                # FSDP averages gradients over ranks, but the loss is the sum of the ranks' shares.
+                (loss * distributed.world_size()).backward()
+            my_loss += loss.item()
+    return distributed.sum_over_ranks(my_loss)[0]
 
 
-# --------------------------------------------------------------------------- updates
+# --------------------------------------------------------------------------- the optimizer's step
+
+
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate: linear warm-up over `warmup` steps, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
-    """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping."""
+    """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping. A collective. Raises
+    RunError for a gradient that isn't finite, before it reaches the weights."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = distributed.whole(norm)
     if not torch.isfinite(norm):
         raise RunError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; "
                          "start again with a lower --lr and another --out")  # fmt: skip
@@ -387,23 +580,6 @@ def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: floa
 # --------------------------------------------------------------------------- main
 
 
-def cosine_schedule(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def batch_for_step(step: int, sequences: list[Sequence], batch_size: int, seed: int) -> list[Sequence]:
-    """The global batch of a step: a function of (step, seed), so a resumed run sees what it would have seen."""
-    per_epoch = math.ceil(len(sequences) / batch_size)
-    order = list(range(len(sequences)))
-    random.Random(f"{seed}/{step // per_epoch}").shuffle(order)
-    start = step % per_epoch * batch_size
-    return [sequences[i] for i in order[start : start + batch_size]]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
@@ -413,80 +589,123 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
     parser.add_argument("--epochs", type=int, default=2, help="(ours)")
     parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
-    parser.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps")
-    parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
     parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
     parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
     parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     args = records.parse_args(parser, TINY, "model", "labels", "out")
     records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    records.check_numbers(args, "lr", "weight_decay", least=0)
-    records.check_numbers(args, "warmup", "eval_fraction", least=0, most=0.9)
+    records.check_numbers(args, "lr", least=0)
+    records.check_numbers(args, "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {args.out} is the model itself; choose another, a resumed run starts from it")
+        raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
+    train(set_up(args), args)
+    distributed.log(f"{args.out}: done")
+
+
+@dataclass
+class Setup:
+    """What the loop works with."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    examples: list[Example]
+    held_out: list[Example]  # of other problems, for the evaluation loss
+    steps: int
+    start: int  # steps done by an earlier run
+
+
+def set_up(args: argparse.Namespace) -> Setup:
+    """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
+    # 1. The labels.
     device = distributed.init_distributed(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
-    args.labels_sha256 = records.hash_file(args.labels)  # a run that goes on must find the same labels
+    args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
+
+    # 2. The model, with fp32 weights.
     model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
-    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stop_ids[0]
+    end_id = tokenizer.eos_token_id
+    if end_id is None:
+        end_id = stop_ids[0]
+
+    # 3. The examples.
     training, evaluation = split_by_problem(labels, args.eval_fraction)
-    sequences, counts = make_sequences(args.kind, training, tokenizer, end_id, args.max_length)
-    held, _ = make_sequences(args.kind, evaluation, tokenizer, end_id, args.max_length)
-    if not sequences:
+    examples, counts = encode_labels(args.kind, training, tokenizer, end_id, args.max_length)
+    held_out, _ = encode_labels(args.kind, evaluation, tokenizer, end_id, args.max_length)
+    if not examples:
         raise InputError(f"{args.labels}: no usable label for --kind {args.kind} ({counts})")
-    # On a GPU the fused kernel needs no memory beside the moments, and passes over them once.
+    steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+
+    # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda"
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
     )
-    steps = args.epochs * math.ceil(len(sequences) / args.batch_size)
     out = Path(args.out)
-    records.check_arguments(out, vars(args), MAY_CHANGE_ON_RESUME)
+    records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
-    tokens = sum(len(ids) for ids, _ in sequences)
-    filled = packing_efficiency([len(ids) for ids, _ in sequences], args.micro_tokens)
-    distributed.log(f"{args.kind}: {len(sequences)} sequences of {tokens / len(sequences):.0f} tokens (padded to the "
-        f"longest of a micro-batch, {1 - filled:.0%} would be padding; packed, none is), {len(held)} held out, {counts}, "
-        f"{steps} steps" + (f", resumed after step {start}" if start else ""))  # fmt: skip
     if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args))
-    with records.MetricsFile(out / "metrics.jsonl", start) as metrics:
-        train(model, optimizer, sequences, held, args, start, steps, metrics)
-    distributed.log(f"{out}: done")
+        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
+
+    tokens = sum(len(example.ids) for example in examples) / len(examples)
+    resumed = f", resumed after step {start}" if start else ""
+    distributed.log(f"{args.kind}: {len(examples)} sequences of {tokens:.0f} tokens, {len(held_out)} held out, {counts}, "
+                    f"{steps} steps{resumed}")  # fmt: skip
+    return Setup(model, optimizer, examples, held_out, steps, start)
 
 
-def train(model, optimizer, sequences, held, args, start, steps, metrics) -> None:
-    """The loop: steps start..steps-1, evaluation and checkpoint every `save_every` steps and at the end. The exported
-    model is the best one by evaluation loss, or the last one if nothing is held out."""
-    out, source = Path(args.out), find_model(args.model)
-    best = min((m["eval/loss"] for m in metrics.records if "eval/loss" in m), default=math.inf)
-    bar = tqdm(
-        range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=distributed.rank() != 0
-    )
-    for step in bar:
-        started = time.time()
-        batch = batch_for_step(step, sequences, args.batch_size, args.seed)
-        loss = sft_batch_loss(model, batch, args.micro_tokens, train=True)
-        lr = args.lr * cosine_schedule(step, steps, math.ceil(args.warmup * steps))
-        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm)
-        record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
-        record["time/tokens_per_second"] = sum(len(ids) for ids, _ in batch) / (time.time() - started)
-        saving = step + 1 == steps or (step + 1) % args.save_every == 0
-        if saving and held:
-            record["eval/loss"] = sft_batch_loss(model, held, args.micro_tokens, train=False)
-        metrics.append(record)
-        if saving:
-            if record.get("eval/loss", -math.inf) < best:
-                best = record.get("eval/loss", math.inf)
-                distributed.export(model, source, out)
-            distributed.save_checkpoint(out / "training", step + 1, model, optimizer)
-        bar.set_postfix_str(f"loss {loss:.4f}, {record['time/tokens_per_second']:,.0f} tok/s", refresh=False)
+def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: int) -> list[Example]:
+    """The global batch of a step: every epoch a new order; a function of (step, seed), so that a resumed run sees what an
+    uninterrupted one would have seen. The last batch of an epoch may be smaller."""
+    steps_per_epoch = math.ceil(len(examples) / batch_size)
+    epoch = step // steps_per_epoch
+    order = list(range(len(examples)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    start = step % steps_per_epoch * batch_size
+    return [examples[i] for i in order[start : start + batch_size]]
+
+
+def train(run: Setup, args: argparse.Namespace) -> None:
+    """The loop. The exported model is the best by evaluation loss, or the last one if nothing is held out."""
+    out = Path(args.out)
+    source = find_model(args.model)
+    warmup = math.ceil(WARMUP * run.steps)
+    with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
+        best = min((record["eval/loss"] for record in metrics.records if "eval/loss" in record), default=math.inf)
+        bar = tqdm(
+            range(run.start, run.steps), initial=run.start, total=run.steps,
+            desc="train", unit="step", disable=distributed.rank() != 0,
+        )  # fmt: skip
+        for step in bar:
+            # 1. The batch: the same on every rank.
+            started = time.time()
+            batch = batch_for_step(step, run.examples, args.batch_size, args.seed)
+
+            # 2. Loss and gradient.
+            loss = sft_batch_loss(run.model, batch, args.micro_tokens, train=True)
+
+            # 3. Update.
+            lr = args.lr * cosine_schedule(step, run.steps, warmup)
+            norm = clip_and_step(run.model, run.optimizer, lr, MAX_GRAD_NORM)
+
+            # 4. Log; from time to time, and at the end, evaluate and save.
+            record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
+            tokens_per_second = sum(len(example.ids) for example in batch) / (time.time() - started)
+            record["time/tokens_per_second"] = tokens_per_second
+            saving = step + 1 == run.steps or (step + 1) % args.save_every == 0
+            if saving and run.held_out:
+                record["eval/loss"] = sft_batch_loss(run.model, run.held_out, args.micro_tokens, train=False)
+            metrics.append(record)
+            if saving:
+                if not run.held_out or record["eval/loss"] < best:
+                    best = record.get("eval/loss", best)
+                    distributed.export(run.model, source, out)
+                distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
 
 
 if __name__ == "__main__":

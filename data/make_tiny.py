@@ -308,7 +308,7 @@ def make_judgement(
     if task == "prm_cot":
         return PRM_PROMPT.format(**texts), judged
     if task == "prm":
-        return PRM_PROMPT.format(**texts), write_prm_target(labels, verdict)
+        return PRM_PROMPT.format(**texts), write_prm_target({"step_labels": labels, "outcome": verdict})
     if task == "orm":
         return ORM_PROMPT.format(**texts), "Yes" if verdict else "No"
     said, said_verdict = (labels, verdict) if rng.random() < 0.5 else flip(labels, verdict, rng)

@@ -187,12 +187,15 @@ def hash_file(path: str | Path) -> str:
 def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None:
     """Raise InputError if `<output>.args.json` differs from these arguments, apart from those that may change on resuming.
 
-    An argument named x_sha256 is the hash of the file given by --x."""
+    An argument named x_sha256 is the hash of the file given by --x. Constants may be among the arguments: an earlier run may
+    have had one of them as a flag. A flag that no longer exists is ignored.
+    """
     description = Path(f"{output}.args.json")
     if not (description.exists() and output.exists()):
         return
-    earlier = json.loads(description.read_text())["arguments"]
-    for name in sorted((earlier.keys() | arguments.keys()) - may_change):
+    run = json.loads(description.read_text())
+    earlier = run["arguments"] | run.get("constants", {})
+    for name in sorted(arguments.keys() - may_change):
         before = earlier.get(name)
         now = arguments.get(name)
         if before == now:

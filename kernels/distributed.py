@@ -158,13 +158,23 @@ def work_queue(count: int, name: str) -> Iterator[list[int]]:
         yield list(range(start, min(end, count)))
 
 
+# --------------------------------------------------------------------------- collectives: every rank must get here
+
+
 def gather(mine: list) -> list:
-    """Undo `everything[rank()::world_size()]`: what all ranks have, in order, on every rank."""
+    """All ranks' lists merged, on every rank: the inverse of `everything[rank()::world_size()]`. A collective.
+
+    Rank 0 has [a c e], rank 1 has [b d]: every rank gets [a b c d e].
+    """
     if world_size() == 1:
         return mine
     parts: list[list] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, mine)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    everything = []
+    for i in range(sum(len(part) for part in parts)):
+        owner = i % world_size()
+        everything.append(parts[owner][i // world_size()])
+    return everything
 
 
 def free_cached_memory() -> None:
@@ -175,128 +185,168 @@ def free_cached_memory() -> None:
 
 
 def sum_over_ranks(*values: float) -> list[float]:
-    """Each value summed over all ranks."""
-    if world_size() == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.tolist()
+    """Each value summed over all ranks. A collective."""
+    return _reduce(list(values), dist.ReduceOp.SUM)
 
 
 def max_over_ranks(value: float) -> float:
-    """The largest of all ranks' values."""
+    """The largest of all ranks' values. A collective."""
+    return _reduce([value], dist.ReduceOp.MAX)[0]
+
+
+def _reduce(values: list[float], operation: dist.ReduceOp) -> list[float]:
     if world_size() == 1:
-        return value
-    most = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    reduced = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(reduced, operation)
+    return reduced.tolist()
 
 
-# --------------------------------------------------------------------------- weights: FSDP2, copies, checkpoints
+# --------------------------------------------------------------------------- FSDP2, and the sampler's copy of the weights
 
 
 def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
-    """Shard the model over all ranks (FSDP2), fp32 master weights with bf16 compute on GPUs.
+    """Shard the model over all ranks (FSDP2): fp32 master weights, bf16 compute on GPUs. A collective.
 
-    Master weights are fp32 because a step of 1e-6 changes hardly any bf16 weight. A single CPU process stays as it is.
+    The master weights are fp32 because an update of 1e-6 is lost in most bf16 weights. A single CPU process needs no
+    sharding and gets the model back as it is. checkpointing: recompute activations in the backward pass.
     """
     model.train()
     model.checkpointing = checkpointing
     if world_size() == 1 and model.device.type == "cpu":
-        # Saving a checkpoint would warn of it every time, but one process is what is meant.
+        # Otherwise every checkpoint would warn that there is no process group, which is intended here.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         return model
-    if not dist.is_initialized():  # one GPU without torchrun: a group of one
+
+    # 1. FSDP needs a process group; one GPU without torchrun gets a group of one.
+    if not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=model.device)
-    # Named, because FSDP would choose a GPU wherever PyTorch was built for one, for a model on the CPU, too.
-    from torch.distributed.device_mesh import init_device_mesh  # here, so that commands that train nothing start fast
+
+    # 2. An explicit mesh: FSDP would otherwise pick CUDA whenever it is available, even for a model on the CPU.
+    from torch.distributed.device_mesh import init_device_mesh  # here, so that commands without training start fast
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if model.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    # 3. Each layer is gathered when its turn comes and sharded again after it; the root has the rest, embedding and head.
     for block in model.model["layers"]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # What is frozen has no backward pass, which is where the root's weights would be shared out again.
-    frozen = not any(p.requires_grad for p in model.parameters())
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
+    reshard_root = None  # FSDP's default: the root stays gathered until its backward pass, which needs it first
+    if not any(p.requires_grad for p in model.parameters()):
+        reshard_root = True  # a frozen model has no backward pass to reshard the root after
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_root)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has sharded, gathered from all ranks (a collective); any other as it is."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor
 
 
 def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole weight) one at a time, so that no rank needs room for all; under FSDP every rank must take part."""
+    """(name, whole weight), one at a time, so that no rank needs memory for all of them. A collective."""
     for name, tensor in model.state_dict().items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield name, whole(tensor)
 
 
 def copy_weights(inference: Transformer, model: Transformer) -> None:
-    """Copy the trained weights into the sampler's static copy, in place. Raises RuntimeError if a checksum of the copy
-    differs between ranks: they would sample from different policies, and nothing else would say so."""
+    """Copy the trained weights into the sampler's copy, in place (CUDA graphs keep its addresses). A collective.
+
+    Raises RuntimeError if the sum of the copied weights differs between ranks: they would sample from different
+    policies, without any other sign of it.
+    """
     if inference is model:
         return
-    static, checksum = inference.state_dict(), 0
+    copies = inference.state_dict()
+    checksum = 0.0
     with torch.no_grad():
-        for name, tensor in gather_weights(model):
-            bits = static[name].copy_(tensor).view(torch.int16 if static[name].element_size() == 2 else torch.int32)
-            for piece in bits.flatten().split(1 << 26):  # a sum in int64 may take a copy in int64
-                checksum = (checksum + piece.sum(dtype=torch.int64).item()) % 2**50  # exact as a float64
-    if (max_over_ranks(checksum), -max_over_ranks(-checksum)) != (checksum, checksum):
-        raise RuntimeError(f"rank {rank()}: the sampler's weights differ between ranks (checksum {checksum})")
+        for name, weight in gather_weights(model):
+            copies[name].copy_(weight)
+            # In blocks of rows, because a sum in fp64 makes an fp64 copy: 6 GB for an embedding of 152k x 5,120.
+            for rows in copies[name].split(4096):
+                checksum += rows.sum(dtype=torch.float64).item()  # in fp64 one changed weight changes the sum
+    checksums = gather([checksum])
+    if len(set(checksums)) > 1:
+        raise RuntimeError(f"the sampler's weights differ between ranks; their sums: {checksums}")
 
 
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory, the newest last."""
-    return sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())  # it is written last
+# --------------------------------------------------------------------------- checkpoints
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a directory, oldest first; `.metadata` is written last."""
+    return sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())
 
 
 def save_checkpoint(
     directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, keep: int = 2
 ) -> None:
-    """Write weights and optimizer as directory/step_<step>, whole or not at all; keep the newest few."""
+    """Write weights and optimizer state as directory/step_<step>, whole or not at all; keep the newest few. A
+    collective. Raises RunError if it can't be written."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     path = directory / f"step_{step:07d}"
     temporary = directory / f".step_{step:07d}"
+
+    # 1. Rank 0 removes what killed runs left unfinished and creates the directory; the others wait for it.
     if rank() == 0:
-        for torn in directory.glob(".step_*"):  # by a kill, perhaps at a step that is never saved again
-            shutil.rmtree(torn)
+        for unfinished in directory.glob(".step_*"):
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     if dist.is_initialized():
         dist.barrier()
+
+    # 2. Every rank writes its shards.
     weights, state = get_state_dict(model, optimizer)
+    checkpoint = {"model": weights, "optimizer": state}
     try:
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:  # on every rank; no Exception, and it doesn't say that a disk is full
-        reason = " ".join(str(next(iter(error.failures.values()))[0]).split())
+        dcp.save(checkpoint, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:  # raised on every rank, and it hides an OSError such as a full disk
+        cause, _ = next(iter(error.failures.values()))
+        reason = " ".join(str(cause).split())  # on one line
         raise RunError(f"{path}: can't be written ({reason}); is the disk full? What was saved before is intact, and "
-                         "the same command goes on from there") from None  # fmt: skip
+                         "the same command resumes from there") from None  # fmt: skip
+
+    # 3. Rank 0 gives it its name, now that it is complete, and removes older ones.
     if rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
-        for other in {*directory.glob("step_*")} - {*whole_checkpoints(directory)[-keep:]}:
-            shutil.rmtree(other)
+        newest = complete_checkpoints(directory)[-keep:]
+        for other in list(directory.glob("step_*")):
+            if other not in newest:
+                shutil.rmtree(other)
     if dist.is_initialized():
         dist.barrier()
 
 
 def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest complete checkpoint into model and optimizer; returns its step, 0 if there is none."""
-    saved = whole_checkpoints(directory)
+    """Load the newest complete checkpoint into model and optimizer, whatever the number of ranks that wrote it; returns
+    its step, 0 if there is none. A collective."""
+    saved = complete_checkpoints(directory)
     if not saved:
         return 0
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     weights, state = get_state_dict(model, optimizer)
-    both = {"model": weights, "optimizer": state}
-    dcp.load(both, checkpoint_id=saved[-1], no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+    checkpoint = {"model": weights, "optimizer": state}
+    dcp.load(checkpoint, checkpoint_id=saved[-1], no_dist=not dist.is_initialized())  # in place
+    set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"])
     return int(saved[-1].name.removeprefix("step_"))
 
 
 def export(model: Transformer, source: Path, out: Path) -> None:
-    """Write the whole model as a Hugging Face directory (rank 0), with the tokenizer files of `source`."""
-    weights = {name: tensor.cpu() for name, tensor in gather_weights(model) if rank() == 0}
+    """Write the whole model as a Hugging Face directory, with the tokenizer files of `source`. A collective; rank 0
+    writes."""
+    weights = {}
+    for name, weight in gather_weights(model):
+        if rank() == 0:
+            weights[name] = weight.cpu()
     if rank() == 0:
         save_model(model, out, tokenizer_from=source, weights=weights)

@@ -30,7 +30,7 @@ from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import Judgement, score_solutions
+from train_prm import Judge, Judgement, score_solutions
 
 import numpy as np
 import pytest
@@ -349,7 +349,7 @@ def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
         engine = Engine(Sampler(model, slots), tokenizer, stop_ids)
         result = heldout_accuracy(engine, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
         results.append({key: np.array(value, dtype=object).tolist() for key, value in result.items()})
-        judged.append(score_solutions(engine, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
+        judged.append(score_solutions(Judge(engine, "prm_cot", max_new_tokens=24, votes=3), cases, seed=5))
     assert results[0] == results[1] and judged[0] == judged[1]
     assert len({text for group in results[0]["texts"] for text in group}) > 10
     assert np.array(results[0]["correct"]).shape == (5, 3)

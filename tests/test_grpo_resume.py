@@ -21,7 +21,7 @@ from data import records
 from generate import format_valid, open_engine
 from kernels import distributed
 from kernels.transformer import load_model
-from train_prm import score_solutions
+from train_prm import Judge, score_solutions
 
 import pytest
 import torch
@@ -242,7 +242,7 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     texts = [text for (text,) in result["texts"]]
     shown = [grpo.shown_solution(text) for text in texts]
     asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
-    scored = score_solutions(prm, "prm_cot", asked, max_new_tokens=200)
+    scored = score_solutions(Judge(prm, "prm_cot", max_new_tokens=200), asked)
     rewards = [format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
     first = read_metrics(tmp_path / "out")[0]
     assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0

@@ -117,22 +117,22 @@ def test_examples_of_each_kind():
         make_label(7, answer=None),
     ]
     for kind in ("orm", "prm", "prm_cot"):
-        prompt, parse = REWARD_MODELS[kind]
-        sequences, counts = train_prm.make_sequences(kind, labels, tokenizer, tokenizer.eos_token_id, 1000)
+        model = REWARD_MODELS[kind]
+        sequences, counts = train_prm.encode_labels(kind, labels, tokenizer, tokenizer.eos_token_id, 1000)
         kept = [labels[i] for i in (0, 1, 2, 4)]
         assert counts == {"dropped": 1, "unused": 0, "too_long": 0}
         for (ids, targets), label in zip(sequences, kept, strict=True):
             start = targets.count(-1)
             assert targets == [-1] * (start - 1) + ids[start:] + [-1]
-            shown = prompt.format(problem=label["problem"], solution=render_steps(label["steps"], label["answer"]))
+            shown = model.prompt.format(problem=label["problem"], solution=render_steps(label["steps"], label["answer"]))
             assert ids[:start] == encode_chat(tokenizer, shown)
             assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[start:-1]
-            parsed = parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
+            parsed = model.parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
             assert parsed.verdict is label["outcome"]
             assert parsed.step_verdicts == (None if kind == "orm" else label["step_labels"])
     assert train_prm.make_example("orm", right)[1] == "Yes" and train_prm.make_example("orm", wrong)[1] == "No"
     assert train_prm.make_example("prm_cot", labels[2])[1] == right["text"]
-    sequences, counts = train_prm.make_sequences("policy", labels, tokenizer, tokenizer.eos_token_id, 1000)
+    sequences, counts = train_prm.encode_labels("policy", labels, tokenizer, tokenizer.eos_token_id, 1000)
     responses = [tokenizer.decode(targets[targets.count(-1) - 1 : -2]) for _, targets in sequences]
     assert responses == [render_response(label["steps"], label["answer"]) for label in (right, labels[2])]
     assert counts == {"dropped": 1, "unused": 2, "too_long": 0}  # unused: judged wrong, and without an answer
@@ -142,7 +142,7 @@ def test_examples_of_each_kind():
     assert format_valid(response, "strict") and all(format_valid(text, "strict") for text in responses)
     assert train_prm.make_example("policy", make_label(1, steps=["a <answer> in", "b"])) is None
     longest = max(len(ids) for ids, _ in sequences)
-    assert train_prm.make_sequences("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
+    assert train_prm.encode_labels("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
 
 
 def test_the_discriminative_prm_is_trained_where_it_is_read():
@@ -150,7 +150,7 @@ def test_the_discriminative_prm_is_trained_where_it_is_read():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     label = {**make_label(3), "step_labels": [True, False], "outcome": False}
     label["steps"] = label["steps"][:2]
-    ((ids, targets),) = train_prm.make_sequences("disc_prm", [label], tokenizer, tokenizer.eos_token_id, 1000)[0]
+    ((ids, targets),) = train_prm.encode_labels("disc_prm", [label], tokenizer, tokenizer.eos_token_id, 1000)[0]
     yes, no = yes_no_ids(tokenizer)
     marked, ends = step_end_positions(tokenizer, label)
     assert ids == marked and [targets[end] for end in ends] == [yes, no, no]
@@ -163,6 +163,18 @@ def test_evaluation_problems_are_not_trained_on():
     training, evaluation = train_prm.split_by_problem(labels, 0.3)
     assert len(training) + len(evaluation) == 40 and len(evaluation) == 12
     assert not {x["problem"] for x in training} & {x["problem"] for x in evaluation}
+
+
+def test_a_batch_is_shared_out_as_its_picture_says(monkeypatch):
+    """Guards: an example that two ranks have or none; a micro-batch too large; ranks with other numbers of micro-batches."""
+    lengths = [5, 2, 9, 4, 3]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: 2)
+    for rank, share, groups in ((0, [1, 3, 2], [[0, 1], [2]]), (1, [4, 0], [[0, 1], []])):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert train_prm.rank_share(lengths) == share
+        assert train_prm.split_micro_batches([lengths[i] for i in share], 8) == groups
+    assert train_prm.group_by_length([9, 2, 4], 8) == [[1, 2], [0]]
 
 
 def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
@@ -219,7 +231,7 @@ def test_export_is_a_hugging_face_directory(world):
     tokenizer = AutoTokenizer.from_pretrained(out)
     labels = [json.loads(line) for line in (world[0] / "labels.jsonl").read_text().splitlines()]
     _, held = train_prm.split_by_problem(labels, 0.25)
-    sequences, _ = train_prm.make_sequences("prm_cot", held, tokenizer, tokenizer.eos_token_id, 8192)
+    sequences, _ = train_prm.encode_labels("prm_cot", held, tokenizer, tokenizer.eos_token_id, 8192)
     losses = [record["eval/loss"] for record in read_metrics(out) if "eval/loss" in record]
     assert len(losses) == 5 and losses[0] > losses[2] == min(losses)
     assert train_prm.sft_batch_loss(ours, sequences, 1000, train=False) == pytest.approx(min(losses), abs=1e-5)
@@ -293,6 +305,25 @@ def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     monkeypatch.setattr(records, "hash_file", lambda path: real(path) if path != str(labels) else "other")
     with pytest.raises(InputError, match=r"the contents of --labels have changed; choose another --out"):
         run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
+
+
+def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
+    """Guards: a run begun with another warm-up that goes on with the constant; a run refused because a flag is gone;
+    constants missing in args.json."""
+    root, flags = world
+    path = root / "whole.args.json"
+    written = path.read_text()
+    now = json.loads(written)
+    assert now["constants"] == {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    before = {name: value for name, value in now.items() if name != "constants"}
+    try:
+        path.write_text(json.dumps(before | {"arguments": now["arguments"] | now["constants"] | {"gone": 1}}))
+        run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
+        path.write_text(json.dumps(before | {"arguments": now["arguments"] | now["constants"] | {"warmup": 0.1}}))
+        with pytest.raises(InputError, match=r"made with --warmup 0.1, this run has --warmup 0.03"):
+            run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
+    finally:
+        path.write_text(written)
 
 
 def test_two_ranks_train_as_one(world):

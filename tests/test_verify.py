@@ -16,12 +16,12 @@ from generate import render_steps
 from kernels.sampler import Sample
 from train_prm import (
     REWARD_MODELS,
+    Judge,
     parse_orm,
     parse_prm,
     score_discriminative,
     score_solutions,
     step_end_positions,
-    write_prm_target,
     yes_no_ids,
 )
 from verify import (
@@ -207,11 +207,15 @@ def test_worked_examples_parse():
 @settings(deadline=None, max_examples=30, database=None)
 def test_reward_model_targets_round_trip(labels, verdict):
     """Guards: a reward model that is trained on one format and parsed as another; and a pair put together wrongly."""
-    prompts, parsers = zip(*(REWARD_MODELS[kind] for kind in ("prm", "prm_cot", "orm")), strict=True)
-    assert parsers[0](write_prm_target(labels, verdict), len(labels)) == Verification(labels, verdict)
-    assert parsers[0](write_prm_target(labels, verdict), len(labels) + 1) == Verification(None, verdict)
-    assert parsers[1](write(labels, verdict), len(labels)) == Verification(labels, verdict)
-    assert parsers[2]("Yes" if verdict else "No", len(labels)) == Verification(None, verdict)
+    models = [REWARD_MODELS[kind] for kind in ("prm", "prm_cot", "orm")]
+    label = {"step_labels": labels, "outcome": verdict, "text": write(labels, verdict)}
+    prm, prm_cot, orm = (model.write_target(label) for model in models)
+    assert orm == ("Yes" if verdict else "No") and prm_cot == write(labels, verdict)
+    prompts, parsers = [model.prompt for model in models], [model.parse for model in models]
+    assert parsers[0](prm, len(labels)) == Verification(labels, verdict)
+    assert parsers[0](prm, len(labels) + 1) == Verification(None, verdict)
+    assert parsers[1](prm_cot, len(labels)) == Verification(labels, verdict)
+    assert parsers[2](orm, len(labels)) == Verification(None, verdict)
     assert (
         prompts[0] == prompts[1] == "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
     )
@@ -524,7 +528,8 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
     solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
     found = {}
     for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
-        (scored,) = score_solutions(generate.Engine(Stub(), None, []), kind, solution, max_new_tokens=10, votes=votes)
+        judge = Judge(generate.Engine(Stub(), None, []), kind, max_new_tokens=10, votes=votes)
+        (scored,) = score_solutions(judge, solution)
         found[kind, votes] = (scored.step_verdicts, scored.verdict, scored.score)
     assert found == {
         ("prm_cot", 3): ([False], False, 0.0), ("prm_cot", 1): ([False], False, 0.0), ("orm", 3): (None, True, 2 / 3),

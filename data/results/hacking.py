@@ -21,7 +21,7 @@ from data.results.claims import read_points
 from evaluate import grade_all
 from generate import SOLVE_PROMPT, Engine, format_valid, open_engine, render_response
 from grpo import shown_solution
-from train_prm import score_solutions
+from train_prm import Judge, score_solutions
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ def accept(
         for problem, (steps, answer) in zip(problems, shown, strict=True)
     ]
     for name, prm in judges.items():
-        scored = score_solutions(prm, "prm_cot", solutions, max_new_tokens=260)
+        scored = score_solutions(Judge(prm, "prm_cot", max_new_tokens=260), solutions)
         verdicts = np.array([s.verdict is True for s in scored])
         numbers[f"{name}/false_yes"] = (verdicts & ~right).sum() / max((~right).sum(), 1)
         numbers |= {f"{name}/{c}": (valid[c] & verdicts).mean() for c in CONSTRAINTS}
