@@ -14,7 +14,8 @@
 | outcome_consistency | a random verification with the majority's verdict                                         |
 | step_consistency    | a majority for each step and for the outcome; a random verification that says just that   |
 | meta_critique       | the first parsed verification, criticised and merged with the critique into a new one     |
-| hybrid              | the same, from the verification that step (or outcome) consistency selects                |
+| hybrid              | the same, from the verification that step_consistency selects                             |
+| hybrid_outcome      | the same, from the verification that outcome_consistency selects                          |
 | reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
 
 Only reference_guided and `--balance ground_truth` read answers; otherwise a verifier has the problem and the solution.
@@ -38,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from data import records
 from generate import Engine, open_engine, render_steps
@@ -57,6 +59,9 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
+
+# These don't change the records of an output that is resumed (hybrid_from: a flag of older runs, now a method).
+MAY_CHANGE_ON_RESUME = ("method", "hybrid_from", "critique_rounds", "balance")
 
 
 @dataclass(frozen=True)
@@ -303,7 +308,23 @@ def step_consistency(records: list[dict], rng: random.Random) -> Label:
 
 
 AGGREGATES = {"single": single, "outcome_consistency": outcome_consistency, "step_consistency": step_consistency}
-METHODS = [*AGGREGATES, "meta_critique", "hybrid", "reference_guided"]
+
+
+class Method(NamedTuple):
+    """How a method makes a label of a solution's verifications."""
+
+    aggregate: Callable[[list[dict], random.Random], Label]
+    needs_critique: bool = False  # the chosen verification is criticised and merged with its critique
+    reads_answers: bool = False  # its verifier is shown the reference answer
+
+
+METHODS = {
+    **{name: Method(aggregate) for name, aggregate in AGGREGATES.items()},
+    "meta_critique": Method(single, needs_critique=True),
+    "hybrid": Method(step_consistency, needs_critique=True),
+    "hybrid_outcome": Method(outcome_consistency, needs_critique=True),
+    "reference_guided": Method(single, reads_answers=True),
+}
 
 
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
@@ -449,7 +470,7 @@ def improve_labels(
     doesn't parse ends the rounds. engine: opened if it is None and needed. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
-    free = ("method", "hybrid_from", "critique_rounds", "balance", "answers")
+    free = (*MAY_CHANGE_ON_RESUME, "answers")
     with records.RecordFile(path, args, free, name, keep="merged") as output:
         for number in range(1, args.critique_rounds + 1):
             todo, texts = [], []
@@ -493,8 +514,6 @@ def main() -> None:
     group.add_argument("--limit", type=int, help="use the first so many solutions only")
     group = parser.add_argument_group("labels")
     group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--hybrid_from", default="step_consistency", choices=["step_consistency", "outcome_consistency"],
-                       help="what a hybrid improves; the latter's labels are named hybrid_outcome")  # fmt: skip
     group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
     group.add_argument("--balance", default="none", choices=["none", "consensus", "ground_truth"],
                        help="drop solutions until Yes and No are as many, by the labels or by the answers")  # fmt: skip
@@ -508,7 +527,8 @@ def main() -> None:
     group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
-    reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"
+    method = METHODS[args.method]
+    reads_answers = method.reads_answers or args.balance == "ground_truth"
     if reads_answers != (args.answers is not None):
         raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
     records.check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
@@ -523,13 +543,9 @@ def main() -> None:
     started = time.time()
     engine = None  # other labels from verifications that are all there need no model
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
-    guided = args.method == "reference_guided"
-    improved = args.method in ("meta_critique", "hybrid")  # by critiques, in which every rank takes part
-    # Two hybrids may lie in one directory: what the one made isn't the other's.
-    by_outcome = args.method == "hybrid" and args.hybrid_from == "outcome_consistency"
-    method = "hybrid_outcome" if by_outcome else args.method
+    guided = method.reads_answers
     path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
-    free = ("method", "hybrid_from", "critique_rounds", "balance", *(() if guided else ("answers",)))
+    free = MAY_CHANGE_ON_RESUME if guided else (*MAY_CHANGE_ON_RESUME, "answers")
     with records.RecordFile(path, args, free, keep="solution_sha256") as output:
         todo = find_unverified(args, solutions, output)
         if todo:
@@ -540,28 +556,27 @@ def main() -> None:
         speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
     elif report_path.exists():
         speed = json.loads(report_path.read_text()).get("tokens_per_second")
-    if distributed.rank() != 0 and not improved:
+    if distributed.rank() != 0 and not method.needs_critique:  # in critiques every rank takes part
         return
     verifications = records.read(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
     ids = {s["id"] for s in solutions}  # --limit may be less than before
     verifications = [r for r in verifications if r["solution_id"] in ids]
-    aggregate = AGGREGATES.get(args.hybrid_from if args.method == "hybrid" else args.method, single)
-    labels = label_solutions(solutions, verifications, aggregate, args.seed)
+    labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
     critique_tokens = 0
-    if improved:
-        labels, critique_tokens = improve_labels(args, method, solutions, labels, engine, device)
+    if method.needs_critique:
+        labels, critique_tokens = improve_labels(args, args.method, solutions, labels, engine, device)
     if distributed.rank() != 0:
         return
     if args.balance != "none":
         right = [s["answer"] == answers.get(s["id"].rpartition("/")[0]) for s in solutions]  # compared as text
         truths = right if args.balance == "ground_truth" else [bool(label.outcome) for label in labels]
         labels = balance_labels(labels, truths, random.Random(f"{args.seed}/balance"))
-    about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": method} for s in solutions]
+    about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": args.method} for s in solutions]
     labelled = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
-    records.write_records(Path(args.out) / f"labels_{method}.jsonl", labelled, args)
+    records.write_records(Path(args.out) / f"labels_{args.method}.jsonl", labelled, args)
     kept = [label for label in labels if label.dropped is None]
     report = {
-        "method": method,
+        "method": args.method,
         "solutions": len(labels),
         "kept": len(kept),
         "yield": len(kept) / len(labels),

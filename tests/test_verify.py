@@ -466,7 +466,7 @@ def test_critique_and_merge(tmp_path, judged):
     assert rounds[: len(critiques)] == critiques  # the first round stays
     assert {r["id"] for r in rounds[len(critiques) :]} == set(whole)
     assert {r["round"] for r in rounds[len(critiques) :]} == {2}
-    assert run_script("verify.py", tmp_path, *hybrid, "--hybrid_from", "outcome_consistency")[0] == 0
+    assert run_script("verify.py", tmp_path, *arguments, "--out", out, "--method", "hybrid_outcome")[0] == 0
     both = Counter(r["method"] for r in records.read(out / "critiques.jsonl", [*unique], unique=unique))
     assert both["hybrid"] == len(rounds) - both["meta_critique"] and both["hybrid_outcome"] >= len(kept)
     assert {r["method"] for r in records.read(out / "labels_hybrid_outcome.jsonl", ["method"])} == {"hybrid_outcome"}
