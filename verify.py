@@ -18,7 +18,7 @@
 | hybrid_outcome      | the same, from the verification that outcome_consistency selects                          |
 | reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
 
-Only reference_guided and `--balance ground_truth` read answers; otherwise a verifier has the problem and the solution.
+Only reference_guided reads answers; every other verifier has the problem and the solution, nothing else.
 Every prompt stands directly above the parser of its answers. What can't be parsed is *unparsed*: it is counted and
 never becomes a vote, a label or a reward.
 
@@ -26,7 +26,7 @@ What differs from the released code:
   1. Text is parsed section by section, so a section without a verdict can't take over the verdict of the next.
   2. Every prompt shows solutions in one layout (`generate.render_steps`); theirs trains reward models on numbered
      prose and feeds them tagged text in RL.
-  3. Nothing is balanced or filtered by reference answers, unless --balance ground_truth says so.
+  3. Nothing is balanced or filtered by reference answers (outside the stages, `python -m data.prepare balance` does so).
 """
 
 import argparse
@@ -60,8 +60,9 @@ TINY = {
     "device": "cpu",
 }
 
-# These don't change the records of an output that is resumed (hybrid_from: a flag of older runs, now a method).
-MAY_CHANGE_ON_RESUME = ("method", "hybrid_from", "critique_rounds", "balance")
+# These don't change the records of an output that is resumed. The last two were flags of older runs, whose outputs stay
+# usable: hybrid_from is a method now, and balancing is `python -m data.prepare balance`.
+MAY_CHANGE_ON_RESUME = ("method", "critique_rounds", "hybrid_from", "balance")
 
 
 @dataclass(frozen=True)
@@ -362,14 +363,6 @@ def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
     return Label(parsed.step_verdicts, parsed.verdict, merged, votes, None)
 
 
-def balance_labels(labels: list[Label], truths: list[bool], rng: random.Random) -> list[Label]:
-    """Drop random kept labels of the larger class, by truths, until both have as many."""
-    kept = {truth: [i for i, x in enumerate(labels) if not x.dropped and truths[i] == truth] for truth in (True, False)}
-    surplus = abs(len(kept[True]) - len(kept[False]))
-    out = set(rng.sample(max(kept.values(), key=len), surplus))
-    return [replace(x, text=None, dropped="balanced") if i in out else x for i, x in enumerate(labels)]
-
-
 # --------------------------------------------------------------------------- sampling
 
 
@@ -470,8 +463,7 @@ def improve_labels(
     doesn't parse ends the rounds. engine: opened if it is None and needed. Under torchrun the result is rank 0's."""
     path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
     pairs = list(zip(solutions, bases, strict=True))
-    free = (*MAY_CHANGE_ON_RESUME, "answers")
-    with records.RecordFile(path, args, free, name, keep="merged") as output:
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, name, keep="merged") as output:
         for number in range(1, args.critique_rounds + 1):
             todo, texts = [], []
             for s, base in pairs[distributed.rank() :: distributed.world_size()]:
@@ -510,13 +502,11 @@ def main() -> None:
     group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
     group.add_argument("--solutions", help="solutions.jsonl of generate.py, or anybody's with the same fields")
     group.add_argument("--out", help="directory for verifications, critiques, labels and report")
-    group.add_argument("--answers", help="JSON Lines with id and answer, for reference_guided and ground_truth only")
+    group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
     group.add_argument("--limit", type=int, help="use the first so many solutions only")
     group = parser.add_argument_group("labels")
     group.add_argument("--method", default="step_consistency", choices=METHODS)
     group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
-    group.add_argument("--balance", default="none", choices=["none", "consensus", "ground_truth"],
-                       help="drop solutions until Yes and No are as many, by the labels or by the answers")  # fmt: skip
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_verifications", type=int, default=16, help="N, verifications per solution")
     group.add_argument("--temperature", type=float, default=0.8)
@@ -528,14 +518,15 @@ def main() -> None:
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     method = METHODS[args.method]
-    reads_answers = method.reads_answers or args.balance == "ground_truth"
-    if reads_answers != (args.answers is not None):
-        raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
+    if method.reads_answers and args.answers is None:
+        raise InputError(f"--method {args.method} needs --answers")
+    if args.answers is not None and not method.reads_answers:
+        raise InputError("--answers is used with --method reference_guided only")
     records.check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)
     solutions = records.read(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
     answers = {}
-    if reads_answers:
+    if method.reads_answers:
         answers = records.read_answers([args.answers])
         missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
         if missing:
@@ -543,14 +534,12 @@ def main() -> None:
     started = time.time()
     engine = None  # other labels from verifications that are all there need no model
     # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
-    guided = method.reads_answers
-    path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
-    free = MAY_CHANGE_ON_RESUME if guided else (*MAY_CHANGE_ON_RESUME, "answers")
-    with records.RecordFile(path, args, free, keep="solution_sha256") as output:
+    path = Path(args.out) / ("verifications_reference.jsonl" if method.reads_answers else "verifications.jsonl")
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, keep="solution_sha256") as output:
         todo = find_unverified(args, solutions, output)
         if todo:
             engine = open_engine(args.model, device, args.slots)
-            verify_solutions(args, engine, todo, answers if guided else {}, output)
+            verify_solutions(args, engine, todo, answers, output)
     report_path, speed = Path(args.out) / "report.json", None
     if engine:  # this run has sampled verifications; critiques are slower and don't count
         speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
@@ -567,10 +556,6 @@ def main() -> None:
         labels, critique_tokens = improve_labels(args, args.method, solutions, labels, engine, device)
     if distributed.rank() != 0:
         return
-    if args.balance != "none":
-        right = [s["answer"] == answers.get(s["id"].rpartition("/")[0]) for s in solutions]  # compared as text
-        truths = right if args.balance == "ground_truth" else [bool(label.outcome) for label in labels]
-        labels = balance_labels(labels, truths, random.Random(f"{args.seed}/balance"))
     about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": args.method} for s in solutions]
     labelled = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
     records.write_records(Path(args.out) / f"labels_{args.method}.jsonl", labelled, args)

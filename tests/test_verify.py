@@ -28,7 +28,6 @@ from verify import (
     AGGREGATES,
     Label,
     Verification,
-    balance_labels,
     label_solutions,
     merged_label,
     outcome_consistency,
@@ -344,21 +343,6 @@ def test_merged_label():
     assert merged_label(NOTHING, merged, 2) == NOTHING
 
 
-def test_balance_labels():
-    """Guards: a balance by the wrong outcome, one that brings dropped labels back, and one that drops without reason."""
-    labels = [label("+", "+", f"yes {i}", [[1, 0]]) for i in range(7)] + [
-        label("-", "-", f"no {i}", [[0, 1]]) for i in range(3)
-    ]
-    labels.append(label("-", "-", None, [[0, 1]], "no_match"))
-    balanced = balance_labels(labels, [bool(x.outcome) for x in labels], random.Random(0))
-    dropped = [x for x in balanced if x.dropped == "balanced"]
-    assert len(dropped) == 4 and all(x.outcome and x.text is None and x.step_labels for x in dropped)
-    assert [x for x in balanced if x.dropped != "balanced"] == [x for x in labels if x in balanced]
-    other = balance_labels(labels, [i < 2 for i in range(11)], random.Random(0))  # 2 true and 8 false were kept
-    assert sum(x.dropped is None for x in other) == 4 and [x.dropped for x in other[:2]] == [None, None]
-    assert balance_labels(labels[:7], [True] * 7, random.Random(0))[0].dropped == "balanced"
-
-
 # --------------------------------------------------------------------------- the command line
 
 
@@ -537,17 +521,11 @@ def test_references_are_read_by_those_who_may(tmp_path, judged):
     answers = ["--answers", path / "gold.jsonl"]
     assert run_script("verify.py", tmp_path, *arguments, "--out", tmp_path, *answers)[0] == 2
     status, stderr = run_script("verify.py", tmp_path, *arguments, "--out", tmp_path, "--method", "reference_guided")
-    assert status == 2 and "--answers goes with" in stderr
+    assert status == 2 and "--method reference_guided needs --answers" in stderr
     guided = [*arguments, "--out", tmp_path, "--method", "reference_guided", *answers]
     assert run_script("verify.py", tmp_path, *guided)[0] == 0
     assert not (tmp_path / "verifications.jsonl").exists()
     assert len(records.read(tmp_path / "verifications_reference.jsonl", ["id"])) == 48
-    balanced = [*arguments, "--out", tmp_path, "--balance", "ground_truth", *answers]
-    assert run_script("verify.py", tmp_path, *balanced)[0] == 0
-    gold = {r["id"]: r["answer"] for r in records.read(path / "gold.jsonl", ["id"])}
-    kept = [r for r in records.read(tmp_path / "labels_step_consistency.jsonl", ["id"]) if r["dropped"] is None]
-    right = [r["answer"] == gold[r["id"].partition("/")[0]] for r in kept]
-    assert kept and 2 * sum(right) == len(right)
 
 
 def test_a_discriminative_prm_reads_the_last_token_of_each_step(judged):
