@@ -540,11 +540,9 @@ def main() -> None:
         if todo:
             engine = open_engine(args.model, device, args.slots)
             verify_solutions(args, engine, todo, answers, output)
-    report_path, speed = Path(args.out) / "report.json", None
+    speed = {}
     if engine:  # this run has sampled verifications; critiques are slower and don't count
-        speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
-    elif report_path.exists():
-        speed = json.loads(report_path.read_text()).get("tokens_per_second")
+        speed = {"tokens_per_second": engine.sampler.tokens * distributed.world_size() / (time.time() - started)}
     if distributed.rank() != 0 and not method.needs_critique:  # in critiques every rank takes part
         return
     verifications = records.read(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
@@ -572,10 +570,10 @@ def main() -> None:
         "unparsed": len(verifications) - len(keep_parsed(verifications)),
         "tokens": sum(r["tokens"] for r in verifications),
         "critique_tokens": critique_tokens,
-        "tokens_per_second": speed,
+        **speed,
         "seconds": round(time.time() - started, 1),
     }
-    records.write_json(report_path, report)
+    records.write_json(Path(args.out) / "report.json", report)
     distributed.log(" | ".join(f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in report.items()))
 
 

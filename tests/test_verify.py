@@ -377,11 +377,13 @@ def test_kill_and_restart_gives_the_same_verifications(tmp_path, world, kills):
     labels = [path / "labels_step_consistency.jsonl" for path in (whole, pieces)]
     assert labels[0].read_bytes() == labels[1].read_bytes()
     report = json.loads((pieces / "report.json").read_text())
+    assert report["tokens_per_second"] > 0
     assert report["solutions"] == 13 and report["verifications"] == report["unparsed"] == 48
     assert report["dropped"] == {"no_votes": 13} and report["yield"] == 0
     before = output.read_bytes()  # another method, from the same verifications
     assert run_script("verify.py", tmp_path, *world, "--out", pieces, "--method", "single")[0] == 0
     assert output.read_bytes() == before and (pieces / "labels_single.jsonl").exists()
+    assert "tokens_per_second" not in json.loads((pieces / "report.json").read_text())  # this run sampled nothing
     status, stderr = run_script("verify.py", tmp_path, *world, "--out", pieces, "--seed", 5)
     assert status == 2 and "--seed 0, this run has --seed 5" in stderr
 
