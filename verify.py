@@ -75,7 +75,8 @@ class Verification:
 
 # --------------------------------------------------------------------------- verification: prompt and parser
 
-VERIFY_PROMPT = """Judge a student's solution to a mathematics problem, one step at a time. No reference answer is given, so work out every step yourself. A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
+# What both prompts ask for, and the parser below reads.
+FORM = """A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
 
 For each step k of the student's solution write one section:
 ## Step k: <short title>
@@ -87,60 +88,11 @@ Problem: {problem}
 
 Student Solution: {solution}"""
 
-REFERENCE_PROMPT = """Judge a student's solution to a mathematics problem, one step at a time. The expected answer is given: use it to find mistakes, but work out every step yourself. A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
+VERIFY_PROMPT = f"""Judge a student's solution to a mathematics problem, one step at a time. No reference answer is given, so work out every step yourself. {FORM}"""
 
-For each step k of the student's solution write one section:
-## Step k: <short title>
-<your analysis>
-and then, alone on a line, **This step is correct.** or **This step is incorrect.**
-After the last section write one final line: **Verification: Is the answer correct (Yes/No)? Yes** or the same with No.{examples}
+REFERENCE_PROMPT = f"""Judge a student's solution to a mathematics problem, one step at a time. The expected answer is given: use it to find mistakes, but work out every step yourself. {FORM}
 
-Problem: {problem}
-
-Student Solution: {solution}
-
-Expected Answer: {reference}"""
-
-WORKED_EXAMPLES = [
-    """Example
-
-Problem: A rectangle is 6 cm wide and 4 cm high. How long is its diagonal, squared?
-
-Student Solution: Step 1: The diagonal, the width and the height form a right triangle.
-Step 2: So the squared diagonal is 6^2 + 4^2 = 36 + 16.
-Step 3: 36 + 16 = 52.
-Answer: 52
-
-## Step 1: The right triangle
-The corners of a rectangle are right angles, so width, height and diagonal form a right triangle.
-**This step is correct.**
-## Step 2: Pythagoras
-6^2 = 36 and 4^2 = 16, and the theorem adds them.
-**This step is correct.**
-## Step 3: The sum
-36 + 16 = 52.
-**This step is correct.**
-**Verification: Is the answer correct (Yes/No)? Yes**""",
-    """Example
-
-Problem: A shop sells pens at 3 for 2 euros. How much do 12 pens cost with a discount of 25 percent?
-
-Student Solution: Step 1: 12 pens are 12 / 3 = 4 packs.
-Step 2: 4 packs cost 4 * 3 = 12 euros.
-Step 3: 25 percent of 12 is 3, so the price is 12 - 3 = 9 euros.
-Answer: 9
-
-## Step 1: The number of packs
-A pack has 3 pens, and 12 / 3 = 4.
-**This step is correct.**
-## Step 2: The price without the discount
-A pack costs 2 euros, not 3, so it should be 4 * 2 = 8 euros.
-**This step is incorrect.**
-## Step 3: The discount
-The arithmetic is right, but it starts from the wrong price of Step 2; it should be 8 - 2 = 6 euros.
-**This step is incorrect.**
-**Verification: Is the answer correct (Yes/No)? No**""",
-]
+Expected Answer: {{reference}}"""
 
 HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
 BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
@@ -205,6 +157,50 @@ def exactly_once(found: list[tuple[int, bool]], verdicts: list[bool], num_steps:
     found.sort(key=lambda pair: pair[0])
     complete = [step for step, _ in found] == list(range(1, num_steps + 1))
     return Verification([v for _, v in found] if complete else None, verdicts[0] if len(verdicts) == 1 else None)
+
+
+# --------------------------------------------------------------------------- verification: two examples of what is asked for
+
+WORKED_EXAMPLES = [
+    """Example
+
+Problem: A rectangle is 6 cm wide and 4 cm high. How long is its diagonal, squared?
+
+Student Solution: Step 1: The diagonal, the width and the height form a right triangle.
+Step 2: So the squared diagonal is 6^2 + 4^2 = 36 + 16.
+Step 3: 36 + 16 = 52.
+Answer: 52
+
+## Step 1: The right triangle
+The corners of a rectangle are right angles, so width, height and diagonal form a right triangle.
+**This step is correct.**
+## Step 2: Pythagoras
+6^2 = 36 and 4^2 = 16, and the theorem adds them.
+**This step is correct.**
+## Step 3: The sum
+36 + 16 = 52.
+**This step is correct.**
+**Verification: Is the answer correct (Yes/No)? Yes**""",
+    """Example
+
+Problem: A shop sells pens at 3 for 2 euros. How much do 12 pens cost with a discount of 25 percent?
+
+Student Solution: Step 1: 12 pens are 12 / 3 = 4 packs.
+Step 2: 4 packs cost 4 * 3 = 12 euros.
+Step 3: 25 percent of 12 is 3, so the price is 12 - 3 = 9 euros.
+Answer: 9
+
+## Step 1: The number of packs
+A pack has 3 pens, and 12 / 3 = 4.
+**This step is correct.**
+## Step 2: The price without the discount
+A pack costs 2 euros, not 3, so it should be 4 * 2 = 8 euros.
+**This step is incorrect.**
+## Step 3: The discount
+The arithmetic is right, but it starts from the wrong price of Step 2; it should be 8 - 2 = 6 euros.
+**This step is incorrect.**
+**Verification: Is the answer correct (Yes/No)? No**""",
+]
 
 
 # --------------------------------------------------------------------------- critique and merge: prompts
