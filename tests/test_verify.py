@@ -577,7 +577,7 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
     found = verify.critique_and_merge(
         SimpleNamespace(max_new_tokens=9, slots=4), generate.Engine(sampler, None, []), solutions, ["x", "y"]
     )
-    assert [merge is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
+    assert [merge.text is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
 
 
 def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
@@ -597,7 +597,7 @@ def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     assert json.loads((tmp_path / "report.json").read_text())["verifications"] == 4
     mine.write_text(json.dumps({**solutions[0], "steps": ["1+1=2"] * len(solutions[0]["steps"])}) + "\n")
     status, stderr = run_script("verify.py", tmp_path, *arguments)
-    assert status == 2 and "q0/0 was another solution then" in stderr
+    assert status == 2 and "q0/0 was another solution when it was judged" in stderr
 
 
 def test_two_ranks_write_the_records_of_one(tmp_path, judged):
