@@ -318,8 +318,8 @@ def step_consistency(records: list[dict], rng: random.Random) -> Label:
     ties = sum(is_tie(votes) for votes in [*steps, verdicts])
     votes = count_votes(voters)
 
-    # 2. Each majority has its own voters, so it may be that none of them agrees with every majority. Then the solution is
-    #    dropped: a text put together from several, or one that contradicts its labels, would teach a reward model errors.
+    # 2. Each majority has its own voters, so possibly no verification agrees with every majority. Then the solution is
+    #    dropped: a text put together from several, or one that contradicts its labels, would teach errors.
     matching = [voter for voter in voters if voter["step_verdicts"] == labels and voter["verdict"] == outcome]
     if not matching:
         return Label(labels, outcome, None, votes, "no_match", ties)
@@ -643,7 +643,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
-    group.add_argument("--solutions", help="solutions.jsonl of generate.py, or anybody's with the same fields")
+    group.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
     group.add_argument("--out", help="directory for verifications, critiques, labels and report")
     group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
     group.add_argument("--limit", type=int, help="use only the first N solutions")
