@@ -4,7 +4,7 @@
 
     python verify.py                                       # the tiny world, on a CPU, in two minutes
     python verify.py --method single                       # other labels from the same verifications, in a second
-    python verify.py --method hybrid                       # two more calls for each: a critique, and a merge of both
+    python verify.py --method hybrid                       # two more calls per label: a critique, and a merge with it
     python verify.py --model Qwen/Qwen3-32B --solutions runs/solutions.jsonl --out runs/verify
     torchrun --nproc_per_node 8 verify.py --model ... --solutions ... --out ...          # sharded by solution
 
@@ -14,23 +14,25 @@
 | outcome_consistency | a random verification with the majority's verdict                                         |
 | step_consistency    | a majority for each step and for the outcome; a random verification that says just that   |
 | meta_critique       | the first parsed verification, criticised and merged with the critique into a new one     |
-| hybrid              | the same, from the verification that step (or outcome) consistency selects                |
+| hybrid              | the same, from the verification that step_consistency selects                             |
+| hybrid_outcome      | the same, from the verification that outcome_consistency selects                          |
 | reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
 
-Only reference_guided and `--balance ground_truth` read answers; otherwise a verifier has the problem and the solution.
-Every prompt stands directly above the parser of its answers. What can't be parsed is *unparsed*: it is counted and
+Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else.
+Every prompt stands directly above the parser of its answers. What cannot be parsed is *unparsed*: it is counted and
 never becomes a vote, a label or a reward.
 
 What differs from the released code:
-  1. Text is parsed section by section, so a section without a verdict can't take over the verdict of the next.
+  1. Text is parsed section by section, so a section without a verdict cannot take over the verdict of the next.
   2. Every prompt shows solutions in one layout (`generate.render_steps`); theirs trains reward models on numbered
      prose and feeds them tagged text in RL.
-  3. Nothing is balanced or filtered by reference answers, unless --balance ground_truth says so.
+  3. Nothing is balanced or filtered by reference answers; `python -m data.prepare balance` does so outside the stages.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
 import time
@@ -38,6 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from data import records
 from generate import Engine, open_engine, render_steps
@@ -57,13 +60,14 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
-# A run resumes with other values of these flags, because they don't change verifications.
-MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "hybrid_from", "critique_rounds", "balance"}
+# Flags that do not change an output's records, so that it may be resumed with other values. The last two no longer
+# exist; outputs of runs that had them can still be resumed.
+MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "critique_rounds", "hybrid_from", "balance"}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """A parsed verification. Each field is None if the text doesn't say it exactly once: then it is unparsed."""
+    """A parsed verification. A field that the text does not state exactly once is None: unparsed."""
 
     step_verdicts: list[bool] | None
     verdict: bool | None
@@ -71,7 +75,8 @@ class Verification:
 
 # --------------------------------------------------------------------------- verification: prompt and parser
 
-VERIFY_PROMPT = """Judge a student's solution to a mathematics problem, one step at a time. No reference answer is given, so work out every step yourself. A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
+# What both prompts ask for, and the parser below reads.
+FORM = """A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
 
 For each step k of the student's solution write one section:
 ## Step k: <short title>
@@ -83,19 +88,111 @@ Problem: {problem}
 
 Student Solution: {solution}"""
 
-REFERENCE_PROMPT = """Judge a student's solution to a mathematics problem, one step at a time. The expected answer is given: use it to find mistakes, but work out every step yourself. A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
+VERIFY_PROMPT = f"""Judge a student's solution to a mathematics problem, one step at a time. No reference answer is given, so work out every step yourself. {FORM}"""
 
-For each step k of the student's solution write one section:
-## Step k: <short title>
-<your analysis>
-and then, alone on a line, **This step is correct.** or **This step is incorrect.**
-After the last section write one final line: **Verification: Is the answer correct (Yes/No)? Yes** or the same with No.{examples}
+REFERENCE_PROMPT = f"""Judge a student's solution to a mathematics problem, one step at a time. The expected answer is given: use it to find mistakes, but work out every step yourself. {FORM}
 
-Problem: {problem}
+Expected Answer: {{reference}}"""
 
-Student Solution: {solution}
 
-Expected Answer: {reference}"""
+def verification_prompt(solution: dict, worked_examples: int, reference: str | None = None) -> str:
+    """The user turn that asks for one verification of a solution (problem, steps, answer), optionally with the
+    reference answer."""
+    template = VERIFY_PROMPT if reference is None else REFERENCE_PROMPT
+    return template.format(
+        examples="".join(f"\n\n{example}" for example in WORKED_EXAMPLES[:worked_examples]),
+        problem=solution["problem"],
+        solution=render_steps(solution["steps"], solution["answer"]),
+        reference=reference,
+    )
+
+
+HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
+BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
+STEP_VERDICT = re.compile(r"[^\w\n]*This step is (correct|incorrect)[^\w\n]*", re.IGNORECASE)
+VERDICT = re.compile(
+    r"[^\w\n]*Verification[^\w\n]*Is the answer correct[ \t]*\(Yes/No\)[^\w\n]*(Yes|No)[^\w\n]*", re.IGNORECASE
+)
+
+
+def parse_verification(text: str, num_steps: int) -> Verification:
+    """Read the step verdicts and the final verdict of a verification; num_steps is the solution's number of steps.
+
+    `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and none for any
+    other; `verdict` is None unless there is exactly one Verification line. One field may be None without the other.
+    Thinking, up to the last `</think>`, is not read. Linear in len(text).
+    """
+    # 1. Only what follows the thinking counts. If that was cut off, there is nothing but drafts.
+    if stopped_while_thinking(text):
+        return Verification(None, None)
+    lines = without_thinking(text).split("\n")
+
+    # 2. Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
+    heading = HEADING
+    if not any(HEADING.match(line) for line in lines):
+        heading = BOLD_HEADING
+
+    # 3. Line by line: a heading opens the section of its step, and with it the analysis; the step's verdict, alone on
+    #    a line, closes the analysis.
+    step = None  # whose section it is
+    in_analysis = False
+    step_verdicts: list[tuple[int, bool]] = []  # (number of the step, its verdict)
+    verdicts: list[bool] = []
+    for number, line in enumerate(lines, 1):
+        is_last = number == len(lines)
+        if match := heading.match(line):
+            step = int(match.group(1))
+            in_analysis = True
+        elif match := STEP_VERDICT.fullmatch(line):
+            if step is not None:  # before the first heading, a verdict belongs to no step
+                step_verdicts.append((step, match.group(1).lower() == "correct"))
+                in_analysis = False
+        elif (match := VERDICT.fullmatch(line)) and (is_last or not in_analysis):
+            # Inside an analysis it would be a quotation; but the last line counts even if its section has no verdict.
+            verdicts.append(match.group(1).lower() == "yes")
+    return exactly_once(step_verdicts, verdicts, num_steps)
+
+
+def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
+    """The rule of every parser: a field counts if it was found exactly once; otherwise it is None, never a guess.
+
+    step_verdicts: all (step, verdict) pairs in the order of the text; verdicts: all final verdicts. For two steps:
+
+        (1, True) (2, False)              [True, False]
+        (2, False) (1, True)              [True, False]    the order does not matter
+        (1, True)                         None             a step is missing
+        (1, True) (2, False) (2, True)    None             which of the two?
+        (1, True) (2, False) (3, True)    None             the solution has no third step
+    """
+    in_order = sorted(step_verdicts)
+    one_for_each = [step for step, _ in in_order] == list(range(1, num_steps + 1))
+    return Verification(
+        step_verdicts=[verdict for _, verdict in in_order] if one_for_each else None,
+        verdict=verdicts[0] if len(verdicts) == 1 else None,
+    )
+
+
+def without_thinking(text: str) -> str:
+    """What follows the last `</think>`; the whole text if there is none."""
+    return text.rpartition("</think>")[2].strip()
+
+
+def stopped_while_thinking(text: str) -> bool:
+    """Did the text end, at the length limit, in a thought that was never closed?"""
+    return "<think>" in text and "</think>" not in text
+
+
+def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
+    """The text that a judge wrote, from its token ids, with the `<think>` that may stand in its prompt."""
+    text = engine.text(ids)
+    # Some chat templates end with an opening <think>. Without it, a thought that is cut off would pass for a judgement.
+    end_of_prompt = engine.tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it
+    if end_of_prompt.rstrip().endswith("<think>"):
+        text = "<think>" + text
+    return text
+
+
+# --------------------------------------------------------------------------- verification: two examples, for the prompt
 
 WORKED_EXAMPLES = [
     """Example
@@ -138,72 +235,219 @@ The arithmetic is right, but it starts from the wrong price of Step 2; it should
 **Verification: Is the answer correct (Yes/No)? No**""",
 ]
 
-HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
-BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
-STEP_VERDICT = re.compile(r"[^\w\n]*This step is (correct|incorrect)[^\w\n]*", re.IGNORECASE)
-VERDICT = re.compile(
-    r"[^\w\n]*Verification[^\w\n]*Is the answer correct[ \t]*\(Yes/No\)[^\w\n]*(Yes|No)[^\w\n]*", re.IGNORECASE
-)
+
+# --------------------------------------------------------------------------- votes
 
 
-def verification_prompt(solution: dict, worked_examples: int, reference: str | None = None) -> str:
-    """The user turn that asks for one verification of a solution (problem, steps, answer); with a reference answer, if
-    there is one."""
-    return (VERIFY_PROMPT if reference is None else REFERENCE_PROMPT).format(
-        examples="".join(f"\n\n{example}" for example in WORKED_EXAMPLES[:worked_examples]),
-        problem=solution["problem"],
-        solution=render_steps(solution["steps"], solution["answer"]),
-        reference=reference,
+@dataclass(frozen=True)
+class Label:
+    """What the verifications of one solution amount to."""
+
+    step_labels: list[bool] | None  # None only if nothing voted
+    outcome: bool | None
+    text: str | None  # a real verification, unchanged; None if dropped
+    votes: list[list[int]]  # per step: [correct, incorrect]
+    dropped: str | None  # None, or the reason
+    ties: int = 0  # majorities decided by the tie rule, steps and outcome together
+
+
+NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # of a solution without a parsed verification
+
+
+def keep_parsed(records: list[dict]) -> list[dict]:
+    """The verifications that vote: those with both fields parsed. The others are unparsed: half a verification has no
+    vote either, because a text that broke the form may have lost count of the steps, and could not be chosen."""
+    return [r for r in records if r["step_verdicts"] is not None and r["verdict"] is not None]
+
+
+def majority(votes: list[bool]) -> bool:
+    """True if more votes say correct than incorrect."""
+    correct = sum(votes)
+    incorrect = len(votes) - correct
+    return correct > incorrect  # a tie is incorrect: what half of the judges doubt should not be rewarded
+
+
+def is_tie(votes: list[bool]) -> bool:
+    """Are there as many votes for correct as for incorrect?"""
+    return 2 * sum(votes) == len(votes)
+
+
+def votes_by_step(voters: list[dict]) -> list[tuple[bool, ...]]:
+    """The votes on each step. Three voters on two steps: [T, F], [T, T], [F, F] -> (T, T, F), (F, T, F)."""
+    return list(zip(*(voter["step_verdicts"] for voter in voters), strict=True))
+
+
+def count_votes(voters: list[dict]) -> list[list[int]]:
+    """[correct, incorrect] for each step."""
+    return [[sum(votes), len(votes) - sum(votes)] for votes in votes_by_step(voters)]
+
+
+def single(records: list[dict], rng: random.Random) -> Label:
+    """The first parsed verification, unchanged. rng is not used; all methods have the same signature."""
+    voters = keep_parsed(records)
+    if not voters:
+        return NO_VOTES
+    first = voters[0]
+    return Label(first["step_verdicts"], first["verdict"], first["text"], count_votes([first]), dropped=None)
+
+
+def outcome_consistency(records: list[dict], rng: random.Random) -> Label:
+    """Outcome = majority verdict; text and step labels are those of a random verification with that verdict."""
+    voters = keep_parsed(records)
+    if not voters:
+        return NO_VOTES
+    verdicts = [voter["verdict"] for voter in voters]
+    outcome = majority(verdicts)
+    chosen = rng.choice([voter for voter in voters if voter["verdict"] == outcome])
+    ties = int(is_tie(verdicts))  # only the outcome is put to the vote
+    return Label(chosen["step_verdicts"], outcome, chosen["text"], count_votes(voters), dropped=None, ties=ties)
+
+
+def step_consistency(records: list[dict], rng: random.Random) -> Label:
+    """label_i = majority of the verdicts on step i, outcome = majority verdict; the text is a random verification
+    that says exactly that. If none does, the solution is dropped as `no_match` and its labels stand without a text."""
+    voters = keep_parsed(records)
+    if not voters:
+        return NO_VOTES
+    # 1. Each step is put to the vote on its own, and so is the outcome.
+    steps = votes_by_step(voters)
+    verdicts = [voter["verdict"] for voter in voters]
+    labels = [majority(votes) for votes in steps]
+    outcome = majority(verdicts)
+    ties = sum(is_tie(votes) for votes in [*steps, verdicts])
+    votes = count_votes(voters)
+
+    # 2. Each majority has its own voters, so possibly no verification agrees with every majority. Then the solution is
+    #    dropped: a text put together from several, or one that contradicts its labels, would teach errors.
+    matching = [voter for voter in voters if voter["step_verdicts"] == labels and voter["verdict"] == outcome]
+    if not matching:
+        return Label(labels, outcome, None, votes, "no_match", ties)
+    return Label(labels, outcome, rng.choice(matching)["text"], votes, None, ties)
+
+
+AGGREGATES = {"single": single, "outcome_consistency": outcome_consistency, "step_consistency": step_consistency}
+
+
+class Method(NamedTuple):
+    """How labels are made."""
+
+    aggregate: Callable[[list[dict], random.Random], Label]
+    needs_critique: bool = False  # the chosen verification is criticised, then merged with its critique
+    reads_answers: bool = False  # the verifier is shown the reference answer
+
+
+METHODS = {
+    "single": Method(single),
+    "outcome_consistency": Method(outcome_consistency),
+    "step_consistency": Method(step_consistency),
+    "meta_critique": Method(single, needs_critique=True),
+    "hybrid": Method(step_consistency, needs_critique=True),
+    "hybrid_outcome": Method(outcome_consistency, needs_critique=True),
+    "reference_guided": Method(single, reads_answers=True),
+}
+
+
+def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
+    """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
+    InputError for a verification with another number of steps: it was made from another solution."""
+    groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
+    num_steps = {s["id"]: len(s["steps"]) for s in solutions}
+    for verification in sorted(verifications, key=lambda v: v["sample"]):
+        name = verification["solution_id"]
+        if name not in groups:
+            continue
+        verdicts = verification["step_verdicts"]
+        if verdicts is not None and len(verdicts) != num_steps[name]:
+            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[name]} steps of solution {name}"
+            raise InputError(f"{mismatch}; both files must come from the same solutions")
+        groups[name].append(verification)
+    return groups
+
+
+def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
+    """One label per solution, in order."""
+    labels = []
+    for name, group in group_by_solution(solutions, verifications).items():
+        # The choice of a text is seeded by the solution's id: it does not depend on which other solutions there are.
+        rng = random.Random(f"{seed}/{name}")
+        labels.append(aggregate(group, rng))
+    return labels
+
+
+# --------------------------------------------------------------------------- sampling verifications
+
+
+def hash_solution(solution: dict) -> str:
+    """First 16 hex digits of the SHA-256 of what a verifier sees of a solution."""
+    seen = json.dumps([solution[field] for field in ("problem", "steps", "answer")])
+    return hashlib.sha256(seen.encode()).hexdigest()[:16]
+
+
+def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
+    """The solutions that lack some of their verifications. Raises InputError if one was judged before under its id, but
+    was another solution then."""
+    unverified = []
+    for solution in solutions:
+        digest = hash_solution(solution)
+        done = 0
+        for j in range(num_verifications):
+            name = f"{solution['id']}/{j}"
+            if name in output.done:
+                done += 1
+                earlier = output.done[name]  # digest of what was judged; None where another engine left it out
+                if earlier is not None and earlier != digest:
+                    reason = f"{solution['id']} was another solution when it was judged"
+                    raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
+        # Without steps there is nothing to judge: no verifications, and the label is no_votes.
+        if solution["steps"] and done < num_verifications:
+            unverified.append(solution)
+    return unverified
+
+
+def verify_solutions(
+    args: argparse.Namespace, engine: Engine, todo: list[dict], references: dict[str, str], output: records.RecordFile
+) -> None:
+    """Sample and write the verifications of these solutions. references: solution id -> reference answer, if used."""
+    # 1. The prompts. One that leaves no space for the answer is left out; the solution's label is then no_votes.
+    prompts, judged = [], []
+    for solution in todo:
+        turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
+        prompt = engine.encode(turn)
+        if len(prompt) + args.max_new_tokens <= engine.context:
+            prompts.append(prompt)
+            judged.append(solution)
+    if not prompts and not output.done:
+        raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
+    if not prompts:
+        return  # everything that fits is already there
+
+    # 2. The samples. A solution's verifications are written as soon as its last one ends.
+    stream = engine.stream(
+        prompts,
+        keys=[solution["id"] for solution in judged],
+        num_samples=args.num_verifications,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        batches=distributed.work_queue(len(prompts), "verify"),
     )
+    per_rank = math.ceil(len(prompts) / distributed.world_size())
+    for i, samples in with_progress(stream, engine.sampler, "verify", per_rank, args.num_verifications):
+        solution = judged[i]
+        digest = hash_solution(solution)
+        verifications = []
+        for j, sample in enumerate(samples):
+            text = decode_judgement(engine, prompts[i], sample.ids)
+            parsed = parse_verification(text, len(solution["steps"]))
+            verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
+            verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
+            verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
+            verifications.append(verification)
+        output.append(verifications)
 
 
-def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
-    """What a judge has written, from its token ids. Some chat templates open the thought at the end of the prompt; then
-    `<think>` is put in front again, or a thought that was cut off would pass for a judgement."""
-    opened = engine.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-    return ("<think>" if opened else "") + engine.text(ids)
-
-
-def without_thinking(text: str) -> str:
-    """What follows the last `</think>`, or all of a text that has none."""
-    return text.rpartition("</think>")[2].strip()
-
-
-def parse_verification(text: str, num_steps: int) -> Verification:
-    """Step verdicts and final verdict of a verification text; num_steps is the solution's known number of steps.
-
-    Thinking (up to the last `</think>`) is dropped. Line by line: a heading opens the section of its step; a step
-    verdict alone on a line closes the section's analysis; a Verification line counts outside analyses only, or as the
-    last line. `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and
-    none for any other; `verdict` is None unless there is exactly one Verification line. Linear in len(text).
-    """
-    if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif "<think>" in text:
-        return Verification(None, None)  # cut off while thinking: what follows are drafts
-    lines = text.rstrip().split("\n")
-    heading = HEADING if any(HEADING.match(line) for line in lines) else BOLD_HEADING
-    step, in_analysis = None, False
-    found: list[tuple[int, bool]] = []
-    verdicts: list[bool] = []
-    for number, line in enumerate(lines, 1):
-        if match := heading.match(line):
-            step, in_analysis = int(match.group(1)), True
-        elif (match := STEP_VERDICT.fullmatch(line)) and step is not None:
-            found.append((step, match.group(1).lower() == "correct"))
-            in_analysis = False
-        elif (match := VERDICT.fullmatch(line)) and (not in_analysis or number == len(lines)):
-            verdicts.append(match.group(1).lower() == "yes")
-    return exactly_once(found, verdicts, num_steps)
-
-
-def exactly_once(found: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
-    found.sort(key=lambda pair: pair[0])
-    complete = [step for step, _ in found] == list(range(1, num_steps + 1))
-    return Verification([v for _, v in found] if complete else None, verdicts[0] if len(verdicts) == 1 else None)
-
-
-# --------------------------------------------------------------------------- critique and merge: prompts
+# --------------------------------------------------------------------------- critique and merge
 
 CRITIQUE_PROMPT = """Below are a problem, a student's solution and somebody's verification of it. Criticise the verification: look for errors of the student that it missed, for correct steps that it calls incorrect, for right verdicts with a wrong reason, and for a final verdict at odds with its steps. Go through the sections in order and say of each whether it judged rightly, and why.
 
@@ -225,8 +469,9 @@ Critique: {critique}"""
 
 
 def critique_prompt(solution: dict, verification: str, critique: str | None = None) -> str:
-    """The user turn that asks for a critique of a verification; or, given the critique, for the merge of both."""
-    return (CRITIQUE_PROMPT if critique is None else MERGE_PROMPT).format(
+    """The user turn that asks for a critique of a verification or, given the critique, for the merge of both."""
+    template = CRITIQUE_PROMPT if critique is None else MERGE_PROMPT
+    return template.format(
         problem=solution["problem"],
         solution=render_steps(solution["steps"], solution["answer"]),
         verification=without_thinking(verification),
@@ -234,272 +479,176 @@ def critique_prompt(solution: dict, verification: str, critique: str | None = No
     )
 
 
-# --------------------------------------------------------------------------- aggregation
-
-
-@dataclass(frozen=True)
-class Label:
-    """What becomes of the verifications of one solution."""
-
-    step_labels: list[bool] | None  # None only if nothing voted
-    outcome: bool | None
-    text: str | None  # a real verification, unchanged; None if dropped
-    votes: list[list[int]]  # per step: [correct, incorrect]
-    dropped: str | None  # None, or the reason
-    ties: int = 0  # majorities decided by the tie rule, steps and outcome together
-
-
-def majority(votes: list[bool]) -> bool:
-    """True if more than half are; a tie counts as incorrect."""
-    return 2 * sum(votes) > len(votes)
-
-
-def keep_parsed(records: list[dict]) -> list[dict]:
-    """Only verifications with both fields parsed vote; the others are unparsed."""
-    return [r for r in records if r["step_verdicts"] is not None and r["verdict"] is not None]
-
-
-def _count_votes(voters: list[dict]) -> tuple[list[list[int]], int]:
-    """([[correct, incorrect] of each step], number of ties including the outcome's)."""
-    columns = zip(*(r["step_verdicts"] for r in voters), strict=True)
-    votes = [[sum(column), len(column) - sum(column)] for column in columns]
-    yes = sum(r["verdict"] for r in voters)
-    return votes, sum(c == i for c, i in votes) + (2 * yes == len(voters))
-
-
-def single(records: list[dict], rng: random.Random) -> Label:
-    """The first parsed verification, as it is; rng is unused and there for the common signature."""
-    voters = keep_parsed(records)
-    if not voters:
-        return Label(None, None, None, [], "no_votes")
-    first = voters[0]
-    votes, _ = _count_votes([first])
-    return Label(first["step_verdicts"], first["verdict"], first["text"], votes, None)
-
-
-def outcome_consistency(records: list[dict], rng: random.Random) -> Label:
-    """Outcome = majority verdict; text and step labels are those of a random verification with that verdict."""
-    voters = keep_parsed(records)
-    if not voters:
-        return Label(None, None, None, [], "no_votes")
-    votes, _ = _count_votes(voters)
-    verdicts = [r["verdict"] for r in voters]
-    outcome = majority(verdicts)
-    chosen = rng.choice([r for r in voters if r["verdict"] == outcome])
-    return Label(chosen["step_verdicts"], outcome, chosen["text"], votes, None, int(2 * sum(verdicts) == len(verdicts)))
-
-
-def step_consistency(records: list[dict], rng: random.Random) -> Label:
-    """label_i = majority of the verdicts on step i, outcome = majority verdict; the text is a random verification
-    that says exactly that. If none does, the solution is dropped as `no_match` and its labels stand without a text."""
-    voters = keep_parsed(records)
-    if not voters:
-        return Label(None, None, None, [], "no_votes")
-    votes, ties = _count_votes(voters)
-    labels = [majority(list(column)) for column in zip(*(r["step_verdicts"] for r in voters), strict=True)]
-    outcome = majority([r["verdict"] for r in voters])
-    matching = [r for r in voters if r["step_verdicts"] == labels and r["verdict"] == outcome]
-    if not matching:
-        return Label(labels, outcome, None, votes, "no_match", ties)
-    return Label(labels, outcome, rng.choice(matching)["text"], votes, None, ties)
-
-
-AGGREGATES = {"single": single, "outcome_consistency": outcome_consistency, "step_consistency": step_consistency}
-METHODS = [*AGGREGATES, "meta_critique", "hybrid", "reference_guided"]
-
-
-def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
-    """solution id -> its verifications in the order of their samples, for all solutions; others' are left out. Raises
-    InputError for a verification of another number of steps: it was made from another solution."""
-    records: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
-    lengths = {s["id"]: len(s["steps"]) for s in solutions}
-    for r in sorted(verifications, key=lambda r: r["sample"]):
-        name, verdicts = r["solution_id"], r["step_verdicts"]
-        if name in records:
-            if verdicts is not None and len(verdicts) != lengths[name]:
-                about = f"{len(verdicts)} step_verdicts for the {lengths[name]} steps of solution {name}"
-                raise InputError(f"{about}; both files must come from the same solutions")
-            records[name].append(r)
-    return records
-
-
-def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
-    """A label for each solution. The seed of its choice is (seed, its id): other solutions don't matter."""
-    groups = group_by_solution(solutions, verifications)
-    return [aggregate(records, random.Random(f"{seed}/{name}")) for name, records in groups.items()]
-
-
 def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
-    """The label that a merged verification (None: it didn't fit the context) gives in place of its base's. If it says
-    nothing that parses, the solution is dropped, and the base's labels stand without a text."""
+    """The label that a merged verification gives in place of its base's. If there is no merge (None), or it does not
+    parse, the solution is dropped, and the base's labels stand without a text."""
     if base.dropped:
-        return base
+        return base  # there was no text to criticise
     if merged is None:
+        # A prompt left no space for its answer, or the critique did not get beyond its thinking.
         return replace(base, text=None, dropped="too_long")
     parsed = parse_verification(merged, num_steps)
     if parsed.step_verdicts is None or parsed.verdict is None:
         return replace(base, text=None, dropped="unparsed_merge")
-    votes, _ = _count_votes([asdict(parsed)])
-    return Label(parsed.step_verdicts, parsed.verdict, merged, votes, None)
+    return Label(parsed.step_verdicts, parsed.verdict, merged, count_votes([asdict(parsed)]), dropped=None)
 
 
-def balance_labels(labels: list[Label], truths: list[bool], rng: random.Random) -> list[Label]:
-    """Drop random kept labels of the larger class, by truths, until both have as many."""
-    kept = {truth: [i for i, x in enumerate(labels) if not x.dropped and truths[i] == truth] for truth in (True, False)}
-    surplus = abs(len(kept[True]) - len(kept[False]))
-    out = set(rng.sample(max(kept.values(), key=len), surplus))
-    return [replace(x, text=None, dropped="balanced") if i in out else x for i, x in enumerate(labels)]
+class Reply(NamedTuple):
+    """An answer to a critique or merge prompt. text is None, and tokens 0, if the model was not asked."""
+
+    text: str | None
+    tokens: int
 
 
-# --------------------------------------------------------------------------- sampling
-
-
-def hash_solution(solution: dict) -> str:
-    """The beginning of the SHA-256 of what a verifier is shown of a solution, to know it again."""
-    shown = json.dumps([solution[field] for field in ("problem", "steps", "answer")])
-    return hashlib.sha256(shown.encode()).hexdigest()[:16]
-
-
-def find_unverified(args: argparse.Namespace, solutions: list[dict], output: records.RecordFile) -> list[dict]:
-    """The solutions, of those with steps, whose verifications aren't all there yet. Raises InputError if a verification that
-    is there was made from another solution of that id."""
-    N = args.num_verifications
-    for s in solutions:
-        if {output.done.get(f"{s['id']}/{j}") for j in range(N)} - {None, hash_solution(s)}:
-            raise InputError(f"{output.path}: {s['id']} was another solution then; choose another --out or remove it")
-    return [s for s in solutions if s["steps"] and any(f"{s['id']}/{j}" not in output.done for j in range(N))]
-
-
-def verify_solutions(
-    args: argparse.Namespace, engine: Engine, solutions: list[dict], answers: dict[str, str], output: records.RecordFile
-) -> None:
-    """Sample the solutions' verifications. answers: by problem id; empty where none are used."""
-    N = args.num_verifications
-    room = engine.context - args.max_new_tokens
-    prompts, judged = [], []
-    for s in solutions:
-        reference = answers.get(s["id"].rpartition("/")[0])
-        ids = engine.encode(verification_prompt(s, args.worked_examples, reference))
-        if len(ids) <= room:  # otherwise no verification, and the label says no_votes
-            prompts.append(ids)
-            judged.append(s)
-    if not prompts:
-        if output.done:
-            return  # the others are there
-        raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
-    stream = engine.stream(
-        prompts,
-        keys=[s["id"] for s in judged],
-        num_samples=N,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        batches=distributed.work_queue(len(prompts), "verify"),
-    )
-    for i, samples in with_progress(stream, engine.sampler, "verify", -(-len(prompts) // distributed.world_size()), N):
-        s, verifications = judged[i], []
-        digest = hash_solution(s)
-        for j, sample in enumerate(samples):
-            text = decode_judgement(engine, prompts[i], sample.ids)
-            parsed = asdict(parse_verification(text, len(s["steps"])))
-            about = {"id": f"{s['id']}/{j}", "solution_id": s["id"], "sample": j, "text": text}
-            about |= {**parsed, "finish": sample.finish, "tokens": len(sample.ids)}
-            verifications.append({**about, "solution_sha256": digest})
-        output.append(verifications)
+def ask(args: argparse.Namespace, engine: Engine, solutions: list[dict], turns: list[str | None]) -> list[Reply]:
+    """Greedy replies to one user turn per solution. Not asked are turns that are None or leave no space for a reply."""
+    replies = [Reply(None, 0)] * len(turns)
+    prompts = {}  # by place in `turns`
+    for i, turn in enumerate(turns):
+        if turn is None:
+            continue
+        prompt = engine.encode(turn)
+        if len(prompt) + args.max_new_tokens <= engine.context:
+            prompts[i] = prompt
+    keys = [solutions[i]["id"] for i in prompts]
+    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=args.max_new_tokens)
+    for i, (sample,) in zip(prompts, groups, strict=True):
+        replies[i] = Reply(decode_judgement(engine, prompts[i], sample.ids), len(sample.ids))
+    return replies
 
 
 def critique_and_merge(
     args: argparse.Namespace, engine: Engine, solutions: list[dict], texts: list[str]
-) -> Iterator[tuple[int, list[tuple[str, int] | None]]]:
-    """Yield (index, [critique, merge]) for each solution and its verification text: each (text, tokens), greedy, or
-    None where a prompt leaves no room for the answer. A critique that ends in thought has no merge."""
-    room = engine.context - args.max_new_tokens
-
-    def ask(turns: dict[int, str]) -> dict[int, tuple[str, int]]:
-        encoded = {i: engine.encode(turn) for i, turn in turns.items()}
-        fitting = {i: ids for i, ids in encoded.items() if len(ids) <= room}
-        groups = engine.sample(
-            list(fitting.values()),
-            keys=[solutions[i]["id"] for i in fitting],
-            temperature=0.0,
-            max_new_tokens=args.max_new_tokens,
-        )
-        answers = {i: sample.ids for i, (sample,) in zip(fitting, groups, strict=True)}
-        return {i: (decode_judgement(engine, fitting[i], ids), len(ids)) for i, ids in answers.items()}
-
-    chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
+) -> Iterator[tuple[int, tuple[Reply, Reply]]]:
+    """Yield (i, (critique, merge)) for each solution i and its verification, texts[i]."""
+    chunk = 4 * (args.slots or CPU_SLOTS)  # what a killed run may lose
     for start in range(0, len(solutions), chunk):
-        here = range(start, min(start + chunk, len(solutions)))
-        critiques = ask({i: critique_prompt(solutions[i], texts[i]) for i in here})
-        whole = {i: text for i, (text, _) in critiques.items() if "</think>" in text or "<think>" not in text}
-        merges = ask({i: critique_prompt(solutions[i], texts[i], text) for i, text in whole.items()})
-        for i in here:
-            yield i, [critiques.get(i), merges.get(i)]
+        judged = solutions[start : start + chunk]
+        verifications = texts[start : start + chunk]
+
+        # 1. A critique of each verification.
+        turns = [critique_prompt(solution, text) for solution, text in zip(judged, verifications, strict=True)]
+        critiques = ask(args, engine, judged, turns)
+
+        # 2. A merge of each verification with its critique; not with the drafts of one that was cut off while thinking.
+        turns = []
+        for solution, text, critique in zip(judged, verifications, critiques, strict=True):
+            if critique.text is None or stopped_while_thinking(critique.text):
+                turns.append(None)
+            else:
+                turns.append(critique_prompt(solution, text, critique.text))
+        merges = ask(args, engine, judged, turns)
+
+        yield from enumerate(zip(critiques, merges, strict=True), start)
 
 
-def improve_labels(
-    args: argparse.Namespace,
-    method: str,
-    solutions: list[dict],
-    bases: list[Label],
-    engine: Engine | None,
-    device: torch.device,
-) -> tuple[list[Label], int]:
-    """(labels, tokens spent) of meta-critique or a hybrid: each kept base's text is criticised and merged with its
-    critique, --critique_rounds times, every round from the merge before; two calls a round and label. A merge that
-    doesn't parse ends the rounds. engine: opened if it is None and needed. Under torchrun the result is rank 0's."""
-    path, name = Path(args.out) / "critiques.jsonl", ("id", "method", "round")
-    pairs = list(zip(solutions, bases, strict=True))
-    may_change = MAY_CHANGE_ON_RESUME | {"answers"}
-    with records.RecordFile(path, args, may_change, key_fields=name, remembered_field="merged") as output:
+CRITIQUE_KEY = ("id", "method", "round")  # what names a record of critiques.jsonl
+
+
+def write_critiques(
+    args: argparse.Namespace, solutions: list[dict], labels: list[Label], engine: Engine | None, device: torch.device
+) -> None:
+    """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, every round
+    from the merge of the round before. Every rank does its share. engine: opened if it is None and needed."""
+    mine = list(zip(solutions, labels, strict=True))[distributed.rank() :: distributed.world_size()]
+    path = Path(args.out) / "critiques.jsonl"
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, CRITIQUE_KEY, remembered_field="merged") as output:
         for number in range(1, args.critique_rounds + 1):
+            # 1. The texts of this round. A dropped label has none; a merge that does not parse ends the rounds.
             todo, texts = [], []
-            for s, base in pairs[distributed.rank() :: distributed.world_size()]:
-                earlier = (s["id"], method, number - 1)
+            for solution, label in mine:
+                name = solution["id"]
                 if number > 1:
-                    base = merged_label(base, output.done[earlier], len(s["steps"])) if earlier in output.done else None
-                if base and base.text and (s["id"], method, number) not in output.done:
-                    todo.append(s)
-                    texts.append(base.text)
+                    merged = output.done.get((name, args.method, number - 1))
+                    label = merged_label(label, merged, len(solution["steps"]))
+                if label.text is not None and (name, args.method, number) not in output.done:
+                    todo.append(solution)
+                    texts.append(label.text)
             if not todo:
                 continue
+
+            # 2. Two calls for each.
             if engine is None:
                 engine = open_engine(args.model, device, args.slots)
             stream = critique_and_merge(args, engine, todo, texts)
-            for i, pair in with_progress(stream, engine.sampler, f"critique {number}", len(todo), 2):
-                (critique, of_critique), (merged, of_merge) = (x or (None, 0) for x in pair)
-                about = {"id": todo[i]["id"], "method": method, "round": number}
-                output.append([{**about, "critique": critique, "merged": merged, "tokens": of_critique + of_merge}])
-    if distributed.rank() != 0 or not path.exists():
-        return bases, 0
-    ids = {s["id"] for s in solutions}
-    critiques = [r for r in records.read(path, [*name, "merged", "tokens"], unique=name) if r["id"] in ids]
-    critiques = [r for r in critiques if r["method"] == method and r["round"] <= args.critique_rounds]
-    critiques.sort(key=lambda r: r["round"])
-    last = {r["id"]: r["merged"] for r in critiques}
-    labels = [merged_label(base, last.get(s["id"]), len(s["steps"])) for s, base in pairs]
-    return labels, sum(r["tokens"] for r in critiques)
+            for i, (critique, merge) in with_progress(stream, engine.sampler, f"critique {number}", len(todo), 2):
+                record = {"id": todo[i]["id"], "method": args.method, "round": number}
+                record |= {"critique": critique.text, "merged": merge.text, "tokens": critique.tokens + merge.tokens}
+                output.append([record])
+
+
+def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> tuple[list[Label], int]:
+    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges before them)."""
+    path = Path(args.out) / "critiques.jsonl"
+    if not path.exists():
+        return labels, 0  # all were dropped before
+    ids = {solution["id"] for solution in solutions}
+    last_merge: dict[str, str | None] = {}
+    tokens = 0
+    found = records.read(path, [*CRITIQUE_KEY, "merged", "tokens"], unique=CRITIQUE_KEY)
+    for record in sorted(found, key=lambda r: r["round"]):
+        # The file may have other methods, more rounds, or solutions beyond --limit.
+        if record["id"] in ids and record["method"] == args.method and record["round"] <= args.critique_rounds:
+            last_merge[record["id"]] = record["merged"]
+            tokens += record["tokens"]
+    merged = []
+    for solution, label in zip(solutions, labels, strict=True):
+        merged.append(merged_label(label, last_merge.get(solution["id"]), len(solution["steps"])))
+    return merged, tokens
 
 
 # --------------------------------------------------------------------------- main
 
 
-def main() -> None:
+def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
+    """solution id -> reference answer of its problem. Raises InputError for a solution without one."""
+    answers = records.read_answers([path])
+    references = {}
+    for solution in solutions:
+        problem_id = solution["id"].rpartition("/")[0]  # the id is <problem_id>/<sample>
+        if problem_id not in answers:
+            raise InputError(f"{path}: no answer for the problem of solution {solution['id']}; add it")
+        references[solution["id"]] = answers[problem_id]
+    return references
+
+
+def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> None:
+    """Write labels_<method>.jsonl: what was judged, by which method, and the label."""
+    lines = []
+    for solution, label in zip(solutions, labels, strict=True):
+        judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
+        lines.append(judged | {"method": args.method} | asdict(label))
+    records.write_records(Path(args.out) / f"labels_{args.method}.jsonl", lines, args)
+
+
+def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
+    """The numbers of report.json that follow from the records alone."""
+    kept = [label for label in labels if label.dropped is None]
+    return {
+        "solutions": len(labels),
+        "kept": len(kept),
+        "yield": len(kept) / len(labels),
+        "dropped": dict(Counter(label.dropped for label in labels if label.dropped)),
+        "ties": sum(label.ties for label in labels),
+        "outcome_yes": sum(label.outcome for label in kept) / max(len(kept), 1),
+        "verifications": len(verifications),
+        "unparsed": len(verifications) - len(keep_parsed(verifications)),
+        "tokens": sum(v["tokens"] for v in verifications),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Raises InputError for values that do not go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
-    group.add_argument("--solutions", help="solutions.jsonl of generate.py, or anybody's with the same fields")
+    group.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
     group.add_argument("--out", help="directory for verifications, critiques, labels and report")
-    group.add_argument("--answers", help="JSON Lines with id and answer, for reference_guided and ground_truth only")
-    group.add_argument("--limit", type=int, help="use the first so many solutions only")
+    group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
+    group.add_argument("--limit", type=int, help="use only the first N solutions")
     group = parser.add_argument_group("labels")
     group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--hybrid_from", default="step_consistency", choices=["step_consistency", "outcome_consistency"],
-                       help="what a hybrid improves; the latter's labels are named hybrid_outcome")  # fmt: skip
     group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
-    group.add_argument("--balance", default="none", choices=["none", "consensus", "ground_truth"],
-                       help="drop solutions until Yes and No are as many, by the labels or by the answers")  # fmt: skip
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_verifications", type=int, default=16, help="N, verifications per solution")
     group.add_argument("--temperature", type=float, default=0.8)
@@ -510,75 +659,64 @@ def main() -> None:
     group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
-    reads_answers = args.method == "reference_guided" or args.balance == "ground_truth"
-    if reads_answers != (args.answers is not None):
-        raise InputError("--answers goes with --method reference_guided or --balance ground_truth, and they with it")
+    if METHODS[args.method].reads_answers and args.answers is None:
+        raise InputError(f"--method {args.method} needs --answers")
+    if args.answers is not None and not METHODS[args.method].reads_answers:
+        raise InputError("--answers is used with --method reference_guided only")
     records.check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    method = METHODS[args.method]
     device = distributed.init_distributed(args.device)
-    solutions = records.read(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
-    answers = {}
-    if reads_answers:
-        answers = records.read_answers([args.answers])
-        missing = [s["id"] for s in solutions if s["id"].rpartition("/")[0] not in answers]
-        if missing:
-            raise InputError(f"{args.answers}: no answer for the problem of solution {missing[0]}; add it")
     started = time.time()
-    engine = None  # other labels from verifications that are all there need no model
-    # A verifier that has seen the answer fills a file of its own: no other method may take its verifications.
-    guided = args.method == "reference_guided"
-    improved = args.method in ("meta_critique", "hybrid")  # by critiques, in which every rank takes part
-    # Two hybrids may lie in one directory: what the one made isn't the other's.
-    by_outcome = args.method == "hybrid" and args.hybrid_from == "outcome_consistency"
-    method = "hybrid_outcome" if by_outcome else args.method
-    path = Path(args.out) / ("verifications_reference.jsonl" if guided else "verifications.jsonl")
-    may_change = MAY_CHANGE_ON_RESUME if guided else MAY_CHANGE_ON_RESUME | {"answers"}
-    with records.RecordFile(path, args, may_change, remembered_field="solution_sha256") as output:
-        todo = find_unverified(args, solutions, output)
+
+    # 1. Read the solutions, and reference answers for the one method that may see them.
+    solutions = records.read(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
+    references = {}
+    if method.reads_answers:
+        references = read_references(args.answers, solutions)
+
+    # 2. Sample the verifications that are missing. Those made with the answer in sight go to a separate file, which no
+    #    other method reads. The model is loaded only if needed: other labels from the same verifications take seconds.
+    path = Path(args.out) / "verifications.jsonl"
+    if method.reads_answers:
+        path = Path(args.out) / "verifications_reference.jsonl"
+    engine = None
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, remembered_field="solution_sha256") as output:
+        todo = find_unverified(solutions, args.num_verifications, output)
         if todo:
             engine = open_engine(args.model, device, args.slots)
-            verify_solutions(args, engine, todo, answers if guided else {}, output)
-    report_path, speed = Path(args.out) / "report.json", None
-    if engine:  # this run has sampled verifications; critiques are slower and don't count
-        speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
-    elif report_path.exists():
-        speed = json.loads(report_path.read_text()).get("tokens_per_second")
-    if distributed.rank() != 0 and not improved:
+            verify_solutions(args, engine, todo, references, output)
+    speed = {}
+    if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
+        sampled = engine.sampler.tokens * distributed.world_size()
+        speed["tokens_per_second"] = sampled / (time.time() - started)
+
+    # 3. Turn the verifications into labels. Rank 0 does so; the others stay for critiques, to sample their share.
+    if distributed.rank() != 0 and not method.needs_critique:
         return
-    verifications = records.read(path, ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"])
-    ids = {s["id"] for s in solutions}  # --limit may be less than before
-    verifications = [r for r in verifications if r["solution_id"] in ids]
-    aggregate = AGGREGATES.get(args.hybrid_from if args.method == "hybrid" else args.method, single)
-    labels = label_solutions(solutions, verifications, aggregate, args.seed)
+    fields = ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
+    ids = {solution["id"] for solution in solutions}  # the file may have others, from before a smaller --limit
+    verifications = [v for v in records.read(path, fields) if v["solution_id"] in ids]
+    labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
     critique_tokens = 0
-    if improved:
-        labels, critique_tokens = improve_labels(args, method, solutions, labels, engine, device)
+    if method.needs_critique:
+        write_critiques(args, solutions, labels, engine, device)
     if distributed.rank() != 0:
         return
-    if args.balance != "none":
-        right = [s["answer"] == answers.get(s["id"].rpartition("/")[0]) for s in solutions]  # compared as text
-        truths = right if args.balance == "ground_truth" else [bool(label.outcome) for label in labels]
-        labels = balance_labels(labels, truths, random.Random(f"{args.seed}/balance"))
-    about = [{key: s[key] for key in ("id", "problem", "steps", "answer")} | {"method": method} for s in solutions]
-    labelled = [{**s, **asdict(label)} for s, label in zip(about, labels, strict=True)]
-    records.write_records(Path(args.out) / f"labels_{method}.jsonl", labelled, args)
-    kept = [label for label in labels if label.dropped is None]
-    report = {
-        "method": method,
-        "solutions": len(labels),
-        "kept": len(kept),
-        "yield": len(kept) / len(labels),
-        "dropped": dict(Counter(label.dropped for label in labels if label.dropped)),
-        "ties": sum(label.ties for label in labels),
-        "outcome_yes": sum(label.outcome for label in kept) / max(len(kept), 1),
-        "verifications": len(verifications),
-        "unparsed": len(verifications) - len(keep_parsed(verifications)),
-        "tokens": sum(r["tokens"] for r in verifications),
-        "critique_tokens": critique_tokens,
-        "tokens_per_second": speed,
-        "seconds": round(time.time() - started, 1),
-    }
-    records.write_json(report_path, report)
-    distributed.log(" | ".join(f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in report.items()))
+    if method.needs_critique:
+        labels, critique_tokens = merge_labels(args, solutions, labels)
+
+    # 4. Write the labels, and what they cost.
+    write_labels(args, solutions, labels)
+    report = {"method": args.method, **describe_labels(labels, verifications), "critique_tokens": critique_tokens}
+    report |= {**speed, "seconds": round(time.time() - started, 1)}
+    records.write_json(Path(args.out) / "report.json", report)
+    shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in report.items()}
+    distributed.log(" | ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 if __name__ == "__main__":

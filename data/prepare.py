@@ -5,10 +5,14 @@ r"""Public data sets in this project's form: problems without answers, and the a
     python -m data.prepare processbench --out data/benchmarks                     # --source: the folder of its files
     python -m data.prepare overlap --train data/train/skywork.jsonl --benchmarks data/benchmarks/*.jsonl \
         data/benchmarks/processbench/*.jsonl --out data/train/skywork_clean.jsonl
+    python -m data.prepare balance --solutions runs/solutions.jsonl --gold gold.jsonl --out runs/balanced.jsonl
 
 in    one of `SOURCES` as published: JSON, JSON Lines or parquet (which needs pyarrow)
 out   <out>/<set>.jsonl: id ("math500/0", the set and the row), problem, source; <out>/gold/<set>.jsonl: id, answer
       <out>/processbench/<subset>.jsonl: id, generator, problem, steps, final_answer_correct, label
+
+`balance` chooses among the solutions of `generate.py` with the help of reference answers, as the released pipeline does
+before its verifier judges them. It stands here because no stage may read answers for its labels.
 
 The number of rows is always checked, the sha256 where one is known; what is printed says which. Answers are made plain,
 not solved: "025" and 27.0 become integers, dollar signs go, degrees stay. The few rows without an answer are left out.
@@ -17,13 +21,16 @@ not solved: "025" and 27.0 become integers, dollar signs go, degrees stay. The f
 import argparse
 import hashlib
 import json
+import random
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from evaluate import grade_all
 from generate import find_boxes
 from kernels import distributed
 from kernels.distributed import InputError
@@ -247,6 +254,63 @@ def report_overlap(args: argparse.Namespace) -> None:
         records.write_records(Path(args.out), kept, args)
 
 
+# --------------------------------------------------------------------------- balancing solutions
+
+MOST_OF_A_KIND = 3  # correct and incorrect solutions of a problem, at most; from the released code
+
+
+def balance_solutions(solutions: list[dict], grades: list[bool | None], seed: int) -> list[dict]:
+    """As many correct as incorrect solutions of each problem, at most MOST_OF_A_KIND of either, chosen at random.
+
+    grades: for each solution, whether its answer is correct; None (unknown) leaves it out. A problem whose solutions are
+    all correct or all incorrect keeps none. The order stays. Source: the released code's data preparation.
+
+        grades of a problem's 8 solutions    T F T T F T T T     2 are incorrect, so 2 of the 6 correct ones are kept
+                                             F F F F F F F F     none is kept
+    """
+    # 1. Sort the solutions of each problem into correct and incorrect ones.
+    correct, incorrect = defaultdict(list), defaultdict(list)
+    for solution, grade in zip(solutions, grades, strict=True):
+        if grade is True:
+            correct[solution["problem_id"]].append(solution["id"])
+        elif grade is False:
+            incorrect[solution["problem_id"]].append(solution["id"])
+
+    # 2. Choose. Sorted and seeded per problem: neither the order of the file nor other problems change the choice.
+    kept = set()
+    for problem in correct:
+        rng = random.Random(f"{seed}/{problem}")
+        count = min(len(correct[problem]), len(incorrect[problem]), MOST_OF_A_KIND)
+        kept.update(rng.sample(sorted(correct[problem]), count))
+        kept.update(rng.sample(sorted(incorrect[problem]), count))
+    return [solution for solution in solutions if solution["id"] in kept]
+
+
+def write_balanced(args: argparse.Namespace) -> None:
+    """Write the solutions that `balance_solutions` keeps, with all their fields."""
+    if Path(args.out).resolve() == Path(args.solutions).resolve():
+        raise InputError(f"--out {args.out} is the file of --solutions; choose another")
+    solutions = records.read(args.solutions, ["id", "problem_id", "steps", "answer"], "python generate.py")
+    gold = records.read_answers([args.gold])
+    # A solution without steps gives a verifier nothing to judge: it would get no label, and the balance would be lost.
+    judgeable = [solution for solution in solutions if solution["steps"]]
+    pairs = []
+    for solution in judgeable:
+        if solution["problem_id"] not in gold:
+            raise InputError(f"{args.gold}: no answer for the problem of solution {solution['id']}; add it")
+        pairs.append((solution["answer"], gold[solution["problem_id"]]))
+    grades = grade_all(pairs)
+
+    kept = balance_solutions(judgeable, grades, args.seed)
+    if not kept:
+        raise InputError(f"{args.solutions}: no problem has both correct and incorrect solutions; sample more of each")
+    records.write_records(Path(args.out), kept, args)
+    problems = {solution["problem_id"] for solution in solutions}
+    problems_kept = {solution["problem_id"] for solution in kept}
+    print(f"{args.out}: {len(kept)} of {len(solutions)} solutions, half of them correct")
+    print(f"{len(problems_kept)} of {len(problems)} problems; {grades.count(None)} answers could not be graded")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -258,8 +322,18 @@ def main() -> None:
     command.add_argument("--train", required=True, help="JSON Lines with id and problem")
     command.add_argument("--benchmarks", nargs="+", required=True, help="the same, one file a benchmark")
     command.add_argument("--out", help="write the training file without the benchmarks' problems")
+    command = commands.add_parser("balance", help=balance_solutions.__doc__.partition("\n")[0])
+    command.add_argument("--solutions", required=True, help="solutions.jsonl of generate.py")
+    command.add_argument("--gold", required=True, help="JSON Lines with id and answer of the problems")
+    command.add_argument("--out", required=True, help="the solutions file to write")
+    command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    (report_overlap if args.command == "overlap" else prepare)(args)
+    if args.command == "overlap":
+        report_overlap(args)
+    elif args.command == "balance":
+        write_balanced(args)
+    else:
+        prepare(args)
 
 
 if __name__ == "__main__":

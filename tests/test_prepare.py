@@ -1,4 +1,4 @@
-"""Tests of data/prepare.py: every public set that is at hand, the checks of its files, and the overlap of two files."""
+"""Tests of data/prepare.py: every public set that is at hand, the checks of its files, the overlap of two files, balancing."""
 
 import json
 import sys
@@ -228,3 +228,79 @@ def test_overlap(tmp_path, monkeypatch, capsys):
     assert read_lines(tmp_path / "clean.jsonl") == [train[1]]
     with pytest.raises(InputError, match="no such file"):
         run(monkeypatch, "overlap", "--train", tmp_path / "none.jsonl", "--benchmarks", paths[1])
+
+
+# --------------------------------------------------------------------------- balancing
+
+
+def solutions_of(problem: str, answers: list[str | None]) -> list[dict]:
+    """One solution for each answer; one without steps where the answer is "none"."""
+    common = {"problem_id": problem, "text": "t"}
+    return [
+        {"id": f"{problem}/{k}", "steps": ["s"] * (answer != "none"), "answer": answer, **common}
+        for k, answer in enumerate(answers)
+    ]
+
+
+def test_balance_solutions_counted_by_hand():
+    """Guards against a balance over all problems in place of each, more than three of a kind, an unknown grade that counts
+    as incorrect, and a choice that other problems or the order of the file change."""
+    grades = {
+        "few wrong": [True, False, True, True, False, True],
+        "many": [True] * 5 + [False] * 4,
+        "all right": [True] * 4,
+        "all wrong": [False] * 4,
+        "unknown": [True, None, None, True],
+    }
+    solutions = [s for problem, found in grades.items() for s in solutions_of(problem, ["1"] * len(found))]
+    grade_of = dict(zip([s["id"] for s in solutions], [g for found in grades.values() for g in found], strict=True))
+
+    def balance(some: list[dict], seed: int) -> list[dict]:
+        return prepare.balance_solutions(some, [grade_of[s["id"]] for s in some], seed)
+
+    seen = set()
+    for seed in range(20):
+        kept = balance(solutions, seed)
+        assert [s for s in solutions if s in kept] == kept  # unchanged and in order
+        counts = {problem: [0, 0] for problem in grades}
+        for s in kept:
+            counts[s["problem_id"]][grade_of[s["id"]]] += 1
+        assert list(counts.values()) == [[2, 2], [3, 3], [0, 0], [0, 0], [0, 0]]
+        seen |= {s["id"] for s in kept}
+        assert {s["id"] for s in balance(solutions[::-1], seed)} == {s["id"] for s in kept}
+        alone = balance([s for s in solutions if s["problem_id"] == "many"], seed)
+        assert alone == [s for s in kept if s["problem_id"] == "many"]
+    assert len(seen) == 6 + 9  # every candidate has its turn
+
+
+def test_balance(tmp_path, monkeypatch, capsys):
+    """Guards against answers that are compared as text, solutions without a reference answer or without steps, and fields
+    that get lost."""
+    answers = {"a": ["0.5", r"\frac{1}{2}", "2", None, "none"], "b": ["7", "7"], "c": ["none", "9"]}
+    solutions = [s for problem, found in answers.items() for s in solutions_of(problem, found)]
+    gold = [{"id": "a", "answer": "1/2"}, {"id": "b", "answer": "7"}, {"id": "c", "answer": "9"}]
+    paths = [write_lines(tmp_path / f"{name}.jsonl", x) for name, x in [("solutions", solutions), ("gold", gold)]]
+    command = ["balance", "--solutions", paths[0], "--gold", paths[1], "--out"]
+    out = tmp_path / "balanced.jsonl"
+    run(monkeypatch, *command, out)
+    assert read_lines(out) == solutions[:4]
+    printed = capsys.readouterr().out
+    assert "4 of 9 solutions" in printed and "1 of 3 problems" in printed
+    assert json.loads(Path(f"{out}.args.json").read_text())["arguments"]["seed"] == 0
+    with pytest.raises(InputError, match="is the file of --solutions"):
+        run(monkeypatch, *command, tmp_path / "." / "solutions.jsonl")
+    for change, message in (
+        ((paths[1], gold[1:]), r"gold\.jsonl: no answer for the problem of solution a/0"),
+        ((paths[1], [*gold[:2], {"id": "c", "answer": None}]), "'c' has no answer"),
+        ((paths[0], solutions[5:]), "no problem has both correct and incorrect"),
+        ((paths[0], [{**solutions[0], "steps": "s"}]), "steps must be a list"),
+        ((paths[0], [{"id": "a/0", "steps": ["s"], "answer": "1"}]), "no field 'problem_id'"),
+    ):
+        write_lines(paths[0], solutions)
+        write_lines(paths[1], gold)
+        write_lines(*change)
+        with pytest.raises(InputError, match=message):
+            run(monkeypatch, *command, tmp_path / "other.jsonl")
+        with pytest.raises(SystemExit, match="2"):
+            distributed.run_stage(prepare.main)
+        assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "other.jsonl").exists()
