@@ -29,6 +29,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 from data import grader, records, report
 from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
@@ -77,9 +78,9 @@ PAPER = {  # in percent
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
     crashed. Both are LaTeX, with or without `\boxed{…}`; a prediction may have 4.5e33 for `4.5 \times 10^{33}`; no
-    answer (None, "") is False. timeout: seconds of CPU time, twice that at most if the prediction is read again.
+    answer (None, "") is False. timeout: seconds of CPU time, at most twice that if the prediction is read again.
 
-    A worker process does the algebra; it starts when first needed and stays. Equal texts and integers need none.
+    A worker process does the algebra; it starts when first needed and stays. Equal strings and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
     """
     if timeout <= 0:
@@ -96,16 +97,27 @@ def grade_all(
     """`grade` of many (prediction, reference) pairs, in order, by several workers; equal pairs are graded once."""
     unique = list(dict.fromkeys(pairs))
     with ThreadPoolExecutor(workers) as threads:  # a thread waits for its worker, so no more than `workers` run
-        known = dict(zip(unique, threads.map(lambda pair: grade(*pair, timeout), unique), strict=True))
+        verdicts = threads.map(lambda pair: grade(*pair, timeout), unique)
+        known = dict(zip(unique, verdicts, strict=True))
     return [known[pair] for pair in pairs]
 
 
 # --------------------------------------------------------------------------- numbers
 
 
+class Metric(NamedTuple):
+    """A measured fraction."""
+
+    value: float  # 0 to 1
+    n: int  # cases or problems that it is over
+    interval: tuple[float, float] | None = None  # (low, high), 95 %
+
+
 def first_error(step_verdicts: list[bool]) -> int:
     """Index of the first step judged incorrect, else -1."""
-    return step_verdicts.index(False) if False in step_verdicts else -1
+    if False in step_verdicts:
+        return step_verdicts.index(False)
+    return -1
 
 
 def processbench_f1(labels: list[int], predictions: list[int | None]) -> dict:
@@ -114,24 +126,43 @@ def processbench_f1(labels: list[int], predictions: list[int | None]) -> dict:
     A label is the index of the first wrong step or -1; a prediction likewise, or None for unparsed, which is wrong.
     An accuracy over no cases is 0, and so is F1 of two zeros.
     """
-    right: dict[bool, list[bool]] = {True: [], False: []}  # by: has a wrong step
+    error_hits, correct_hits = [], []
     for label, prediction in zip(labels, predictions, strict=True):
-        right[label != -1].append(label == prediction)
-    error, correct = (sum(hits) / max(len(hits), 1) for hits in (right[True], right[False]))
-    return {"error_acc": error, "correct_acc": correct, "f1": 2 * error * correct / (error + correct or 1)}
+        hits = correct_hits if label == -1 else error_hits
+        hits.append(label == prediction)
+    error_acc = sum(error_hits) / max(len(error_hits), 1)
+    correct_acc = sum(correct_hits) / max(len(correct_hits), 1)
+    f1 = 0.0
+    if error_acc + correct_acc > 0:
+        f1 = 2 * error_acc * correct_acc / (error_acc + correct_acc)
+    return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": f1}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that k of n samples, c right, hold a right one (Chen et al. 2021): 1 - C(n-c, k)/C(n, k)."""
+    """Unbiased probability that k of n samples, c of them right, include a right one: 1 - C(n-c, k) / C(n, k), Eq. 1 of
+    Chen et al. 2021 (arXiv 2107.03374)."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority_answer(answers: list[str | None]) -> str | None:
-    """The most frequent answer, compared as text, the earliest of equals; None (no answer) doesn't vote."""
+    """The most frequent answer, compared as a string, the earliest of equals; None (no answer) doesn't vote."""
     votes = Counter(answer for answer in answers if answer is not None)
-    return votes.most_common(1)[0][0] if votes else None
+    if not votes:
+        return None
+    [(winner, _)] = votes.most_common(1)
+    return winner
+
+
+def powers_of_two(n: int) -> list[int]:
+    """2, 4, 8, ... below n, and n."""
+    powers = []
+    k = 2
+    while k < n:
+        powers.append(k)
+        k *= 2
+    return [*powers, n]
 
 
 def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
@@ -139,16 +170,22 @@ def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) ->
 
     With sizes, of the same shape: sum(values) / sum(sizes), a mean over parts (steps) of which a row has several.
     """
-    if len(values) == 0:
+    P = len(values)
+    if P == 0:
         raise ValueError("nothing to resample: no rows")
-    sizes = np.ones(values.shape) if sizes is None else sizes
-    rng, P = np.random.default_rng(seed), len(values)
-    draws = (np.bincount(rng.integers(P, size=P), minlength=P) for _ in range(RESAMPLES))
-    return np.stack([(n @ values) / np.maximum(n @ sizes, 1e-12) for n in draws])
+    if sizes is None:
+        sizes = np.ones(values.shape)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(P, size=P)  # P rows, with replacement
+        times = np.bincount(drawn, minlength=P)  # (P,) how often each row was drawn
+        means.append((times @ values) / np.maximum(times @ sizes, 1e-12))
+    return np.stack(means)
 
 
-def middle(values: np.ndarray | list[float]) -> tuple[float, float]:
-    """(low, high): what holds the middle 95 % of the values."""
+def interval95(values: np.ndarray | list[float]) -> tuple[float, float]:
+    """(low, high): the 2.5 % and 97.5 % quantiles of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
@@ -156,17 +193,21 @@ def middle(values: np.ndarray | list[float]) -> tuple[float, float]:
 def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float]:
     """(low, high): 95 % interval of the mean of per_problem (P,). Problems are resampled, not samples: the samples of
     one problem aren't independent of each other."""
-    return middle(bootstrap(np.asarray(per_problem, dtype=float), seed))
+    return interval95(bootstrap(np.asarray(per_problem, dtype=float), seed))
 
 
 # --------------------------------------------------------------------------- shared by the commands
 
 
-def result_rows(benchmark: str, subset: str, numbers: dict, settings: dict, seconds: float, tokens: int) -> list[dict]:
-    """Rows of a results file. numbers: metric -> (value, n, interval or None)."""
-    where, spent = {"benchmark": benchmark, "subset": subset}, {"seconds": round(seconds, 1), "tokens": tokens}
-    named = {m: dict(zip(("value", "n", "interval"), number, strict=True)) for m, number in numbers.items()}
-    return [{**where, "metric": m, **number, "settings": settings, **spent} for m, number in named.items()]
+def result_rows(
+    benchmark: str, subset: str, metrics: dict[str, Metric], settings: dict, seconds: float, tokens: int
+) -> list[dict]:
+    """Rows of a results file, one for each metric."""
+    rows = []
+    for name, metric in metrics.items():
+        row = {"benchmark": benchmark, "subset": subset, "metric": name, **metric._asdict()}
+        rows.append({**row, "settings": settings, "seconds": round(seconds, 1), "tokens": tokens})
+    return rows
 
 
 def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
@@ -175,24 +216,33 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
     if len(rows) < 2:
         return []
     mean = float(np.mean([row["value"] for row in rows]))
-    # They are independent samples: half-widths add in squares.
-    half = sum((row["interval"][1] - row["interval"][0]) ** 2 for row in rows) ** 0.5 / 2 / len(rows)
-    seconds, tokens = (sum(row[key] for row in rows) for key in ("seconds", "tokens"))
-    numbers = {metric: (mean, len(rows), (mean - half, mean + half))}
-    return result_rows(benchmark, "average", numbers, rows[0]["settings"], seconds, tokens)
+    # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
+    squares = 0.0
+    for row in rows:
+        low, high = row["interval"]
+        squares += (high - low) ** 2
+    half = squares**0.5 / 2 / len(rows)
+    average = Metric(mean, len(rows), (mean - half, mean + half))
+    seconds = sum(row["seconds"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+    return result_rows(benchmark, "average", {metric: average}, rows[0]["settings"], seconds, tokens)
 
 
 def publish(rows: list[dict], args: argparse.Namespace) -> None:
     """Print the results, a line for each model and subset with the paper's numbers below, and write their file."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    lines: dict[tuple, dict[str, dict]] = {}
+    lines: dict[tuple, dict[str, dict]] = {}  # (model, benchmark, subset) -> metric -> row
     for row in rows:
-        lines.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), {})[row["metric"]] = row
+        name = (row["settings"]["model"], row["benchmark"], row["subset"])
+        lines.setdefault(name, {})[row["metric"]] = row
     table = []
-    for names, line in lines.items():
-        numbers = [report.percent(line[m]["value"], line[m]["interval"]) if m in line else "-" for m in metrics]
-        any_row = next(iter(line.values()))
-        table.append([*names, any_row["n"], *numbers, any_row["tokens"], any_row["seconds"]])
+    for name, line in lines.items():
+        cells = []
+        for metric in metrics:
+            row = line.get(metric, {"value": None, "interval": None})
+            cells.append(report.percent(row["value"], row["interval"]))
+        first = next(iter(line.values()))  # these three are the same in all rows of a line
+        table.append([*name, first["n"], *cells, first["tokens"], first["seconds"]])
     report.print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
     distributed.log(PAPER[args.command])
     if distributed.rank() == 0:
@@ -205,20 +255,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--temperature", type=float, default=temperature, help="of samples; a greedy pass has none")
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use the first so many records of each file only")
-    parser.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--limit", type=int, help="use only the first N records of each file")
+    parser.add_argument(
+        "--slots", type=int, help="max concurrent sequences; default: by the GPU's memory, on a CPU 128"
+    )
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
 
 
 def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Namespace:
-    """Parse the flags of one command. If an input isn't given, the tiny world's values take the place of defaults."""
-    given = parser.parse_args()
-    missing = [name for name in inputs if getattr(given, name) is None]
-    args = records.parse_args(parser, TINY[given.command], (missing or inputs)[0])
-    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
-    if vars(args).get("out", "") is None:
+    """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults."""
+    args = parser.parse_args()
+    missing = [name for name in inputs if getattr(args, name) is None]
+    if missing:
+        args = records.parse_args(parser, TINY[args.command], missing[0])
+    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "prm_max_new_tokens", "slots")
+    if "out" in args and args.out is None:
         raise InputError("--out is missing; say where to write the result")
-    if "out" in args and Path(args.out).is_dir():  # before hours of work, rather than after them
+    if "out" in args and Path(args.out).is_dir():  # fail early, not after hours of sampling
         raise InputError(f"--out {args.out} is a directory; name a file in it")
     return args
 
@@ -227,7 +280,9 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     """name -> path, the name being the file's without its suffix. Raises InputError if two are the same."""
     named = {Path(path).stem: path for path in paths}
     if len(named) < len(paths):
-        raise InputError(f"--{flag} {' '.join(paths)}: two files with one name, and results go by the name; rename one")
+        raise InputError(
+            f"--{flag} {' '.join(paths)}: two files share a name, and results are keyed by name; rename one"
+        )
     return named
 
 
@@ -241,66 +296,98 @@ def read_cases(path: str) -> list[dict]:
     """
     fields = ["problem", "steps", "label"]
     text = Path(path).read_text(encoding="utf-8").lstrip() if Path(path).is_file() else ""
-    try:
-        cases = json.loads(text) if text.startswith("[") else records.read(path, fields, "python -m data.make_tiny")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+    if text.startswith("["):
+        try:
+            cases = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+    else:
+        cases = records.read(path, fields, "python -m data.make_tiny")
     if not cases:
         raise InputError(f"{path}: the file is empty; fetch it again")
     for number, case in enumerate(cases):
         if any(field not in case for field in fields):
             raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
-        if case["label"] not in range(-1, len(case["steps"])):
-            about = f"case {number} has label {case['label']!r} and {len(case['steps'])} steps"
-            raise InputError(f"{path}: {about}; a label is the index of the first wrong step, from 0, or -1")
+        label, num_steps = case["label"], len(case["steps"])
+        if label not in range(-1, num_steps):
+            raise InputError(f"{path}: case {number} has label {label!r} and {num_steps} steps; a label is the index of "
+                             "the first wrong step, from 0, or -1")  # fmt: skip
     return cases
 
 
-def processbench_numbers(kind: str, cases: list[dict], scored: list[Judgement], seed: int) -> dict:
-    """metric -> (fraction, number of cases, 95 % interval or None) of one subset.
+def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
+    """An ORM names no step. Its verdict is compared with final_answer_correct where a case has it, else with "no wrong
+    step"."""
+    n = len(cases)
+    right = np.zeros(n)
+    unparsed = 0
+    for i, (case, judgement) in enumerate(zip(cases, judgements, strict=True)):
+        truth = case.get("final_answer_correct", case["label"] == -1)
+        right[i] = judgement.verdict == truth
+        unparsed += judgement.verdict is None
+    return {
+        "outcome_acc": Metric(float(right.mean()), n, bootstrap_interval(right, seed)),
+        "unparsed": Metric(unparsed / n, n),
+    }
 
-    A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names no step; it has the accuracy of
-    its verdict: against final_answer_correct where a case says it, else against "no wrong step".
-    """
-    n, rng = len(cases), np.random.default_rng(seed)
+
+def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
+    """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1."""
     if kind == "orm":
-        truths = [case.get("final_answer_correct", case["label"] == -1) for case in cases]
-        right = np.array([float(s.verdict == truth) for s, truth in zip(scored, truths, strict=True)])
-        numbers = {"outcome_acc": (float(right.mean()), n, bootstrap_interval(right, seed))}
-        return numbers | {"unparsed": (sum(s.verdict is None for s in scored) / n, n, None)}
-    predictions = [None if s.step_verdicts is None else first_error(s.step_verdicts) for s in scored]
-    pairs = [(case["label"], prediction) for case, prediction in zip(cases, predictions, strict=True)]
-    wrong = sum(case["label"] != -1 for case in cases)
-    resamples = ([pairs[i] for i in rng.integers(n, size=n)] for _ in range(RESAMPLES))
-    resampled = [processbench_f1(*zip(*resample, strict=True)) for resample in resamples]
-    found, sizes = processbench_f1(*zip(*pairs, strict=True)), {"f1": n, "error_acc": wrong, "correct_acc": n - wrong}
-    numbers = {m: (found[m], size, middle([r[m] for r in resampled])) for m, size in sizes.items()}
-    return numbers | {"unparsed": (predictions.count(None) / n, n, None)}
+        return orm_metrics(cases, judgements, seed)
+    labels = [case["label"] for case in cases]
+    predictions = []
+    for judgement in judgements:
+        verdicts = judgement.step_verdicts
+        predictions.append(None if verdicts is None else first_error(verdicts))
+    found = processbench_f1(labels, predictions)
+
+    # Cases are resampled, not hits: F1 is no mean over cases, so it is computed anew for every resample.
+    n = len(cases)
+    rng = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(n, size=n).tolist()
+        resampled.append(processbench_f1([labels[i] for i in drawn], [predictions[i] for i in drawn]))
+
+    wrong = sum(label != -1 for label in labels)
+    sizes = {"f1": n, "error_acc": wrong, "correct_acc": n - wrong}
+    metrics = {}
+    for name, size in sizes.items():
+        metrics[name] = Metric(found[name], size, interval95([numbers[name] for numbers in resampled]))
+    metrics["unparsed"] = Metric(predictions.count(None) / n, n)
+    return metrics
 
 
 def run_processbench(parser: argparse.ArgumentParser) -> None:
     """ProcessBench: does a reward model find the first wrong step of a solution?"""
     parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--data", nargs="+", help="one file a subset: JSON Lines or array of problem, steps, label")
+    parser.add_argument("--data", nargs="+", help="one file per subset: JSON Lines or array of problem, steps, label")
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
     parser.add_argument("--votes", type=int, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
-    subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
+    subsets = {}
+    for name, path in name_files("data", args.data).items():
+        subsets[name] = read_cases(path)[: args.limit]
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
-    settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
-    settings |= {"max_new_tokens": args.max_new_tokens}
+    settings = {
+        "votes": args.votes,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens,
+    }
     rows = []
     for subset, cases in subsets.items():
         started = time.time()
-        # ProcessBench has no separate answer: whatever a case says of it isn't shown.
+        # ProcessBench has no separate answer, so an answer field of a case is ignored.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
         mine = solutions[distributed.rank() :: distributed.world_size()]
-        scored = distributed.gather(score_solutions(engine, args.kind, mine, **settings, title=subset))
-        numbers = processbench_numbers(args.kind, cases, scored, args.seed)
-        about = {"model": args.model, "kind": args.kind, **settings}
-        tokens = sum(s.tokens for s in scored)
-        rows += result_rows("processbench", subset, numbers, about, time.time() - started, tokens)
+        judgements = distributed.gather(score_solutions(engine, args.kind, mine, **settings, title=subset))
+        metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
+        tokens = sum(judgement.tokens for judgement in judgements)
+        described = {"model": args.model, "kind": args.kind, **settings}
+        rows += result_rows("processbench", subset, metrics, described, time.time() - started, tokens)
     headline = "outcome_acc" if args.kind == "orm" else "f1"
     publish(rows + average_rows("processbench", rows, headline), args)
 
@@ -374,11 +461,6 @@ def best_of_k(
     return found
 
 
-def powers_of_two(n: int) -> list[int]:
-    """2, 4, 8, ... below n, and n."""
-    return [2**e for e in range(1, n.bit_length()) if 2**e < n] + [n]
-
-
 def benchmark_numbers(result: dict, others: dict[str, np.ndarray], seed: int) -> dict:
     """metric -> (fraction, number of problems, 95 % interval or None) from heldout_accuracy's result, and from other
     metrics' (P,) values."""
@@ -391,8 +473,10 @@ def benchmark_numbers(result: dict, others: dict[str, np.ndarray], seed: int) ->
     winners = [group.index(majority_answer(group)) for group in result["answers"]]
     per_problem[f"maj@{k}"] = correct[np.arange(P), winners]
     per_problem |= others
-    numbers = {m: (float(values.mean()), P, bootstrap_interval(values, seed)) for m, values in per_problem.items()}
-    return numbers | {name: (result[name] / correct.size, P, None) for name in ("unknown", "truncated")}
+    numbers = {
+        m: Metric(float(values.mean()), P, bootstrap_interval(values, seed)) for m, values in per_problem.items()
+    }
+    return numbers | {name: Metric(result[name] / correct.size, P) for name in ("unknown", "truncated")}
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
@@ -432,7 +516,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     last = args.model[-1]
     for model, name in [key for key in measured if key[0] != last]:
         change = measured[model, name] - measured[last, name]
-        numbers = {headline: (float(change.mean()), len(change), bootstrap_interval(change, args.seed))}
+        numbers = {headline: Metric(float(change.mean()), len(change), bootstrap_interval(change, args.seed))}
         rows += result_rows(name, "all", numbers, {"model": f"{model} minus {last}", **settings}, 0.0, 0)
     publish(rows, args)
 
@@ -562,7 +646,7 @@ def paired_gain(scores: dict[str, np.ndarray], base: dict[str, np.ndarray], seed
     gains, sizes = np.stack(list(problems.values()), axis=1)  # (P, 4) each
     resampled = bootstrap(gains, seed, sizes)
     known = [(j, m) for j, m in enumerate(LABEL_METRICS) if sizes[:, j].any()]
-    return {m: [float(gains[:, j].sum() / sizes[:, j].sum()), *middle(resampled[:, j])] for j, m in known}
+    return {m: [float(gains[:, j].sum() / sizes[:, j].sum()), *interval95(resampled[:, j])] for j, m in known}
 
 
 def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int) -> list[dict]:
