@@ -1,8 +1,7 @@
-"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands.
+"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): five commands.
 
     python evaluate.py processbench   # does a reward model find the first wrong step?  -> runs/tiny/processbench.jsonl
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl
-    python evaluate.py best_of        # does a reward model choose well among samples?  -> runs/tiny/best_of.jsonl
     python evaluate.py labels         # are the labels of Stage I right?                -> runs/tiny/labels.json
     python evaluate.py plot           # the curves of GRPO runs, and of studies         -> runs/tiny/curves.png
     python evaluate.py show t0003     # one problem's way through all stages            -> the terminal
@@ -12,6 +11,7 @@ Each runs on the tiny world, after the stage that it measures. With one's own mo
     python evaluate.py processbench --model runs/prm_cot --data gsm8k.json math.json --out runs/processbench.jsonl
     python evaluate.py benchmark --model runs/grpo Qwen/Qwen2.5-Math-7B --problems math500.jsonl aime24.jsonl \\
         --gold gold.jsonl --num_samples 16 --greedy --out runs/benchmark.jsonl
+    python evaluate.py benchmark --solutions math500_samples.jsonl --gold gold.jsonl --prm runs/prm_cot --out runs/best.jsonl
 
 Answers are opened here, after the fact: nothing feeds back into reference-free training. What can't be judged is
 counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
@@ -26,13 +26,15 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
 from data import grader, records, report
-from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
+from generate import SOLVE_PROMPT, Engine, extract_answer, find_incomplete, find_model, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import with_progress
@@ -40,6 +42,7 @@ from train_prm import REWARD_MODELS, Judgement, score_solutions
 from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
 import numpy as np
+import torch
 
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {
@@ -50,11 +53,7 @@ TINY = {
     "benchmark": {
         "model": ["runs/tiny/grpo", "data/tiny/policy"], "problems": ["data/tiny/heldout.jsonl"],
         "gold": ["data/tiny/gold.jsonl"], "out": "runs/tiny/benchmark.jsonl",
-        "max_new_tokens": 160, "limit": 500, "slots": 256, "device": "cpu",
-    },
-    "best_of": {
-        "model": "runs/tiny/prm_cot", "solutions": ["runs/tiny/solutions.jsonl"], "gold": ["data/tiny/gold.jsonl"],
-        "out": "runs/tiny/best_of.jsonl", "max_new_tokens": 200, "slots": 256, "device": "cpu",
+        "max_new_tokens": 160, "prm_max_new_tokens": 200, "limit": 500, "slots": 256, "device": "cpu",
     },
     "labels": {
         "labels": ["runs/tiny/verify/labels_step_consistency.jsonl"],
@@ -66,7 +65,6 @@ TINY = {
 }  # fmt: skip
 RESAMPLES = 2000  # of every bootstrap
 PAPER = {  # in percent
-    "best_of": "The paper has no such numbers.",
     "processbench": "Paper (not run here), average F1: PRM 67.5, PRM-CoT 65.7, reference-guided PRM 66.4, GPT-4o 61.9",
     "benchmark": "Paper (not run here), Qwen2.5-Math-7B after RL with PRM-CoT: MATH-500 85.4, AIME24 30.0, "
     "AIME25 20.0, AMC23 66.3, Olympiad 42.7, Minerva 40.1, average 47.4; average with PRM 44.1, with RLVR 43.9",
@@ -262,11 +260,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
 
 
-def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Namespace:
-    """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults."""
+def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | None = None) -> argparse.Namespace:
+    """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults,
+    unless there is a flag that makes do without them."""
     args = parser.parse_args()
     missing = [name for name in inputs if getattr(args, name) is None]
-    if missing:
+    if missing and not (unless and getattr(args, unless)):
         args = records.parse_args(parser, TINY[args.command], missing[0])
     records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "prm_max_new_tokens", "slots")
     if "out" in args and args.out is None:
@@ -395,177 +394,356 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 # --------------------------------------------------------------------------- benchmarks
 
 
-def heldout_accuracy(
-    engine: Engine, problems: list[dict], gold: dict[str, str], num_samples: int = 4,
-    temperature: float = 1.0, max_new_tokens: int = 3072, seed: int = 0, top_p: float = 1.0, title: str | None = None,
-) -> dict:  # fmt: skip
-    """Sample k solutions of each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
+@dataclass
+class Graded:
+    """P problems with k graded samples each, and their accuracy with its 95 % interval over problems."""
 
-    Returns accuracy, low, high (mean and 95 % interval), per_problem (P,) means, correct (P, k) bool; answers and texts
-    as P lists of k; cut, how many of the k were truncated, (P,); the counts unknown (can't be graded, so not right),
-    truncated and tokens. Under torchrun every rank calls it, does its share, and returns the same. A title shows
-    progress. Raises InputError for a problem without a gold answer or too long for the context.
+    samples: list[list[dict]]  # P lists of k solutions: problem_id, text, answer, finish, tokens
+    correct: np.ndarray  # (P, k) bool; an answer that can't be graded isn't correct
+    unknown: int  # answers that can't be graded
+    accuracy: float
+    low: float
+    high: float
+
+
+def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
+    """Raise InputError for the first problem without a reference answer."""
+    for name in problem_ids:
+        if name not in gold:
+            raise InputError(f"problem {name}: no gold answer; --gold must have one for every problem")
+
+
+def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) -> Graded:
+    """Grade P >= 1 lists of k samples against gold (problem id -> answer). Under torchrun every rank has all samples,
+    grades its share, and returns the same."""
+    pairs = []
+    for group in samples[distributed.rank() :: distributed.world_size()]:
+        for sample in group:
+            pairs.append((sample["answer"], gold[sample["problem_id"]]))
+    verdicts = grade_all(pairs)
+    k = len(samples[0])
+    mine = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
+    grades = distributed.gather(mine)  # P lists of k: True, False or None
+
+    correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
+    unknown = sum(group.count(None) for group in grades)
+    per_problem = correct.mean(axis=1)  # (P,)
+    low, high = bootstrap_interval(per_problem, seed)
+    return Graded(samples, correct, unknown, float(per_problem.mean()), low, high)
+
+
+def heldout_accuracy(
+    engine: Engine,
+    problems: list[dict],
+    gold: dict[str, str],
+    *,
+    num_samples: int,
+    temperature: float,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    seed: int,
+    title: str | None = None,
+) -> Graded:
+    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
+
+    Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every rank
+    calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without a gold
+    answer or too long for the context.
     """
+    require_answers([problem["id"] for problem in problems], gold)
     mine = problems[distributed.rank() :: distributed.world_size()]
-    prompts = [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
-    for problem in mine:
-        if problem["id"] not in gold:
-            raise InputError(f"problem {problem['id']}: no gold answer; --gold must have one for every problem")
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in mine]
     stream = engine.stream(
-        prompts, keys=[p["id"] for p in mine], num_samples=num_samples, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=seed,
-    )  # fmt: skip
+        prompts,
+        keys=[problem["id"] for problem in mine],
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
     if title:
         stream = with_progress(stream, engine.sampler, title, len(prompts), num_samples)
-    drawn = [samples for _, samples in sorted(stream, key=lambda pair: pair[0])]
-    texts = [[engine.text(s) for s in samples] for samples in drawn]
-    answers = [[extract_answer(text) for text in group] for group in texts]
-    grades = grade_all([(a, gold[p["id"]]) for p, group in zip(mine, answers, strict=True) for a in group])
-    grades = [grades[i : i + num_samples] for i in range(0, len(grades), num_samples)]
-    cut = [sum(s.finish == "length" for s in samples) for samples in drawn]
-    tokens = [sum(len(s.ids) for s in samples) for samples in drawn]
-    everything = distributed.gather(list(zip(texts, answers, grades, cut, tokens, strict=True)))
-    texts, answers, grades, cut, tokens = (list(column) for column in zip(*everything, strict=True))
-    counts = {"truncated": sum(cut), "tokens": sum(tokens)}
-    return {**accuracy_of(grades, seed), "answers": answers, "texts": texts, "cut": cut, **counts}
+    groups: list[list[dict]] = [[] for _ in mine]
+    for i, samples in stream:  # in the order in which they are finished
+        for sample in samples:
+            text = engine.text(sample)
+            solution = {"problem_id": mine[i]["id"], "text": text, "answer": extract_answer(text)}
+            groups[i].append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
+    return grade_samples(distributed.gather(groups), gold, seed)
 
 
-def accuracy_of(grades: list[list[bool | None]], seed: int) -> dict:
-    """accuracy, low, high, per_problem (P,), correct (P, k) and unknown, from P lists of k grades."""
-    correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
-    per_problem = correct.mean(axis=1)
-    low, high = bootstrap_interval(per_problem, seed)
-    means = {"accuracy": float(per_problem.mean()), "low": low, "high": high, "per_problem": per_problem}
-    return {**means, "correct": correct, "unknown": sum(group.count(None) for group in grades)}
+def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) -> dict[str, Metric]:
+    """avg@k, pass@j for j = 2, 4, ... k, and maj@k of graded samples; others: further metrics' values (P,)."""
+    P, k = graded.correct.shape
+    per_problem = {f"avg@{k}": graded.correct.mean(axis=1)}  # (P,) each
+    for j in powers_of_two(k):
+        counts = graded.correct.sum(axis=1)  # (P,)
+        per_problem[f"pass@{j}"] = np.array([pass_at_k(k, int(c), j) for c in counts])
+    majority = np.zeros(P)
+    for p, group in enumerate(graded.samples):
+        answers = [sample["answer"] for sample in group]
+        # A sample with the majority answer was graded. If no sample has an answer, it is a None, graded as wrong.
+        majority[p] = graded.correct[p, answers.index(majority_answer(answers))]
+    per_problem[f"maj@{k}"] = majority
+    per_problem |= others
+
+    metrics = {}
+    for name, values in per_problem.items():
+        metrics[name] = Metric(float(values.mean()), P, bootstrap_interval(values, seed))
+    truncated = sum(sample["finish"] == "length" for group in graded.samples for sample in group)
+    metrics["unknown"] = Metric(graded.unknown / (P * k), P)
+    metrics["truncated"] = Metric(truncated / (P * k), P)
+    return metrics
+
+
+# --- best of k: a reward model chooses among the same samples
 
 
 def best_of_k(
-    correct: np.ndarray, answers: list[list[str | None]], scored: list[list[Judgement]]
+    correct: np.ndarray, answers: list[list[str | None]], judgements: list[list[Judgement]]
 ) -> dict[str, np.ndarray]:
-    """metric -> (P,) right or not, when a reward model chooses among a problem's first k samples; correct (P, n), k =
-    2, 4, 8, ... and n. Four rules: the score of the outcome; the mean and the least of the steps' scores; the answer
-    with the greatest sum of outcome scores. Equal scores: the earliest sample. What is unparsed scores 0."""
-    n = correct.shape[1]
-    scores = {
-        "verdict": np.array([[s.score or 0.0 for s in group] for group in scored]),  # (P, n)
-        "mean": np.array([[float(np.mean(s.step_scores or [0.0])) for s in group] for group in scored]),
-        "min": np.array([[min(s.step_scores or [0.0]) for s in group] for group in scored]),
-    }
-    # same[p, i, j]: samples i and j of problem p have the same answer, compared as text; none is no answer
-    same = np.array([[[a is not None and a == b for b in group] for a in group] for group in answers])  # (P, n, n)
+    """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0.
+
+    correct (P, n), k = 2, 4, 8, ... and n. Four rules: the score of the outcome (verdict); the mean and the least of the
+    steps' scores (mean, min); the answer with the greatest sum of outcome scores (vote). Equal scores: the earliest
+    sample. What is unparsed scores 0.
+    """
+    P, n = correct.shape
+    verdict = np.zeros((P, n))
+    mean = np.zeros((P, n))
+    least = np.zeros((P, n))
+    for p, group in enumerate(judgements):
+        for i, judgement in enumerate(group):
+            step_scores = judgement.step_scores or [0.0]
+            verdict[p, i] = judgement.score or 0.0
+            mean[p, i] = np.mean(step_scores)
+            least[p, i] = min(step_scores)
     found = {}
     for k in powers_of_two(n):
-        votes = (same[:, :k, :k] * scores["verdict"][:, None, :k]).sum(axis=2)  # (P, k)
-        for rule, values in (scores | {"vote": votes}).items():
-            found[f"best@{k}/{rule}"] = correct[np.arange(len(correct)), values[:, :k].argmax(axis=1)].astype(float)
+        rules = {"verdict": verdict, "mean": mean, "min": least, "vote": sum_by_answer(answers, verdict, k)}
+        for rule, scores in rules.items():
+            chosen = scores[:, :k].argmax(axis=1)  # (P,) the first of equals
+            found[f"best@{k}/{rule}"] = correct[np.arange(P), chosen].astype(float)
     return found
 
 
-def benchmark_numbers(result: dict, others: dict[str, np.ndarray], seed: int) -> dict:
-    """metric -> (fraction, number of problems, 95 % interval or None) from heldout_accuracy's result, and from other
-    metrics' (P,) values."""
-    correct = result["correct"]  # (P, k)
-    P, k = correct.shape
-    per_problem = {f"avg@{k}": result["per_problem"]}
-    for j in powers_of_two(k):
-        per_problem[f"pass@{j}"] = np.array([pass_at_k(k, int(c), j) for c in correct.sum(axis=1)])
-    # The sample that gave the majority answer was graded; where no sample has an answer it is a None, graded not right.
-    winners = [group.index(majority_answer(group)) for group in result["answers"]]
-    per_problem[f"maj@{k}"] = correct[np.arange(P), winners]
-    per_problem |= others
-    numbers = {
-        m: Metric(float(values.mean()), P, bootstrap_interval(values, seed)) for m, values in per_problem.items()
+def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
+    """Each sample's sum of the scores (P, n) of all samples with its answer, among the first k of a problem -> (P, k).
+    Answers are compared as strings; a sample without one gets 0."""
+    sums = np.zeros((len(answers), k))
+    for p, group in enumerate(answers):
+        of_answer: dict[str, float] = {}
+        for i in range(k):
+            if group[i] is not None:
+                of_answer[group[i]] = of_answer.get(group[i], 0.0) + scores[p, i]
+        for i in range(k):
+            sums[p, i] = of_answer.get(group[i], 0.0)
+    return sums
+
+
+def judge_samples(
+    engine: Engine, samples: list[list[dict]], args: argparse.Namespace, title: str
+) -> list[list[Judgement]]:
+    """A reward model's judgement of each of P lists of k samples; every rank judges its share."""
+    solutions = [solution for group in samples for solution in group]
+    mine = score_solutions(
+        engine,
+        args.kind,
+        solutions[distributed.rank() :: distributed.world_size()],
+        max_new_tokens=args.prm_max_new_tokens,
+        votes=args.votes,
+        seed=args.seed,
+        title=title,
+    )
+    judgements = distributed.gather(mine)
+    k = len(samples[0])
+    return [judgements[i : i + k] for i in range(0, len(judgements), k)]
+
+
+# --- the command
+
+
+@dataclass
+class Benchmark:
+    """What there is to measure: one model's solutions to the problems of one file."""
+
+    model: str
+    name: str
+    settings: dict  # of sampling, as far as they are known
+    samples: list[list[dict]]  # P lists of k
+    greedy: list[list[dict]]  # P lists of one, or empty
+    seconds: float  # that sampling took
+
+
+def read_samples(path: str | Path) -> dict[str, list[dict]]:
+    """problem id -> its samples in order, from a solutions file. Raises InputError if some problems have fewer."""
+    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
+    groups: dict[str, list[dict]] = {}
+    for solution in sorted(records.read(path, fields, "python generate.py"), key=lambda s: s["sample"]):
+        groups.setdefault(solution["problem_id"], []).append(solution)
+    if len({len(group) for group in groups.values()}) > 1:
+        raise InputError(f"{path}: problems have different numbers of samples; let generate.py finish the file")
+    return groups
+
+
+def read_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
+    """Anybody's samples, one benchmark per solutions file."""
+    benchmarks = []
+    for name, path in name_files("solutions", args.solutions).items():
+        samples = list(read_samples(path).values())[: args.limit]
+        settings = {"num_samples": len(samples[0])}
+        benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, samples, [], 0.0))
+    return benchmarks
+
+
+def hash_weights(model: str) -> str:
+    """A fingerprint of a model's weights. A model that has been trained since is another one under the same name."""
+    digests = [records.hash_file(path) for path in sorted(find_model(model).glob("*.safetensors"))]
+    return "-".join(digests)
+
+
+def sample_benchmarks(model: str, files: dict[str, list[dict]], args, device: torch.device) -> list[Benchmark]:
+    """Sample a model's solutions to the problems of each file, and read them. They are solutions files beside --out; what
+    an earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    settings = {
+        "num_samples": args.num_samples,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
     }
-    return numbers | {name: Metric(result[name] / correct.size, P) for name in ("unknown", "truncated")}
+    once = {**settings, "num_samples": 1, "temperature": 0.0}
+    weights = hash_weights(model)
+    path_of_model = Path(args.out).with_suffix("") / model.strip("/").replace("/", "-")
+    engine = None  # opened only if a solution is missing
+
+    benchmarks = []
+    for name, problems in files.items():
+        started = time.time()
+        passes = {f"{path_of_model}_{name}.jsonl": settings}
+        if args.greedy:
+            passes[f"{path_of_model}_{name}_greedy.jsonl"] = once
+        found = []
+        for path, chosen in passes.items():
+            described = argparse.Namespace(model=model, model_sha256=weights, **chosen)
+            with records.RecordFile(path, described, keep="problem") as output:
+                if find_incomplete(problems, output, chosen["num_samples"]):
+                    engine = engine or open_engine(model, device, args.slots)
+                    generate_solutions(engine, problems, output, described)
+            groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
+            found.append([groups[problem["id"]] for problem in problems])
+        greedy = found[1] if args.greedy else []
+        benchmarks.append(Benchmark(model, name, settings, found[0], greedy, time.time() - started))
+    return benchmarks
+
+
+def measure_benchmark(
+    benchmark: Benchmark, graded: Graded, judge: Engine | None, gold: dict[str, str], args: argparse.Namespace
+) -> list[dict]:
+    """The result rows of one benchmark, whose samples are graded already. judge: the engine of --prm."""
+    started = time.time()
+    settings = {"model": benchmark.model, **benchmark.settings}
+    tokens = 0
+    for group in [*benchmark.samples, *benchmark.greedy]:
+        tokens += sum(sample["tokens"] for sample in group)
+    others = {}  # metric -> (P,)
+    if benchmark.greedy:
+        others["greedy"] = grade_samples(benchmark.greedy, gold, args.seed).correct.mean(axis=1)
+    if judge:
+        settings |= {
+            "prm": args.prm,
+            "kind": args.kind,
+            "votes": args.votes,
+            "prm_max_new_tokens": args.prm_max_new_tokens,
+        }
+        judgements = judge_samples(judge, benchmark.samples, args, f"{benchmark.name}, judged")  # P lists of k
+        answers = [[sample["answer"] for sample in group] for group in benchmark.samples]
+        others |= best_of_k(graded.correct, answers, judgements)
+        others["unparsed"] = np.zeros(len(judgements))
+        for p, group in enumerate(judgements):
+            others["unparsed"][p] = np.mean([judgement.verdict is None for judgement in group])
+            tokens += sum(judgement.tokens for judgement in group)
+    metrics = benchmark_numbers(graded, others, args.seed)
+    seconds = benchmark.seconds + time.time() - started
+    return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
+
+
+def compare_with_last(models: list[str], graded: dict[tuple[str, str], Graded], seed: int) -> dict[tuple, Metric]:
+    """(model, benchmark) -> the accuracy of a model minus that of the last one, paired by problem. graded: likewise."""
+    changes = {}
+    for (model, name), ours in graded.items():
+        last = graded.get((models[-1], name))
+        if model != models[-1] and last is not None:
+            change = ours.correct.mean(axis=1) - last.correct.mean(axis=1)  # (P,)
+            changes[model, name] = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
+    return changes
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
-    """Benchmarks: k solutions a problem, graded. avg@k: mean accuracy; pass@k: one of k is right; maj@k: the most
-    frequent answer is. Brackets: 95 % intervals over problems. Several models are compared with the last, in pairs."""
+    """Benchmarks: k solutions per problem, graded. avg@k: mean accuracy; pass@k: one of k is right; maj@k: the most
+    frequent answer is. Brackets: 95 % intervals over problems. Several models are compared with the last, in pairs.
+
+    The samples are kept beside --out as solutions files, so a killed run resumes; --solutions measures anybody's instead.
+    With --prm a reward model chooses among them. best@k/verdict, mean, min: the sample whose outcome, steps' mean or worst
+    step scores best is right; best@k/vote: the answer with the greatest sum of outcome scores is."""
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
-    parser.add_argument("--problems", nargs="+", help="one file a benchmark: JSON Lines with id and problem")
+    parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
     parser.add_argument("--num_samples", type=int, default=4, help="k, samples per problem")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
-    add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
-    args = parse_command(parser, "model", "problems", "gold")
-    made_by = "python -m data.make_tiny problems"
-    paths = name_files("problems", args.problems)
-    files = {name: records.read(path, ["id", "problem"], made_by)[: args.limit] for name, path in paths.items()}
-    gold, device = records.read_answers(args.gold), distributed.init_distributed(args.device)
-    headline = f"avg@{args.num_samples}"
-    settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p}
-    settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
-    for model in args.model:
-        engine = None  # the model before, which would take the room of this one
-        engine = open_engine(model, device, args.slots)
-        mine = []
-        for name, problems in files.items():
-            started = time.time()
-            result = heldout_accuracy(engine, problems, gold, **settings, title=name)
-            once = {**settings, "num_samples": 1, "temperature": 0.0}
-            greedy = heldout_accuracy(engine, problems, gold, **once, title=f"{name}, greedy") if args.greedy else None
-            others = {"greedy": greedy["per_problem"]} if greedy else {}
-            numbers = benchmark_numbers(result, others, args.seed)
-            tokens = result["tokens"] + (greedy["tokens"] if greedy else 0)
-            mine += result_rows(name, "all", numbers, {"model": model, **settings}, time.time() - started, tokens)
-            measured[model, name] = result["per_problem"]
-        rows += mine + average_rows("benchmarks", mine, headline)
-    last = args.model[-1]
-    for model, name in [key for key in measured if key[0] != last]:
-        change = measured[model, name] - measured[last, name]
-        numbers = {headline: Metric(float(change.mean()), len(change), bootstrap_interval(change, args.seed))}
-        rows += result_rows(name, "all", numbers, {"model": f"{model} minus {last}", **settings}, 0.0, 0)
-    publish(rows, args)
-
-
-def run_best_of(parser: argparse.ArgumentParser) -> None:
-    """Best of k: a reward model chooses among the samples of a solutions file; all numbers are of the same samples.
-    best@k/verdict, mean, min: the sample whose outcome, steps' mean or worst step scores best; best@k/vote: the answer
-    with the greatest sum of outcome scores."""
-    parser.add_argument("--solutions", nargs="+", help="one file a benchmark: solutions.jsonl of generate.py")
-    parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
-    parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
     parser.add_argument(
-        "--votes", type=int, default=1, help="1: one greedy pass; K: sample K, scores are shares of votes"
+        "--solutions", nargs="+", help="solutions files to measure in place of sampling, one per benchmark"
     )
-    add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
-    args = parse_command(parser, "model", "solutions", "gold")
-    gold, rows = records.read_answers(args.gold), []
-    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
-    files = {
-        n: records.read(path, fields, "python generate.py")
-        for n, path in name_files("solutions", args.solutions).items()
-    }
-    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
-    settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
-    settings |= {"max_new_tokens": args.max_new_tokens}
-    for name, solutions in files.items():
-        started, groups = time.time(), {}
-        for s in sorted(solutions, key=lambda s: s["sample"]):
-            groups.setdefault(s["problem_id"], []).append(s)
-        groups = dict(list(groups.items())[: args.limit])
-        if len({len(group) for group in groups.values()}) > 1:
-            raise InputError(f"{name}: problems have different numbers of samples; let generate.py finish the file")
-        if unknown := [p for p in groups if p not in gold]:
-            raise InputError(f"problem {unknown[0]}: no gold answer; --gold must have one for every problem")
-        samples, k = [s for group in groups.values() for s in group], len(next(iter(groups.values())))
-        judged = distributed.gather(score_solutions(
-            engine, args.kind, samples[distributed.rank() :: distributed.world_size()], **settings, title=name))  # fmt: skip
-        grades = grade_all([(s["answer"], gold[s["problem_id"]]) for s in samples])
-        in_groups = [slice(i, i + k) for i in range(0, len(samples), k)]
-        result = accuracy_of([grades[i] for i in in_groups], args.seed)
-        result["answers"] = [[s["answer"] for s in samples[i]] for i in in_groups]
-        result["truncated"] = sum(s["finish"] == "length" for s in samples)
-        others = best_of_k(result["correct"], result["answers"], [judged[i] for i in in_groups])
-        others["unparsed"] = np.array([np.mean([s.verdict is None for s in judged[i]]) for i in in_groups])
-        numbers = benchmark_numbers(result, others, args.seed)
-        about = {"model": args.model, "kind": args.kind, "policy": samples[0]["model"], **settings}
-        tokens = sum(s.tokens for s in judged)
-        rows += result_rows(name, "all", numbers, about, time.time() - started, tokens)
+    parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
+    parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
+    parser.add_argument(
+        "--votes", type=int, default=1, help="of --prm; 1: one greedy pass; K: scores are shares of votes"
+    )
+    parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
+    add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
+    args = parse_command(parser, "model", "problems", "gold", unless="solutions")
+    if args.solutions and (args.model or args.problems or args.greedy):
+        raise InputError(
+            "--solutions are measured as they are; --model, --problems and --greedy are for sampling new ones"
+        )
+    if not args.gold:
+        raise InputError("--gold is missing; it goes with --solutions")
+
+    # 1. The samples: read them, or sample what is missing of them.
+    gold = records.read_answers(args.gold)
+    device = distributed.init_distributed(args.device)
+    if args.solutions:
+        benchmarks = read_benchmarks(args)
+    else:
+        files = {}
+        for name, path in name_files("problems", args.problems).items():
+            files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
+            require_answers([problem["id"] for problem in files[name]], gold)  # fail early
+        benchmarks = []
+        for model in args.model:
+            benchmarks += sample_benchmarks(model, files, args, device)
+
+    # 2. Grade them; if there is a reward model, let it choose.
+    judge = open_engine(args.prm, device, args.slots, "--prm") if args.prm else None
+    graded = {}  # (model, benchmark) -> Graded
+    rows_of: dict[str, list[dict]] = {}  # model -> rows
+    for benchmark in benchmarks:
+        samples = grade_samples(benchmark.samples, gold, args.seed)
+        graded[benchmark.model, benchmark.name] = samples
+        rows = rows_of.setdefault(benchmark.model, [])
+        rows += measure_benchmark(benchmark, samples, judge, gold, args)
+
+    # 3. Average over benchmarks, compare models.
+    headline = f"avg@{len(benchmarks[0].samples[0])}"
+    rows = []
+    for of_model in rows_of.values():
+        rows += of_model + average_rows("benchmarks", of_model, headline)
+    models = list(rows_of)
+    for (model, name), change in compare_with_last(models, graded, args.seed).items():
+        settings = {"model": f"{model} minus {models[-1]}", **benchmarks[0].settings}
+        rows += result_rows(name, "all", {headline: change}, settings, 0.0, 0)
     publish(rows, args)
 
 
@@ -816,7 +994,7 @@ def run_show(parser: argparse.ArgumentParser) -> None:
 # --------------------------------------------------------------------------- main
 
 COMMANDS = {
-    "processbench": run_processbench, "benchmark": run_benchmark, "best_of": run_best_of, "labels": run_labels,
+    "processbench": run_processbench, "benchmark": run_benchmark, "labels": run_labels,
     "plot": run_plot, "show": run_show,
 }  # fmt: skip
 

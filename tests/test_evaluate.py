@@ -1,8 +1,9 @@
-"""Tests of evaluate.py: the grader, the metrics, the four commands."""
+"""Tests of evaluate.py: the grader, the metrics, the commands."""
 
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import evaluate
 from data import grader, report
+from data.records import RecordFile
 from evaluate import (
+    Graded,
     bootstrap,
     bootstrap_interval,
     first_error,
@@ -348,23 +351,25 @@ def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
     for slots in (1, 8):
         engine = Engine(Sampler(model, slots), tokenizer, stop_ids)
         result = heldout_accuracy(engine, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
-        results.append({key: np.array(value, dtype=object).tolist() for key, value in result.items()})
+        results.append({**vars(result), "correct": result.correct.tolist()})
         judged.append(score_solutions(engine, "prm_cot", cases, max_new_tokens=24, votes=3, seed=5))
     assert results[0] == results[1] and judged[0] == judged[1]
-    assert len({text for group in results[0]["texts"] for text in group}) > 10
+    assert len({sample["text"] for group in results[0]["samples"] for sample in group}) > 10
     assert np.array(results[0]["correct"]).shape == (5, 3)
+    settings = {"num_samples": 4, "temperature": 1.0, "seed": 0}
     with pytest.raises(InputError, match="no gold answer"):
-        heldout_accuracy(engine, problems, {}, max_new_tokens=24)
+        heldout_accuracy(engine, problems, {}, **settings, max_new_tokens=24)
     with pytest.raises(InputError, match="lower the flag"):
-        heldout_accuracy(engine, problems, gold, max_new_tokens=512)
+        heldout_accuracy(engine, problems, gold, **settings, max_new_tokens=512)
 
 
 def test_benchmark_numbers():
     """Guards against a majority that is graded by another sample's verdict."""
     answers = [["1", "1", "2", None], [None, None, None, None]]
     correct = np.array([[False, False, True, False], [False] * 4])
-    result = {"per_problem": correct.mean(axis=1), "correct": correct, "answers": answers, "accuracy": 1 / 8}
-    numbers = evaluate.benchmark_numbers({**result, "unknown": 1, "truncated": 2}, {}, seed=0)
+    samples = [[{"answer": answer, "finish": "stop"} for answer in group] for group in answers]
+    samples[0][0]["finish"] = samples[1][3]["finish"] = "length"
+    numbers = evaluate.benchmark_numbers(Graded(samples, correct, 1, 1 / 8, 0.0, 1.0), {}, seed=0)
     values = {metric: value for metric, (value, _, _) in numbers.items()}
     expected = {"avg@4": 1 / 8, "pass@2": 1 / 4, "pass@4": 1 / 2, "maj@4": 0.0, "unknown": 1 / 8, "truncated": 1 / 4}
     assert values == pytest.approx(expected)
@@ -392,22 +397,68 @@ def test_best_of_k_by_hand():
     assert len(found) == 8
 
 
-def test_best_of_command(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_reward_model_chooses_among_anybodys_samples(checkpoint, tmp_path, monkeypatch, capsys):
     """Guards: samples of different problems mixed up, and numbers of other samples than those in the file."""
     solutions = [
         {"id": f"p{i}/{k}", "problem_id": f"p{i}", "problem": f"{i} + {k}?", "sample": k, "steps": ["x=1"],
          "answer": str(k), "finish": "stop", "tokens": 3, "model": "m"}
         for k in range(4) for i in range(6)
     ]  # fmt: skip
-    files = ["--solutions", write_lines(tmp_path / "s.jsonl", solutions), "--model", checkpoint, "--max_new_tokens", 8]
+    files = ["--solutions", write_lines(tmp_path / "s.jsonl", solutions), "--prm", checkpoint, "--prm_max_new_tokens", 8]
     files += ["--gold", write_lines(tmp_path / "g.jsonl", [{"id": f"p{i}", "answer": str(i)} for i in range(6)])]
-    run(monkeypatch, "best_of", *files, "--out", tmp_path / "out.jsonl")
+    run(monkeypatch, "benchmark", *files, "--out", tmp_path / "out.jsonl")
     rows = {r["metric"]: r["value"] for r in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert rows["avg@4"] == pytest.approx(4 / 24) and rows["pass@4"] == pytest.approx(4 / 6)
     assert rows["unparsed"] == 1 and rows["best@4/verdict"] == rows["best@2/mean"] == pytest.approx(1 / 6)
     del solutions[-1]
     with pytest.raises(InputError, match="different numbers of samples"):
-        run(monkeypatch, "best_of", *files[:1], write_lines(tmp_path / "t.jsonl", solutions), *files[2:], "--out", "x")
+        run(monkeypatch, "benchmark", "--solutions", write_lines(tmp_path / "t.jsonl", solutions), *files[2:], "--out", "x")
+    with pytest.raises(InputError, match="as they are"):
+        run(monkeypatch, "benchmark", *files, "--greedy", "--out", "x")
+    with pytest.raises(InputError, match="--gold is missing"):
+        run(monkeypatch, "benchmark", *files[:4], "--out", "x")
+
+
+def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
+    """Guards: samples that are thrown away when a run is killed; others in their place; and samples of a model that has
+    been trained on since, under the same name, that pass for its own."""
+    problems = write_lines(tmp_path / "few.jsonl", read_lines(TINY / "heldout.jsonl")[:6])
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    flags = ["--model", model, "--problems", problems, "--gold", TINY / "gold.jsonl", "--max_new_tokens", 12]
+    flags += ["--num_samples", 2, "--greedy", "--prm", checkpoint, "--prm_max_new_tokens", 8, "--slots", 4]
+    run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "whole.jsonl")
+    name = str(model).strip("/").replace("/", "-")
+    assert {path.name for path in (tmp_path / "whole").glob("*.jsonl")} == {f"{name}_few.jsonl", f"{name}_few_greedy.jsonl"}
+    whole = (tmp_path / "whole" / f"{name}_few.jsonl").read_text()
+
+    class Killed(Exception):
+        pass
+
+    def append(self, records, real=RecordFile.append):
+        real(self, records)
+        if len(self.done) >= 6:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RecordFile, "append", append)
+        run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
+    file = tmp_path / "halves" / f"{name}_few.jsonl"
+    first = file.read_text()
+    assert 0 < len(first) < len(whole) and not (tmp_path / "halves.jsonl").exists()
+    run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
+    assert file.read_text().startswith(first) and sorted(file.read_text()) == sorted(whole)
+    numbers = []
+    for out in ("whole", "halves"):
+        numbers.append([{**row, "seconds": 0} for row in read_lines(tmp_path / f"{out}.jsonl")])
+    assert numbers[0] == numbers[1] and {"best@2/vote", "greedy", "unparsed"} <= {row["metric"] for row in numbers[0]}
+    with monkeypatch.context() as patch:  # everything is there: no policy is loaded, with fewer problems neither
+        patch.setattr(evaluate, "generate_solutions", None)
+        run(monkeypatch, "benchmark", *flags, "--limit", 3, "--out", tmp_path / "halves.jsonl")
+    with open(model / "model.safetensors", "ab") as weights:
+        weights.write(b" ")
+    with pytest.raises(InputError, match="--model holds has changed"):
+        run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
 
 
 def test_processbench_command(checkpoint, tmp_path, monkeypatch, capsys):
