@@ -534,14 +534,14 @@ def heldout_metrics(
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
-    texts, right = [text for (text,) in result["texts"]], torch.from_numpy(result["correct"][:, 0])
+    texts, right = [sample["text"] for (sample,) in result.samples], torch.from_numpy(result.correct[:, 0])
     valid = torch.tensor([format_valid(text) for text in texts])
-    numbers = {name: result[name] for name in ("accuracy", "low", "high")}
+    numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = right[valid].float().mean().item()
     if judge:
-        ends = ["length" if cut else "stop" for cut in result["cut"]]
+        ends = [sample["finish"] for (sample,) in result.samples]
         responses = [Rollout(p["id"], [], [], [], *x) for p, *x in zip(heldout, texts, ends, strict=True)]
         mine = responses[distributed.rank() :: distributed.world_size()]
         score_rollouts(mine, heldout, args, step, engine.tokenizer, judge, gold)
