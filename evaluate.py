@@ -752,6 +752,13 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
 LABEL_METRICS = ("step", "exact", "first_error", "outcome")  # each step, all of them, the first wrong one, the outcome
 PREFIXES = (1, 2, 4, 8, 16, 32)
 Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a solution, each None where not known
+Score = dict[str, tuple[float, int]]  # metric -> (how many are right, of how many), where gold is known
+
+
+def problem_of(solution_id: str) -> str:
+    """The problem's id in <problem_id>/<k>."""
+    problem_id, _, _ = solution_id.rpartition("/")
+    return problem_id
 
 
 def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
@@ -759,174 +766,282 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
 
     Exact where solutions are canonical, as in the tiny world; elsewhere another way to the answer would count as wrong.
     """
-    labels, fine = [], True
+    labels = []
+    right = True
     for k, step in enumerate(steps):
-        fine = fine and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
-        labels.append(fine)
+        right = right and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
+        labels.append(right)
     return labels
 
 
 def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     """solution id -> gold, for the solutions (id, steps, answer) that have a record: their own (step_labels, outcome),
     or their problem's (answer, and steps if solutions are canonical)."""
-    known = {r["id"]: r for r in records.read(path, ["id"], "python -m data.make_tiny problems")}
+    known = {record["id"]: record for record in records.read(path, ["id"], "python -m data.make_tiny problems")}
     gold: dict[str, Gold] = {}
-    pairs: dict[str, tuple[str | None, str]] = {}
-    for s in solutions:
-        name, problem = s["id"], known.get(s["id"].rpartition("/")[0])
+    ungraded: dict[str, tuple[str | None, str]] = {}  # solution id -> (its answer, the reference answer)
+    for solution in solutions:
+        name = solution["id"]
+        steps = solution["steps"]
+        problem = known.get(problem_of(name))
         if name in known:
-            labels, n = known[name].get("step_labels"), len(s["steps"])
-            if labels is not None and len(labels) != n:
-                raise InputError(f"{path}: {name} has {len(labels)} step_labels, but {n} steps; mend the record")
+            labels = known[name].get("step_labels")
+            if labels is not None and len(labels) != len(steps):
+                raise InputError(
+                    f"{path}: {name} has {len(labels)} step_labels, but {len(steps)} steps; fix the record"
+                )
             gold[name] = (labels, known[name].get("outcome"))
         elif problem:
-            gold[name] = (gold_labels(s["steps"], problem["steps"]) if problem.get("steps") else None, None)
+            labels = gold_labels(steps, problem["steps"]) if problem.get("steps") else None
+            gold[name] = (labels, None)
             if problem.get("answer") is not None:
-                pairs[name] = (s["answer"], str(problem["answer"]))
-    for name, outcome in zip(pairs, grade_all(list(pairs.values())), strict=True):
-        gold[name] = (gold[name][0], outcome)
+                ungraded[name] = (solution["answer"], str(problem["answer"]))
+    outcomes = grade_all(list(ungraded.values()))
+    for name, outcome in zip(ungraded, outcomes, strict=True):
+        labels, _ = gold[name]
+        gold[name] = (labels, outcome)
     if not gold:
-        raise InputError(f"{path}: no record for any of {len(solutions)} solutions; ids are theirs or their problems'")
+        raise InputError(
+            f"{path}: no record for any of {len(solutions)} solutions; expected solution ids or problem ids"
+        )
     return gold
 
 
-def score_label(step_labels: list[bool], outcome: bool, gold: Gold) -> np.ndarray:
-    """(2, 4): for each of LABEL_METRICS how many are right, and of how many (0 where gold doesn't know)."""
-    score, (gold_steps, gold_outcome) = np.zeros((2, 4)), gold
+def score_label(step_labels: list[bool], outcome: bool, gold: Gold) -> Score:
+    """What of a label is right: of the steps each, all together and the first wrong one; the outcome."""
+    gold_steps, gold_outcome = gold
+    score: Score = {}
     if gold_steps is not None:
-        hits = sum(a == b for a, b in zip(step_labels, gold_steps, strict=True))
-        score[0, :3] = hits, step_labels == gold_steps, first_error(step_labels) == first_error(gold_steps)
-        score[1, :3] = len(gold_steps), 1, 1
+        right = sum(ours == theirs for ours, theirs in zip(step_labels, gold_steps, strict=True))
+        score["step"] = (right, len(gold_steps))
+        score["exact"] = (int(step_labels == gold_steps), 1)
+        score["first_error"] = (int(first_error(step_labels) == first_error(gold_steps)), 1)
     if gold_outcome is not None:
-        score[:, 3] = outcome == gold_outcome, 1
+        score["outcome"] = (int(outcome == gold_outcome), 1)
     return score
 
 
-def label_rows(scores: dict[str, np.ndarray], labels: dict[str, dict], about: dict) -> list[dict]:
-    """The report's rows `kept` and `all` (every solution that has a score) for one set of labels (dropped, ties)."""
-    drops = Counter(label["dropped"] for label in labels.values() if label["dropped"])
-    about = {**about, "ties": sum(label.get("ties", 0) for label in labels.values()), "dropped": dict(drops)}
-    rows = []
-    for on, names in (("kept", [i for i in scores if labels[i]["dropped"] is None]), ("all", list(scores))):
-        right, of = sum((scores[i] for i in names), np.zeros((2, 4)))
-        accuracy = {m: float(right[j] / of[j]) if of[j] else None for j, m in enumerate(LABEL_METRICS)}
-        rows.append({**about, "on": on, "solutions": len(names), "yield": len(names) / len(labels), **accuracy})
-    return rows
+def average_score(scores: list[Score]) -> Score:
+    """What one of several labels of the same solution is worth on average."""
+    average: Score = {}
+    for metric, (_, of) in scores[0].items():
+        right = sum(score[metric][0] for score in scores)
+        average[metric] = (right / len(scores), of)
+    return average
 
 
-def paired_gain(scores: dict[str, np.ndarray], base: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
+def summarize(scores: dict[str, Score], num_labels: int) -> dict:
+    """How many of num_labels solutions have a score, and the accuracy of each metric, None where nothing is known."""
+    summary = {"solutions": len(scores), "yield": len(scores) / num_labels}
+    for metric in LABEL_METRICS:
+        right = 0.0
+        of = 0
+        for score in scores.values():
+            if metric in score:
+                right += score[metric][0]
+                of += score[metric][1]
+        summary[metric] = right / of if of else None
+    return summary
+
+
+def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, Score]]:
+    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and their scores by solution.
+
+    The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the hard
+    ones can't pass for accuracy.
+    """
+    everything: dict[str, Score] = {}
+    kept: dict[str, Score] = {}
+    for name, label in labels.items():
+        if label["step_labels"] is None:  # nothing voted
+            continue
+        everything[name] = score_label(label["step_labels"], label["outcome"], gold[name])
+        if label["dropped"] is None:
+            kept[name] = everything[name]
+    row = {
+        **about,
+        "ties": sum(label.get("ties", 0) for label in labels.values()),
+        "dropped": dict(Counter(label["dropped"] for label in labels.values() if label["dropped"])),
+        "kept": summarize(kept, len(labels)),
+        "all": summarize(everything, len(labels)),
+    }
+    return row, everything
+
+
+def paired_gain(scores: dict[str, Score], base: dict[str, Score], seed: int) -> dict[str, list[float]]:
     """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems,
     since the solutions of one problem aren't independent of each other."""
-    problems: dict[str, np.ndarray] = {}
-    for i in base:
-        name = i.rpartition("/")[0]
-        problems[name] = problems.get(name, 0) + np.stack([scores[i][0] - base[i][0], base[i][1]])
-    gains, sizes = np.stack(list(problems.values()), axis=1)  # (P, 4) each
-    resampled = bootstrap(gains, seed, sizes)
-    known = [(j, m) for j, m in enumerate(LABEL_METRICS) if sizes[:, j].any()]
-    return {m: [float(gains[:, j].sum() / sizes[:, j].sum()), *interval95(resampled[:, j])] for j, m in known}
+    numbers: dict[str, int] = {}  # problem id -> its row
+    for name in base:
+        numbers.setdefault(problem_of(name), len(numbers))
+    found = {}
+    for metric in LABEL_METRICS:
+        gains = np.zeros(len(numbers))  # (P,) how many more are right
+        sizes = np.zeros(len(numbers))  # (P,) of how many
+        for name in base:
+            if metric in base[name]:
+                p = numbers[problem_of(name)]
+                gains[p] += scores[name][metric][0] - base[name][metric][0]
+                sizes[p] += base[name][metric][1]
+        if sizes.any():
+            low, high = interval95(bootstrap(gains, seed, sizes))
+            found[metric] = [float(gains.sum() / sizes.sum()), low, high]
+    return found
+
+
+def vote_rows(
+    N: int, solutions: list[dict], by_solution: dict[str, list[dict]], gold: dict[str, Gold], seed: int
+) -> list[dict]:
+    """A row for each way of voting, from the first N verifications of each solution."""
+    used = []  # the verifications
+    singles: dict[str, Score] = {}  # what one of a solution's parsed verifications is worth on average
+    num_parsed = 0
+    for name, verifications in by_solution.items():
+        first = [v for v in verifications if v["sample"] < N]
+        used += first
+        parsed = keep_parsed(first)
+        num_parsed += len(parsed)
+        if parsed:
+            singles[name] = average_score([score_label(v["step_verdicts"], v["verdict"], gold[name]) for v in parsed])
+
+    cost = {"verifications": len(used), "unparsed": len(used) - num_parsed, "tokens": sum(v["tokens"] for v in used)}
+    rows = []
+    for method, aggregate in AGGREGATES.items():
+        labels = {}
+        for name, label in zip(by_solution, label_solutions(solutions, used, aggregate, seed), strict=True):
+            labels[name] = vars(label)
+        row, scores = label_row({"method": method, "N": N, **cost}, labels, gold)
+        if method == "single":
+            row["all"] = summarize(singles, len(labels))
+        elif singles:
+            row["all"]["minus_single"] = paired_gain(scores, singles, seed)
+        rows.append(row)
+    return rows
 
 
 def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int) -> list[dict]:
-    """What voting buys: rows for single, outcome-level and step-level labels from the first N verifications.
+    """What voting buys: rows for single, outcome-level and step-level labels from the first N = 1, 2, 4, ... verifications.
 
-    agreement: the share of a step's votes that went with the majority, averaged over steps. Rows `all` are over the
-    solutions with at least one vote. There `single` is what one of the parsed verifications is
-    worth on average, and voted rows have `minus_single`, the paired gain over it. On `kept`, `single` is the label: the
-    first verification that parsed.
+    On `all`, `single` is what one of the parsed verifications is worth on average, and voted rows have `minus_single`, the
+    paired gain over it. On `kept`, `single` is the label: the first verification that parsed.
     """
     by_solution = group_by_solution(solutions, verifications)
-    most = max((r["sample"] + 1 for records in by_solution.values() for r in records), default=0)
+    most = 0
+    for records_of_one in by_solution.values():
+        for verification in records_of_one:
+            most = max(most, verification["sample"] + 1)
     rows = []
-    for N in [n for n in PREFIXES if most >= n]:
-        first = {i: [r for r in records if r["sample"] < N] for i, records in by_solution.items()}
-        parsed = {i: keep_parsed(records) for i, records in first.items()}
-        one: dict[str, np.ndarray] = {}  # what one verification is worth on average
-        for i, voters in parsed.items():
-            if voters:
-                one[i] = np.mean([score_label(r["step_verdicts"], r["verdict"], gold[i]) for r in voters], axis=0)
-        used = [r for records in first.values() for r in records]
-        cost = {"unparsed": len(used) - sum(map(len, parsed.values())), "tokens": sum(r["tokens"] for r in used)}
-        for method, aggregate in AGGREGATES.items():
-            labels = dict(zip(first, map(vars, label_solutions(solutions, used, aggregate, seed)), strict=True))
-            scores = {i: score_label(labels[i]["step_labels"], labels[i]["outcome"], gold[i]) for i in one}
-            votes = [vote for label in labels.values() for vote in label["votes"]]
-            agreement = sum(max(vote) / sum(vote) for vote in votes) / max(len(votes), 1)
-            about = {"method": method, "N": N, "verifications": len(used), "agreement": agreement, **cost}
-            kept, everything = label_rows(scores, labels, about)
-            if method == "single":
-                _, everything = label_rows(one, labels, about)
-            elif one:
-                everything["minus_single"] = paired_gain(scores, one, seed)
-            rows += [kept, everything]
+    for N in PREFIXES:
+        if most >= N:
+            rows += vote_rows(N, solutions, by_solution, gold, seed)
     return rows
+
+
+def tokens_of_method(method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict]) -> int:
+    """The tokens that labels by this method took: of the verifications that it looks at, and of its critiques."""
+    only_first = method in ("single", "meta_critique", "reference_guided")
+    tokens = 0
+    for verification in verifications:
+        if verification["solution_id"] in labels and not (only_first and verification["sample"] > 0):
+            tokens += verification["tokens"]
+    for critique in critiques:
+        if critique["method"] == method:
+            tokens += critique["tokens"]
+    return tokens
+
+
+def print_label_report(rows: list[dict]) -> None:
+    """The report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and cost."""
+    table = []
+    for row in rows:
+        kept = row["kept"]
+        everything = row["all"]
+        cells = [row["method"], row["N"] or "", everything["solutions"]]
+        cells += [report.percent(everything[metric]) for metric in LABEL_METRICS]
+        cells += [report.percent(kept["yield"]), report.percent(kept["exact"])]
+        gains = everything.get("minus_single", {})
+        for metric in ("step", "exact"):
+            gain = ""
+            if metric in gains:
+                difference, low, high = gains[metric]
+                gain = report.percent(difference, (low, high))
+            cells.append(gain)
+        cells.append(", ".join(f"{reason} {count}" for reason, count in row["dropped"].items()))
+        cells += [row.get("unparsed", ""), row["tokens"]]
+        table.append(cells)
+    header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
+    report.print_table([*header, "dropped", "unparsed", "tokens"], table)
 
 
 def label_curves(rows: list[dict]) -> list[dict]:
     """Accuracy of whole label vectors against the tokens spent, a curve for each way of voting, a dot for each file."""
-    axes = {"xlabel": "tokens of verifications and critiques", "xscale": "log"}
-    curves = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        points = [(r["tokens"], 100 * r["exact"]) for r in rows if r["method"] == method and r["exact"] is not None]
-        curve = {"panel": "whole label vectors right, percent", "curve": method, **axes}
-        curves.append({**curve, "x": [tokens for tokens, _ in points], "y": [right for _, right in points]})
-    return curves
+    curves: dict[str, dict] = {}
+    for row in rows:
+        exact = row["all"]["exact"]
+        curve = curves.setdefault(
+            row["method"],
+            {
+                "panel": "whole label vectors right, percent",
+                "curve": row["method"],
+                "xlabel": "tokens of verifications and critiques",
+                "xscale": "log",
+                "x": [],
+                "y": [],
+            },
+        )
+        if exact is not None:
+            curve["x"].append(row["tokens"])
+            curve["y"].append(100 * exact)
+    return list(curves.values())
 
 
 def run_labels(parser: argparse.ArgumentParser) -> None:
-    """The label report: are Stage I's labels right, and what does voting buy? Rows `kept` are over the solutions that a
-    method keeps, rows `all` over all with a vote, so that dropping the hard ones can't pass for accuracy."""
+    """The label report: are Stage I's labels right, and what does voting buy? The accuracy `of kept` is over the solutions
+    that a method keeps, the other over all with a vote, so that dropping the hard ones can't pass for accuracy."""
     parser.add_argument("--labels", nargs="+", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--verifications", help="verifications.jsonl of verify.py")
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
     parser.add_argument("--out", help="labels.json to write")
     parser.add_argument("--seed", type=int, default=0, help="verify.py's, for the same choices; also the bootstrap's")
     args = parse_command(parser, "labels", "verifications", "gold")
+
+    # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
     files = [records.read(path, fields, "python verify.py") for path in args.labels]
-    solutions = {label["id"]: label for file in files for label in file}
-    gold = read_gold(args.gold, list(solutions.values()))
+    solutions = {}
+    for file in files:
+        solutions.update({label["id"]: label for label in file})
     fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
     verifications = records.read(args.verifications, fields, "python verify.py")
-    spent = {"": verifications}  # what else was sampled, if it lies beside the verifications
-    for name in ("critiques", "verifications_reference"):
-        beside = Path(args.verifications).with_name(f"{name}.jsonl")
-        spent[name] = records.read(beside, ["tokens"]) if beside.exists() else []
+    others = {}  # sampled by other methods, if their files lie beside the verifications
+    for name in ("verifications_reference", "critiques"):
+        path = Path(args.verifications).with_name(f"{name}.jsonl")
+        others[name] = records.read(path, ["tokens"]) if path.exists() else []
+    gold = read_gold(args.gold, list(solutions.values()))
+
+    # 2. Score the files as they are, then what each way of voting makes of the verifications.
     rows = []
     for file in files:
         labels = {label["id"]: label for label in file if label["id"] in gold}
-        voted = {i: label for i, label in labels.items() if label["step_labels"] is not None}
-        scores = {i: score_label(label["step_labels"], label["outcome"], gold[i]) for i, label in voted.items()}
         method = file[0]["method"]
-        needed = 1 if method in ("single", "meta_critique", "reference_guided") else math.inf  # that it looks at
-        judged = spent["verifications_reference" if method == "reference_guided" else ""]
-        tokens = sum(r["tokens"] for r in judged if r["solution_id"] in labels and r["sample"] < needed)
-        tokens += sum(r["tokens"] for r in spent["critiques"] if r["method"] == method)
         if labels:
-            rows += label_rows(scores, labels, {"method": f"{method} (file)", "N": None, "tokens": tokens})
-    rows += vote_report([s for s in solutions.values() if s["id"] in gold], verifications, gold, args.seed)
-    counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold)}
-    counts["unknown_outcomes"] = sum(outcome is None for _, outcome in gold.values())
+            judged = others["verifications_reference"] if method == "reference_guided" else verifications
+            tokens = tokens_of_method(method, labels, judged, others["critiques"])
+            row, _ = label_row({"method": f"{method} (file)", "N": None, "tokens": tokens}, labels, gold)
+            rows.append(row)
+    known = [solution for name, solution in solutions.items() if name in gold]
+    rows += vote_report(known, verifications, gold, args.seed)
+    counts = {
+        "solutions": len(gold),
+        "without_gold": len(solutions) - len(gold),
+        "unknown_outcomes": sum(outcome is None for _, outcome in gold.values()),
+    }
+
+    # 3. Write, print and draw.
     records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
     records.write_json(Path(args.out), {**counts, "rows": rows})
-    report_path = Path(args.verifications).with_name("report.json")
-    speed = json.loads(report_path.read_text()).get("tokens_per_second") if report_path.exists() else None
-    table = []
-    for kept, r in zip(rows[::2], rows[1::2], strict=True):
-        gains = [
-            report.percent(x[0], x[1:]) if (x := r.get("minus_single", {}).get(m)) else "" for m in LABEL_METRICS[:2]
-        ]
-        drops = ", ".join(f"{reason} {n}" for reason, n in r["dropped"].items())
-        numbers = [report.percent(r[m]) for m in LABEL_METRICS] + [
-            report.percent(kept["yield"]),
-            report.percent(kept["exact"]),
-        ]
-        seconds = round(r["tokens"] / speed) if speed else "-"
-        cost = [report.percent(r.get("agreement")), r["ties"], drops, r.get("unparsed", ""), r["tokens"], seconds]
-        table.append([r["method"], r["N"] or "", r["solutions"], *numbers, *gains, *cost])
-    header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
-    report.print_table([*header, "agreement", "ties", "dropped", "unparsed", "tokens", "seconds"], table)
-    report.draw_curves(label_curves([r for r in rows if r["on"] == "all"]), Path(args.out).with_suffix(".png"))
+    print_label_report(rows)
+    report.draw_curves(label_curves(rows), Path(args.out).with_suffix(".png"))
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 

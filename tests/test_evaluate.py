@@ -536,33 +536,34 @@ def test_label_report_on_a_toy_worked_out_by_hand():
     """Guards against unparsed votes, solutions without votes in the accuracy, and a single that isn't the average."""
     gold = {"p/0": ([T, T], T), "p/1": ([F, F], F), "q/0": ([T], T)}
     shuffled = random.Random(0).sample(VERIFICATIONS, len(VERIFICATIONS))
-    rows = {(r["method"], r["N"], r["on"]): r for r in vote_report(SOLUTIONS, shuffled, gold, seed=0)}
-    assert {n for _, n, _ in rows} == {1, 2, 4}
+    rows = {(r["method"], r["N"]): r for r in vote_report(SOLUTIONS, shuffled, gold, seed=0)}
+    assert {n for _, n in rows} == {1, 2, 4}
 
-    def numbers(*key):
-        return [rows[key][m] for m in evaluate.LABEL_METRICS]
+    def numbers(method, N, on):
+        return [rows[method, N][on][m] for m in evaluate.LABEL_METRICS]
 
     for method in ("single", "outcome_consistency", "step_consistency"):
         assert numbers(method, 1, "all") == numbers(method, 1, "kept") == [3 / 4, 1 / 2, 1 / 2, 1]
     assert numbers("single", 2, "all") == [3 / 4, 1 / 2, 1 / 2, 3 / 4]
     assert numbers("single", 2, "kept") == [3 / 4, 1 / 2, 1 / 2, 1]
     assert numbers("step_consistency", 2, "all") == [3 / 4, 1 / 2, 1 / 2, 1 / 2]  # three ties, all "incorrect"
-    assert rows["step_consistency", 2, "all"]["ties"] == 3
-    assert rows["step_consistency", 2, "all"]["minus_single"]["outcome"][0] == -1 / 4
+    assert rows["step_consistency", 2]["ties"] == 3
+    assert rows["step_consistency", 2]["all"]["minus_single"]["outcome"][0] == -1 / 4
     assert numbers("single", 4, "all") == pytest.approx([5 / 6, 2 / 3, 2 / 3, 2 / 3])
     assert numbers("step_consistency", 4, "all") == [1, 1, 1, 1]
-    gains = rows["step_consistency", 4, "all"]["minus_single"]
+    gains = rows["step_consistency", 4]["all"]["minus_single"]
     assert gains["step"] == pytest.approx([1 / 6] * 3)  # both solutions gain the same: no width
     assert gains["exact"] == pytest.approx([1 / 3] * 3)
-    best = rows["step_consistency", 4, "kept"]
-    assert best["yield"] == pytest.approx(2 / 3) and best["dropped"] == {"no_votes": 1}
+    best = rows["step_consistency", 4]
+    assert best["kept"]["yield"] == pytest.approx(2 / 3) and best["dropped"] == {"no_votes": 1}
     assert (best["verifications"], best["unparsed"], best["tokens"]) == (12, 6, 120)
 
 
 def test_gains_are_resampled_by_problem():
     """Guards: intervals of the label report over solutions, of which those of one problem gain or lose together."""
-    base = {f"{p}/{k}": np.array([[0, 0, 0, 0], [1, 1, 1, 1.0]]) for p in "abcdefgh" for k in range(8)}
-    scores = {i: x + np.array([[float(i[0] in "abcd")], [0]]) for i, x in base.items()}
+    names = [f"{p}/{k}" for p in "abcdefgh" for k in range(8)]
+    base = {name: dict.fromkeys(evaluate.LABEL_METRICS, (0, 1)) for name in names}
+    scores = {name: dict.fromkeys(evaluate.LABEL_METRICS, (int(name[0] in "abcd"), 1)) for name in names}
     found = evaluate.paired_gain(scores, base, seed=0)["exact"]
     assert found == pytest.approx([0.5, *bootstrap_interval(np.repeat([1.0, 0.0], 4), seed=0)])
 
@@ -571,9 +572,10 @@ def test_dropped_solutions_count_among_all():
     """Guards against dropping hard cases passing for accuracy."""
     gold = {"p/0": ([T, T], T), "p/1": ([F, F], F)}
     judged = verifications_of("p/0", ([T, F], T), ([F, T], T)) + verifications_of("p/1", ([F, F], F), ([F, F], F))
-    rows = {(r["method"], r["N"], r["on"]): r for r in vote_report(SOLUTIONS[:2], judged, gold, seed=0)}
-    kept, everything = rows["step_consistency", 2, "kept"], rows["step_consistency", 2, "all"]
-    assert (kept["exact"], kept["yield"], kept["dropped"]) == (1, 0.5, {"no_match": 1})
+    rows = {(r["method"], r["N"]): r for r in vote_report(SOLUTIONS[:2], judged, gold, seed=0)}
+    row = rows["step_consistency", 2]
+    kept, everything = row["kept"], row["all"]
+    assert (kept["exact"], kept["yield"], row["dropped"]) == (1, 0.5, {"no_match": 1})
     assert (everything["exact"], everything["solutions"]) == (0.5, 2)
 
 
@@ -597,12 +599,13 @@ def test_labels_command(tmp_path, monkeypatch):
         reports.append(json.loads(out.read_text()))
     first, second = reports
     assert (first["solutions"], first["without_gold"]) == (3, 1)
-    kept, everything = first["rows"][:2]
-    assert kept["method"] == "hybrid (file)" and kept["dropped"] == {"no_match": 1, "no_votes": 1}
+    row = first["rows"][0]
+    kept, everything = row["kept"], row["all"]
+    assert row["method"] == "hybrid (file)" and row["dropped"] == {"no_match": 1, "no_votes": 1}
     assert [kept[m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 1]
     assert [everything[m] for m in evaluate.LABEL_METRICS] == [0.75, 0.5, 0.5, 0.5]
-    assert [second["rows"][1][m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 0.5]  # steps of p/0 only
-    assert first["rows"][-1]["N"] == 4 and first["rows"][-1]["step"] == 1
+    assert [second["rows"][0]["all"][m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 0.5]  # steps of p/0 only
+    assert first["rows"][-1]["N"] == 4 and first["rows"][-1]["all"]["step"] == 1
     with pytest.raises(InputError, match="no record"):
         run(monkeypatch, "labels", *files, "--gold", write_lines(tmp_path / "none.jsonl", [{"id": "z"}]), "--out", out)
     wrong = write_lines(tmp_path / "wrong.jsonl", verifications_of("p/0", ([T], T)))
