@@ -1050,14 +1050,12 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
 def run_plot(parser: argparse.ArgumentParser) -> None:
     """Curves of GRPO runs, or of a file of curves: a panel for each metric, a colour for each run. The runs that a
-    pattern finds are seeds of one, drawn as their mean and a band from the least to the greatest:
+    pattern finds are seeds of one, drawn as their mean and a band from the lowest to the highest:
     python evaluate.py plot --runs 'runs/*/grpo' --out curves.png."""
     parser.add_argument("--runs", nargs="+", help="directories with metrics.jsonl, patterns of them, files of curves "
                         "(panel, curve, x, y); none: the tiny world")  # fmt: skip
     parser.add_argument("--out", help="PNG to write")
-    parser.add_argument(
-        "--keys", nargs="+", default=list(report.PANELS), help="metrics to draw; what no run has is skipped"
-    )
+    parser.add_argument("--keys", nargs="+", default=list(report.PANELS), help="metrics to draw, where a run has them")
     args = parse_command(parser, "runs")
     curves = []
     for pattern in args.runs:
@@ -1069,57 +1067,95 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     if not curves:
         raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
     report.draw_curves(curves, Path(args.out))
-    panels, names = ({curve[key] for curve in curves} for key in ("panel", "curve"))
+    panels = {curve["panel"] for curve in curves}
+    names = {curve["curve"] for curve in curves}
     print(f"{args.out}: {len(panels)} panels, {len(names)} runs")
 
 
 # --------------------------------------------------------------------------- one problem
 
 
+def read_rollouts(paths: list[Path], problem_id: str) -> list[tuple[int, dict]]:
+    """(step, response) of the responses to a problem in files that grpo.py --dump_rollouts wrote."""
+    fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
+    rollouts = []
+    for path in paths:
+        step = int(path.stem.removeprefix("step_"))
+        for response in records.read(path, fields, "python grpo.py --dump_rollouts"):
+            if response["problem_id"] == problem_id:
+                rollouts.append((step, response))
+    return rollouts
+
+
+def count_outcome_votes(label: dict, verifications: list[dict]) -> tuple[int, int] | None:
+    """How many of a solution's verifications say that its answer is correct, and incorrect; None if not they, but one of
+    them or others, made the label."""
+    verdicts = [v["verdict"] for v in keep_parsed(verifications) if v["solution_id"] == label["id"]]
+    if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
+        return None
+    return sum(verdicts), len(verdicts) - sum(verdicts)
+
+
 def run_show(parser: argparse.ArgumentParser) -> None:
     """One problem's way through the stages: each solution with the votes on its steps, the label and the verification
     chosen for it; then the responses of GRPO's steps (grpo.py --dump_rollouts), each with the reward model's judgement,
-    its reward and its advantage."""
+    its reward and its advantage. The votes on the answer are counted if verifications.jsonl lies beside --labels."""
     parser.add_argument("id", nargs="?", help="of a problem or of a solution; none: the first problem")
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
     args = parse_command(parser, "labels")
     fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
-    wanted = args.id or labels[0]["id"].rpartition("/")[0]
-    found = [label for label in labels if wanted in (label["id"], label["id"].rpartition("/")[0])]
-    rollouts = []
-    fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
+    wanted = args.id or problem_of(labels[0]["id"])
+    found = [label for label in labels if wanted in (label["id"], problem_of(label["id"]))]
+    path = Path(args.labels).with_name("verifications.jsonl")
+    fields = ["solution_id", "step_verdicts", "verdict"]
+    verifications = records.read(path, fields) if found and path.exists() else []
     paths = sorted(Path(args.rollouts).glob("step_*.jsonl")) if args.rollouts else []
-    for path in paths:
-        responses = records.read(path, fields, "python grpo.py --dump_rollouts")
-        rollouts += [(int(path.stem[5:]), r) for r in responses if r["problem_id"] == wanted]
-    if args.rollouts and not paths:
-        distributed.log(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
+    rollouts = read_rollouts(paths, wanted)
     if not found and not rollouts:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
+
+    parts = []
+    if args.rollouts and not paths:
+        parts.append(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
     if found:
-        distributed.log(found[0]["problem"])
+        parts.append(found[0]["problem"])
     for label in found:
-        distributed.log("\n" + report.show_label(label))
+        parts.append("\n" + report.show_label(label, count_outcome_votes(label, verifications)))
     for step, rollout in rollouts:
-        distributed.log(f"\nGRPO step {step}\n" + report.show_rollout(rollout))
+        parts.append(f"\nGRPO step {step}\n" + report.show_rollout(rollout))
+    try:
+        print("\n".join(parts), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `show | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would complain when it flushes at exit
 
 
 # --------------------------------------------------------------------------- main
 
 COMMANDS = {
-    "processbench": run_processbench, "benchmark": run_benchmark, "labels": run_labels,
-    "plot": run_plot, "show": run_show,
-}  # fmt: skip
+    "processbench": run_processbench,
+    "benchmark": run_benchmark,
+    "labels": run_labels,
+    "plot": run_plot,
+    "show": run_show,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
-    run = COMMANDS[parser.parse_args(sys.argv[1:2]).command]
-    parser.description = inspect.cleandoc(run.__doc__)
-    run(parser)
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    known = command in COMMANDS
+    description = COMMANDS[command].__doc__ if known else __doc__
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(description), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=[command] if known else list(COMMANDS), help="each has a --help of its own")
+    if known:
+        COMMANDS[command](parser)
+    else:
+        parser.parse_args()  # prints the help, or what is wrong
 
 
 if __name__ == "__main__":

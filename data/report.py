@@ -183,8 +183,9 @@ def paint(text: str, right: bool | None) -> str:
     return f"\033[{colour}m{text}\033[0m"
 
 
-def show_label(label: dict) -> str:
-    """A solution with the votes on its steps, the label, and the verification that was chosen for it."""
+def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
+    """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification that
+    was chosen for it."""
     lines = [f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}"]
     for k, step in enumerate(label["steps"]):
         text = f"Step {k + 1}: {step}"
@@ -193,7 +194,11 @@ def show_label(label: dict) -> str:
             text += f"   [{correct} correct, {incorrect} incorrect]"
         right = label["step_labels"][k] if label["step_labels"] else None
         lines.append(paint(text, right))
-    lines.append(paint(f"Answer: {label['answer']}   [judged {label['outcome']}]", label["outcome"]))
+    judged = f"judged {label['outcome']}"
+    if outcome_votes:
+        correct, incorrect = outcome_votes
+        judged += f": {correct} correct, {incorrect} incorrect"
+    lines.append(paint(f"Answer: {label['answer']}   [{judged}]", label["outcome"]))
     if label["text"]:
         lines += ["", label["text"]]
     return "\n".join(lines)

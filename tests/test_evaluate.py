@@ -655,6 +655,28 @@ def test_plot_of_seeds(tmp_path, monkeypatch):
     assert len({line.get_color() for axes in drawn[0].axes for line in axes.lines}) == 3
 
 
+def test_show_counts_the_votes_on_the_answer(tmp_path, monkeypatch, capsys):
+    """Guards: all steps voted correct and the answer judged False, with no word of the tie; votes that didn't vote; a
+    traceback from a reader that has seen enough."""
+    label = {**SOLUTIONS[0], "problem": "1+1+1?", "method": "step_consistency", "step_labels": [T, T], "outcome": F}
+    label |= {"text": None, "votes": [[2, 0], [2, 0]], "dropped": "no_match"}
+    other = {**label, "id": "p/1", "method": "single", "votes": [[1, 0], [1, 0]]}
+    paths = [write_lines(tmp_path / "labels.jsonl", [label, other])]
+    write_lines(tmp_path / "verifications.jsonl", [
+        *verifications_of("p/0", ([T, T], T), ([T, T], F), (None, None)),
+        *verifications_of("p/1", ([T, T], F), ([T, T], T)),
+    ])  # fmt: skip
+    run(monkeypatch, "show", "--labels", *paths)
+    shown = capsys.readouterr().out
+    assert "Answer: 3   [judged False: 1 correct, 1 incorrect]" in shown and shown.count("[judged False]") == 1
+    (tmp_path / "verifications.jsonl").unlink()
+    run(monkeypatch, "show", "--labels", *paths)
+    assert capsys.readouterr().out.count("[judged False]") == 2
+    command = f"{sys.executable} evaluate.py show --labels {paths[0]} | true"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
