@@ -401,6 +401,7 @@ class Graded:
     samples: list[list[dict]]  # P lists of k solutions: problem_id, text, answer, finish, tokens
     correct: np.ndarray  # (P, k) bool; an answer that can't be graded isn't correct
     unknown: int  # answers that can't be graded
+    tokens: int  # of all samples
     accuracy: float
     low: float
     high: float
@@ -427,9 +428,10 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
 
     correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
     unknown = sum(group.count(None) for group in grades)
+    tokens = sum(sample["tokens"] for group in samples for sample in group)
     per_problem = correct.mean(axis=1)  # (P,)
     low, high = bootstrap_interval(per_problem, seed)
-    return Graded(samples, correct, unknown, float(per_problem.mean()), low, high)
+    return Graded(samples, correct, unknown, tokens, float(per_problem.mean()), low, high)
 
 
 def heldout_accuracy(
@@ -571,9 +573,9 @@ class Benchmark:
     model: str
     name: str
     settings: dict  # of sampling, as far as they are known
-    samples: list[list[dict]]  # P lists of k
-    greedy: list[list[dict]]  # P lists of one, or empty
-    seconds: float  # that sampling took
+    graded: Graded
+    greedy: Graded | None
+    seconds: float  # of sampling and grading
 
 
 def read_samples(path: str | Path) -> dict[str, list[dict]]:
@@ -587,78 +589,66 @@ def read_samples(path: str | Path) -> dict[str, list[dict]]:
     return groups
 
 
-def read_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
+def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benchmark]:
     """Anybody's samples, one benchmark per solutions file."""
     benchmarks = []
     for name, path in name_files("solutions", args.solutions).items():
+        started = time.time()
         samples = list(read_samples(path).values())[: args.limit]
+        require_answers([group[0]["problem_id"] for group in samples], gold)
+        graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0])}
-        benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, samples, [], 0.0))
+        benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, graded, None, time.time() - started))
     return benchmarks
 
 
-def hash_weights(model: str) -> str:
-    """A fingerprint of a model's weights. A model that has been trained since is another one under the same name."""
-    digests = [records.hash_file(path) for path in sorted(find_model(model).glob("*.safetensors"))]
-    return "-".join(digests)
-
-
-def sample_benchmarks(model: str, files: dict[str, list[dict]], args, device: torch.device) -> list[Benchmark]:
-    """Sample a model's solutions to the problems of each file, and read them. They are solutions files beside --out; what
-    an earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
-    settings = {
-        "num_samples": args.num_samples,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
-    once = {**settings, "num_samples": 1, "temperature": 0.0}
-    weights = hash_weights(model)
-    path_of_model = Path(args.out).with_suffix("") / model.strip("/").replace("/", "-")
+def sample_benchmarks(
+    model: str, files: dict[str, list[dict]], gold: dict[str, str], args: argparse.Namespace, device: torch.device
+) -> list[Benchmark]:
+    """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an earlier
+    run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
+                "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
+    passes = {"": settings}  # suffix of the file -> how to sample
+    if args.greedy:
+        passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
+    # A fingerprint of the weights: a model that has been trained on under the same name isn't the one that sampled.
+    weights = [records.hash_file(path) for path in sorted(find_model(model).glob("*.safetensors"))]
+    directory = Path(args.out.removesuffix(".jsonl") + "_samples")
     engine = None  # opened only if a solution is missing
 
     benchmarks = []
     for name, problems in files.items():
         started = time.time()
-        passes = {f"{path_of_model}_{name}.jsonl": settings}
-        if args.greedy:
-            passes[f"{path_of_model}_{name}_greedy.jsonl"] = once
-        found = []
-        for path, chosen in passes.items():
-            described = argparse.Namespace(model=model, model_sha256=weights, **chosen)
+        graded = {}  # suffix -> Graded
+        for suffix, how in passes.items():
+            path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
+            described = argparse.Namespace(model=model, model_sha256=weights, **how)
             with records.RecordFile(path, described, keep="problem") as output:
-                if find_incomplete(problems, output, chosen["num_samples"]):
+                if find_incomplete(problems, output, how["num_samples"]):
                     engine = engine or open_engine(model, device, args.slots)
                     generate_solutions(engine, problems, output, described)
             groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
-            found.append([groups[problem["id"]] for problem in problems])
-        greedy = found[1] if args.greedy else []
-        benchmarks.append(Benchmark(model, name, settings, found[0], greedy, time.time() - started))
+            graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
+        benchmarks.append(Benchmark(model, name, settings, graded[""], graded.get("_greedy"), time.time() - started))
     return benchmarks
 
 
-def measure_benchmark(
-    benchmark: Benchmark, graded: Graded, judge: Engine | None, gold: dict[str, str], args: argparse.Namespace
-) -> list[dict]:
-    """The result rows of one benchmark, whose samples are graded already. judge: the engine of --prm."""
+def measure_benchmark(benchmark: Benchmark, judge: Engine | None, args: argparse.Namespace) -> list[dict]:
+    """The result rows of one benchmark. judge: the engine of --prm."""
     started = time.time()
+    graded = benchmark.graded
     settings = {"model": benchmark.model, **benchmark.settings}
-    tokens = 0
-    for group in [*benchmark.samples, *benchmark.greedy]:
-        tokens += sum(sample["tokens"] for sample in group)
+    tokens = graded.tokens
     others = {}  # metric -> (P,)
     if benchmark.greedy:
-        others["greedy"] = grade_samples(benchmark.greedy, gold, args.seed).correct.mean(axis=1)
+        others["greedy"] = benchmark.greedy.correct.mean(axis=1)
+        tokens += benchmark.greedy.tokens
     if judge:
-        settings |= {
-            "prm": args.prm,
-            "kind": args.kind,
-            "votes": args.votes,
-            "prm_max_new_tokens": args.prm_max_new_tokens,
-        }
-        judgements = judge_samples(judge, benchmark.samples, args, f"{benchmark.name}, judged")  # P lists of k
-        answers = [[sample["answer"] for sample in group] for group in benchmark.samples]
+        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes,
+                     "prm_max_new_tokens": args.prm_max_new_tokens}  # fmt: skip
+        judgements = judge_samples(judge, graded.samples, args, f"{benchmark.name}, judged")  # P lists of k
+        answers = [[sample["answer"] for sample in group] for group in graded.samples]
         others |= best_of_k(graded.correct, answers, judgements)
         others["unparsed"] = np.zeros(len(judgements))
         for p, group in enumerate(judgements):
@@ -669,15 +659,20 @@ def measure_benchmark(
     return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
 
 
-def compare_with_last(models: list[str], graded: dict[tuple[str, str], Graded], seed: int) -> dict[tuple, Metric]:
-    """(model, benchmark) -> the accuracy of a model minus that of the last one, paired by problem. graded: likewise."""
-    changes = {}
-    for (model, name), ours in graded.items():
-        last = graded.get((models[-1], name))
-        if model != models[-1] and last is not None:
-            change = ours.correct.mean(axis=1) - last.correct.mean(axis=1)  # (P,)
-            changes[model, name] = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
-    return changes
+def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
+    """Rows of the accuracy of every model minus that of the last one, where both have a benchmark; paired by problem."""
+    last_model = benchmarks[-1].model
+    last = {benchmark.name: benchmark for benchmark in benchmarks if benchmark.model == last_model}
+    rows = []
+    for benchmark in benchmarks:
+        if benchmark.model == last_model or benchmark.name not in last:
+            continue
+        other = last[benchmark.name]
+        change = benchmark.graded.correct.mean(axis=1) - other.graded.correct.mean(axis=1)  # (P,)
+        metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
+        settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
+        rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
+    return rows
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
@@ -705,46 +700,36 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
     args = parse_command(parser, "model", "problems", "gold", unless="solutions")
     if args.solutions and (args.model or args.problems or args.greedy):
-        raise InputError(
-            "--solutions are measured as they are; --model, --problems and --greedy are for sampling new ones"
-        )
+        raise InputError("--solutions are measured as they are; leave out --model, --problems and --greedy")
     if not args.gold:
         raise InputError("--gold is missing; it goes with --solutions")
 
-    # 1. The samples: read them, or sample what is missing of them.
+    # 1. The samples: read them, or sample what is missing of them; and grade them.
     gold = records.read_answers(args.gold)
     device = distributed.init_distributed(args.device)
+    benchmarks = []
     if args.solutions:
-        benchmarks = read_benchmarks(args)
+        benchmarks = read_benchmarks(args, gold)
     else:
         files = {}
         for name, path in name_files("problems", args.problems).items():
             files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
             require_answers([problem["id"] for problem in files[name]], gold)  # fail early
-        benchmarks = []
         for model in args.model:
-            benchmarks += sample_benchmarks(model, files, args, device)
+            benchmarks += sample_benchmarks(model, files, gold, args, device)
 
-    # 2. Grade them; if there is a reward model, let it choose.
+    # 2. Measure them; if there is a reward model, let it choose.
     judge = open_engine(args.prm, device, args.slots, "--prm") if args.prm else None
-    graded = {}  # (model, benchmark) -> Graded
-    rows_of: dict[str, list[dict]] = {}  # model -> rows
+    by_model: dict[str, list[dict]] = {}  # model -> rows
     for benchmark in benchmarks:
-        samples = grade_samples(benchmark.samples, gold, args.seed)
-        graded[benchmark.model, benchmark.name] = samples
-        rows = rows_of.setdefault(benchmark.model, [])
-        rows += measure_benchmark(benchmark, samples, judge, gold, args)
+        by_model.setdefault(benchmark.model, []).extend(measure_benchmark(benchmark, judge, args))
 
     # 3. Average over benchmarks, compare models.
-    headline = f"avg@{len(benchmarks[0].samples[0])}"
+    headline = f"avg@{benchmarks[0].settings['num_samples']}"
     rows = []
-    for of_model in rows_of.values():
+    for of_model in by_model.values():
         rows += of_model + average_rows("benchmarks", of_model, headline)
-    models = list(rows_of)
-    for (model, name), change in compare_with_last(models, graded, args.seed).items():
-        settings = {"model": f"{model} minus {models[-1]}", **benchmarks[0].settings}
-        rows += result_rows(name, "all", {headline: change}, settings, 0.0, 0)
-    publish(rows, args)
+    publish(rows + compare_with_last(benchmarks, headline, args.seed), args)
 
 
 # --------------------------------------------------------------------------- the labels of Stage I

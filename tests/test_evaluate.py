@@ -369,7 +369,7 @@ def test_benchmark_numbers():
     correct = np.array([[False, False, True, False], [False] * 4])
     samples = [[{"answer": answer, "finish": "stop"} for answer in group] for group in answers]
     samples[0][0]["finish"] = samples[1][3]["finish"] = "length"
-    numbers = evaluate.benchmark_numbers(Graded(samples, correct, 1, 1 / 8, 0.0, 1.0), {}, seed=0)
+    numbers = evaluate.benchmark_numbers(Graded(samples, correct, 1, 0, 1 / 8, 0.0, 1.0), {}, seed=0)
     values = {metric: value for metric, (value, _, _) in numbers.items()}
     expected = {"avg@4": 1 / 8, "pass@2": 1 / 4, "pass@4": 1 / 2, "maj@4": 0.0, "unknown": 1 / 8, "truncated": 1 / 4}
     assert values == pytest.approx(expected)
@@ -415,6 +415,9 @@ def test_a_reward_model_chooses_among_anybodys_samples(checkpoint, tmp_path, mon
         run(monkeypatch, "benchmark", "--solutions", write_lines(tmp_path / "t.jsonl", solutions), *files[2:], "--out", "x")
     with pytest.raises(InputError, match="as they are"):
         run(monkeypatch, "benchmark", *files, "--greedy", "--out", "x")
+    few = write_lines(tmp_path / "few.jsonl", [{"id": "p0", "answer": "0"}])
+    with pytest.raises(InputError, match="p1: no gold answer"):
+        run(monkeypatch, "benchmark", *files[:4], "--gold", few, "--out", "x")
     with pytest.raises(InputError, match="--gold is missing"):
         run(monkeypatch, "benchmark", *files[:4], "--out", "x")
 
@@ -429,8 +432,8 @@ def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
     flags += ["--num_samples", 2, "--greedy", "--prm", checkpoint, "--prm_max_new_tokens", 8, "--slots", 4]
     run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "whole.jsonl")
     name = str(model).strip("/").replace("/", "-")
-    assert {path.name for path in (tmp_path / "whole").glob("*.jsonl")} == {f"{name}_few.jsonl", f"{name}_few_greedy.jsonl"}
-    whole = (tmp_path / "whole" / f"{name}_few.jsonl").read_text()
+    assert {path.name for path in (tmp_path / "whole_samples").glob("*.jsonl")} == {f"{name}_few.jsonl", f"{name}_few_greedy.jsonl"}
+    whole = (tmp_path / "whole_samples" / f"{name}_few.jsonl").read_text()
 
     class Killed(Exception):
         pass
@@ -443,7 +446,7 @@ def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RecordFile, "append", append)
         run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
-    file = tmp_path / "halves" / f"{name}_few.jsonl"
+    file = tmp_path / "halves_samples" / f"{name}_few.jsonl"
     first = file.read_text()
     assert 0 < len(first) < len(whole) and not (tmp_path / "halves.jsonl").exists()
     run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
