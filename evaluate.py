@@ -11,7 +11,8 @@ Each runs on the tiny world, after the stage that it measures. With one's own mo
     python evaluate.py processbench --model runs/prm_cot --data gsm8k.json math.json --out runs/processbench.jsonl
     python evaluate.py benchmark --model runs/grpo Qwen/Qwen2.5-Math-7B --problems math500.jsonl aime24.jsonl \\
         --gold gold.jsonl --num_samples 16 --greedy --out runs/benchmark.jsonl
-    python evaluate.py benchmark --solutions math500_samples.jsonl --gold gold.jsonl --prm runs/prm_cot --out runs/best.jsonl
+    python evaluate.py benchmark --solutions runs/solutions.jsonl --gold gold.jsonl --prm runs/prm_cot \\
+        --out runs/best.jsonl   # does a reward model choose well among anybody's samples?
 
 Answers are opened here, after the fact: nothing feeds back into reference-free training. What can't be judged is
 counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
@@ -254,9 +255,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use only the first N records of each file")
-    parser.add_argument(
-        "--slots", type=int, help="max concurrent sequences; default: by the GPU's memory, on a CPU 128"
-    )
+    parser.add_argument("--slots", type=int, help="max concurrent sequences; default: by the GPU's memory; CPU: 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
 
 
@@ -279,9 +278,7 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     """name -> path, the name being the file's without its suffix. Raises InputError if two are the same."""
     named = {Path(path).stem: path for path in paths}
     if len(named) < len(paths):
-        raise InputError(
-            f"--{flag} {' '.join(paths)}: two files share a name, and results are keyed by name; rename one"
-        )
+        raise InputError(f"--{flag} {' '.join(paths)}: two files share a name, the key of results; rename one")
     return named
 
 
@@ -309,8 +306,8 @@ def read_cases(path: str) -> list[dict]:
             raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
         label, num_steps = case["label"], len(case["steps"])
         if label not in range(-1, num_steps):
-            raise InputError(f"{path}: case {number} has label {label!r} and {num_steps} steps; a label is the index of "
-                             "the first wrong step, from 0, or -1")  # fmt: skip
+            given = f"label {label!r} and {num_steps} steps"
+            raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
     return cases
 
 
@@ -448,9 +445,9 @@ def heldout_accuracy(
 ) -> Graded:
     """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
 
-    Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every rank
-    calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without a gold
-    answer or too long for the context.
+    Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
+    rank calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without
+    a gold answer or too long for the context.
     """
     require_answers([problem["id"] for problem in problems], gold)
     mine = problems[distributed.rank() :: distributed.world_size()]
@@ -507,9 +504,9 @@ def best_of_k(
 ) -> dict[str, np.ndarray]:
     """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0.
 
-    correct (P, n), k = 2, 4, 8, ... and n. Four rules: the score of the outcome (verdict); the mean and the least of the
-    steps' scores (mean, min); the answer with the greatest sum of outcome scores (vote). Equal scores: the earliest
-    sample. What is unparsed scores 0.
+    correct (P, n), k = 2, 4, 8, ... and n. Four rules choose the greatest: the score of the outcome (verdict); the mean
+    and the least of the steps' scores (mean, min); the sum of the outcome scores of all samples with the same answer
+    (vote). Equal scores: the earliest sample. An unparsed judgement scores 0.
     """
     P, n = correct.shape
     verdict = np.zeros((P, n))
@@ -605,8 +602,8 @@ def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benc
 def sample_benchmarks(
     model: str, files: dict[str, list[dict]], gold: dict[str, str], args: argparse.Namespace, device: torch.device
 ) -> list[Benchmark]:
-    """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an earlier
-    run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an
+    earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
@@ -660,7 +657,7 @@ def measure_benchmark(benchmark: Benchmark, judge: Engine | None, args: argparse
 
 
 def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
-    """Rows of the accuracy of every model minus that of the last one, where both have a benchmark; paired by problem."""
+    """Rows of the accuracy of each model minus that of the last one, on the benchmarks of both; paired by problem."""
     last_model = benchmarks[-1].model
     last = {benchmark.name: benchmark for benchmark in benchmarks if benchmark.model == last_model}
     rows = []
@@ -679,9 +676,9 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     """Benchmarks: k solutions per problem, graded. avg@k: mean accuracy; pass@k: one of k is right; maj@k: the most
     frequent answer is. Brackets: 95 % intervals over problems. Several models are compared with the last, in pairs.
 
-    The samples are kept beside --out as solutions files, so a killed run resumes; --solutions measures anybody's instead.
-    With --prm a reward model chooses among them. best@k/verdict, mean, min: the sample whose outcome, steps' mean or worst
-    step scores best is right; best@k/vote: the answer with the greatest sum of outcome scores is."""
+    The samples are kept beside --out as solutions files, so a killed run resumes; --solutions measures anybody's.
+    With --prm a reward model chooses among them. best@k/verdict, mean, min: the sample whose outcome, steps' mean or
+    worst step scores best is right; best@k/vote: the answer with the greatest sum of outcome scores is."""
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
     parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
@@ -689,12 +686,12 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
     parser.add_argument(
-        "--solutions", nargs="+", help="solutions files to measure in place of sampling, one per benchmark"
+        "--solutions", nargs="+", help="measure these solutions files, one per benchmark; sample nothing"
     )
     parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
     parser.add_argument(
-        "--votes", type=int, default=1, help="of --prm; 1: one greedy pass; K: scores are shares of votes"
+        "--votes", type=int, default=1, help="of --prm; 1: greedy; K: sample K, scores are their shares"
     )
     parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
@@ -772,9 +769,7 @@ def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
         if name in known:
             labels = known[name].get("step_labels")
             if labels is not None and len(labels) != len(steps):
-                raise InputError(
-                    f"{path}: {name} has {len(labels)} step_labels, but {len(steps)} steps; fix the record"
-                )
+                raise InputError(f"{path}: {name} has {len(labels)} step_labels and {len(steps)} steps; fix the record")
             gold[name] = (labels, known[name].get("outcome"))
         elif problem:
             labels = gold_labels(steps, problem["steps"]) if problem.get("steps") else None
@@ -787,7 +782,7 @@ def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
         gold[name] = (labels, outcome)
     if not gold:
         raise InputError(
-            f"{path}: no record for any of {len(solutions)} solutions; expected solution ids or problem ids"
+            f"{path}: no record for any of {len(solutions)} solutions; expected their ids or their problems'"
         )
     return gold
 
@@ -830,10 +825,10 @@ def summarize(scores: dict[str, Score], num_labels: int) -> dict:
 
 
 def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, Score]]:
-    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and their scores by solution.
+    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and each solution's score.
 
-    The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the hard
-    ones can't pass for accuracy.
+    The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the
+    hard ones can't pass for accuracy.
     """
     everything: dict[str, Score] = {}
     kept: dict[str, Score] = {}
@@ -905,16 +900,13 @@ def vote_rows(
 
 
 def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int) -> list[dict]:
-    """What voting buys: rows for single, outcome-level and step-level labels from the first N = 1, 2, 4, ... verifications.
+    """What voting buys: rows for single, outcome-level and step-level labels from the first 1, 2, 4, ... verifications.
 
-    On `all`, `single` is what one of the parsed verifications is worth on average, and voted rows have `minus_single`, the
-    paired gain over it. On `kept`, `single` is the label: the first verification that parsed.
+    On `all`, `single` is what one of the parsed verifications is worth on average, and voted rows have `minus_single`,
+    the paired gain over it. On `kept`, `single` is the label: the first verification that parsed.
     """
     by_solution = group_by_solution(solutions, verifications)
-    most = 0
-    for records_of_one in by_solution.values():
-        for verification in records_of_one:
-            most = max(most, verification["sample"] + 1)
+    most = max((group[-1]["sample"] + 1 for group in by_solution.values() if group), default=0)  # they are in order
     rows = []
     for N in PREFIXES:
         if most >= N:
@@ -960,29 +952,21 @@ def print_label_report(rows: list[dict]) -> None:
 
 def label_curves(rows: list[dict]) -> list[dict]:
     """Accuracy of whole label vectors against the tokens spent, a curve for each way of voting, a dot for each file."""
+    axes = {"xlabel": "tokens of verifications and critiques", "xscale": "log"}
     curves: dict[str, dict] = {}
     for row in rows:
-        exact = row["all"]["exact"]
-        curve = curves.setdefault(
-            row["method"],
-            {
-                "panel": "whole label vectors right, percent",
-                "curve": row["method"],
-                "xlabel": "tokens of verifications and critiques",
-                "xscale": "log",
-                "x": [],
-                "y": [],
-            },
-        )
-        if exact is not None:
+        method = row["method"]
+        empty = {"panel": "whole label vectors right, percent", "curve": method, **axes, "x": [], "y": []}
+        curve = curves.setdefault(method, empty)
+        if row["all"]["exact"] is not None:
             curve["x"].append(row["tokens"])
-            curve["y"].append(100 * exact)
+            curve["y"].append(100 * row["all"]["exact"])
     return list(curves.values())
 
 
 def run_labels(parser: argparse.ArgumentParser) -> None:
-    """The label report: are Stage I's labels right, and what does voting buy? The accuracy `of kept` is over the solutions
-    that a method keeps, the other over all with a vote, so that dropping the hard ones can't pass for accuracy."""
+    """The label report: are Stage I's labels right, and what does voting buy? The accuracy `of kept` is over the
+    solutions that a method keeps, the other over all with a vote: dropping hard ones can't pass for accuracy."""
     parser.add_argument("--labels", nargs="+", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--verifications", help="verifications.jsonl of verify.py")
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
@@ -1073,8 +1057,8 @@ def read_rollouts(paths: list[Path], problem_id: str) -> list[tuple[int, dict]]:
 
 
 def count_outcome_votes(label: dict, verifications: list[dict]) -> tuple[int, int] | None:
-    """How many of a solution's verifications say that its answer is correct, and incorrect; None if not they, but one of
-    them or others, made the label."""
+    """How many of a solution's verifications call its answer correct, and incorrect; None if the label isn't their
+    vote, but comes from one of them or from others."""
     verdicts = [v["verdict"] for v in keep_parsed(verifications) if v["solution_id"] == label["id"]]
     if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
         return None
@@ -1130,17 +1114,17 @@ COMMANDS = {
 
 
 def main() -> None:
+    """Each command has a parser of its own, so that its --help shows its flags only."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    known = command in COMMANDS
-    description = COMMANDS[command].__doc__ if known else __doc__
-    parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(description), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=[command] if known else list(COMMANDS), help="each has a --help of its own")
-    if known:
-        COMMANDS[command](parser)
-    else:
-        parser.parse_args()  # prints the help, or what is wrong
+    run = COMMANDS.get(command)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    if run is None:
+        parser.description = __doc__
+        parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
+        parser.parse_args()  # prints the help or says what is wrong, and exits
+    parser.description = inspect.cleandoc(run.__doc__)
+    parser.add_argument("command", choices=[command])
+    run(parser)
 
 
 if __name__ == "__main__":

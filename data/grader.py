@@ -1,8 +1,8 @@
 """Grading answers: math-verify in a process that may die, and what is settled before it is asked.
 
-Run as a program, this file is the worker: it reads questions, a JSON list (prediction, reference, seconds) per line, and
-answers each with true, false or null. It imports nothing but the standard library and math-verify, so that a worker starts
-fast wherever it is needed.
+Run as a program, this file is the worker: it reads questions, a JSON list (prediction, reference, seconds) per line,
+and answers each with true, false or null. It imports nothing but the standard library and math-verify, so that a worker
+starts fast wherever it is needed.
 """
 
 import json
@@ -21,8 +21,8 @@ E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)e([+-]?[0-9]{1,3})(?!
 # --------------------------------------------------------------------------- the asking side
 
 WORKER = Path(__file__).resolve()
-# Workers that wait for a question. They are kept because starting one imports computer algebra, which takes a second; they
-# end with this process, whose end closes their stdin.
+# Workers that wait for a question. They are kept because starting one imports computer algebra, which takes a second;
+# they end with this process, whose end closes their stdin.
 _idle: list[subprocess.Popen] = []
 
 
@@ -75,7 +75,7 @@ def ask(prediction: str, reference: str, timeout: float) -> bool | None:
 
 
 def start_worker() -> subprocess.Popen:
-    """Start this file as a program. It runs in the root directory, so that it can't import the user's files by mistake."""
+    """Start this file as a program, in the root directory, so that it can't import the user's files by mistake."""
     return subprocess.Popen(
         [sys.executable, WORKER],
         stdin=subprocess.PIPE,
@@ -89,10 +89,10 @@ def start_worker() -> subprocess.Popen:
 
 # --------------------------------------------------------------------------- the worker
 
-# Computer algebra can hang, or fill the memory, inside C code that no Python exception reaches. So each answer is graded in a
-# forked child under an alarm that kills it. The parent keeps the imported library: a death costs a fork, not an import. The
-# alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts. math-verify's own time limits
-# are off, because they return False rather than "unknown".
+# Computer algebra can hang, or fill the memory, inside C code that no Python exception reaches. So each answer is
+# graded in a forked child under an alarm that kills it. The parent keeps the imported library: a death costs a fork, not
+# an import. The alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts. math-verify's
+# own time limits are off, because they return False rather than "unknown".
 
 
 def judge(prediction: str, reference: str) -> bool | None:
@@ -120,13 +120,13 @@ def boxed(text: str) -> str:
 
 
 def set_alarms(seconds: float) -> None:
-    """Have this process killed after `seconds` of CPU time or four times as many by the clock; 0 cancels both alarms."""
+    """Have this process killed after `seconds` of CPU time or four times as many by the clock; 0 cancels both."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
 
 
 def serve() -> None:
-    """Answer the questions on stdin until it is closed. A child answers them; when one is killed, the next takes over."""
+    """Answer the questions on stdin until it is closed. A child does it; when one is killed, the next takes over."""
     logging.disable(logging.CRITICAL)
     sys.set_int_max_str_digits(0)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -40,7 +40,7 @@ def print_table(header: list[str], rows: list[list]) -> None:
 
 # --------------------------------------------------------------------------- curves
 
-# Key in metrics.jsonl -> title. The last six show a policy that games its reward, or a sampler that differs from the trainer.
+# Key in metrics.jsonl -> title. The last six show a policy that games its reward, or a sampler unlike the trainer.
 PANELS = {
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy",
@@ -72,7 +72,7 @@ def read_metrics(run: str) -> dict[str, dict[int, float]]:
 
 
 def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
-    """The metrics of a run as curves of this name, each in the panel of its key; accuracies come with their interval."""
+    """A run's metrics as curves of this name, each in the panel of its key; accuracies come with their interval."""
     metrics = read_metrics(run)
     curves = []
     for key in keys:
@@ -91,8 +91,8 @@ def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
 def draw_curves(curves: list[dict], out: Path) -> None:
     """Draw a panel for each `panel`, in it a line for each `curve`, through the points `x`, `y`.
 
-    Curves of one name in one panel are seeds: the line is their mean at the points that all of them have, with a band from
-    the lowest to the highest. A single curve has its own band, `low` to `high`, if any. A curve with `right` uses the
+    Curves of one name in one panel are seeds: the line is their mean at the points that all have, with a band from the
+    lowest to the highest. A single curve has its own band, `low` to `high`, if any. A curve with `right` uses the
     right-hand axis. It may also bring settings of its panel: AXES.
     """
     from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
@@ -184,8 +184,8 @@ def paint(text: str, right: bool | None) -> str:
 
 
 def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
-    """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification that
-    was chosen for it."""
+    """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification
+    that was chosen for it."""
     lines = [f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}"]
     for k, step in enumerate(label["steps"]):
         text = f"Step {k + 1}: {step}"
