@@ -594,7 +594,7 @@ def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benc
         samples = list(read_samples(path).values())[: args.limit]
         require_answers([group[0]["problem_id"] for group in samples], gold)
         graded = grade_samples(samples, gold, args.seed)
-        settings = {"num_samples": len(samples[0])}
+        settings = {"num_samples": len(samples[0]), "seed": args.seed}
         benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, graded, None, time.time() - started))
     return benchmarks
 
@@ -685,14 +685,10 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_samples", type=int, default=4, help="k, samples per problem")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
-    parser.add_argument(
-        "--solutions", nargs="+", help="measure these solutions files, one per benchmark; sample nothing"
-    )
+    parser.add_argument("--solutions", nargs="+", help="measure these solutions files, one per benchmark, instead")
     parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
-    parser.add_argument(
-        "--votes", type=int, default=1, help="of --prm; 1: greedy; K: sample K, scores are their shares"
-    )
+    parser.add_argument("--votes", type=int, default=1, help="of --prm; 1: greedy; K: scores are shares of K samples")
     parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
     args = parse_command(parser, "model", "problems", "gold", unless="solutions")
@@ -712,7 +708,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
         for name, path in name_files("problems", args.problems).items():
             files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
             require_answers([problem["id"] for problem in files[name]], gold)  # fail early
-        for model in args.model:
+        for model in args.model:  # a model is freed on return, before the next is loaded
             benchmarks += sample_benchmarks(model, files, gold, args, device)
 
     # 2. Measure them; if there is a reward model, let it choose.

@@ -90,9 +90,9 @@ def start_worker() -> subprocess.Popen:
 # --------------------------------------------------------------------------- the worker
 
 # Computer algebra can hang, or fill the memory, inside C code that no Python exception reaches. So each answer is
-# graded in a forked child under an alarm that kills it. The parent keeps the imported library: a death costs a fork, not
-# an import. The alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts. math-verify's
-# own time limits are off, because they return False rather than "unknown".
+# graded in a forked child under an alarm that kills it. The parent keeps the imported library: a death costs a fork,
+# not an import. The alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts.
+# math-verify's own time limits are off, because they return False rather than "unknown".
 
 
 def judge(prediction: str, reference: str) -> bool | None:
