@@ -1,8 +1,7 @@
-"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): six commands.
+"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): five commands.
 
     python evaluate.py processbench   # does a reward model find the first wrong step?  -> runs/tiny/processbench.jsonl
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl
-    python evaluate.py best_of        # does a reward model choose well among samples?  -> runs/tiny/best_of.jsonl
     python evaluate.py labels         # are the labels of Stage I right?                -> runs/tiny/labels.json
     python evaluate.py plot           # the curves of GRPO runs, and of studies         -> runs/tiny/curves.png
     python evaluate.py show t0003     # one problem's way through all stages            -> the terminal
@@ -12,6 +11,8 @@ Each runs on the tiny world, after the stage that it measures. With one's own mo
     python evaluate.py processbench --model runs/prm_cot --data gsm8k.json math.json --out runs/processbench.jsonl
     python evaluate.py benchmark --model runs/grpo Qwen/Qwen2.5-Math-7B --problems math500.jsonl aime24.jsonl \\
         --gold gold.jsonl --num_samples 16 --greedy --out runs/benchmark.jsonl
+    python evaluate.py benchmark --solutions runs/solutions.jsonl --gold gold.jsonl --prm runs/prm_cot \\
+        --out runs/best.jsonl   # does a reward model choose well among anybody's samples?
 
 Answers are opened here, after the fact: nothing feeds back into reference-free training. What can't be judged is
 counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
@@ -26,12 +27,15 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 from data import grader, records, report
-from generate import SOLVE_PROMPT, Engine, extract_answer, open_engine
+from generate import SOLVE_PROMPT, Engine, extract_answer, find_incomplete, find_model, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import with_progress
@@ -39,6 +43,7 @@ from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
 from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
 
 import numpy as np
+import torch
 
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {
@@ -49,11 +54,7 @@ TINY = {
     "benchmark": {
         "model": ["runs/tiny/grpo", "data/tiny/policy"], "problems": ["data/tiny/heldout.jsonl"],
         "gold": ["data/tiny/gold.jsonl"], "out": "runs/tiny/benchmark.jsonl",
-        "max_new_tokens": 160, "limit": 500, "slots": 256, "device": "cpu",
-    },
-    "best_of": {
-        "model": "runs/tiny/prm_cot", "solutions": ["runs/tiny/solutions.jsonl"], "gold": ["data/tiny/gold.jsonl"],
-        "out": "runs/tiny/best_of.jsonl", "max_new_tokens": 200, "slots": 256, "device": "cpu",
+        "max_new_tokens": 160, "prm_max_new_tokens": 200, "limit": 500, "slots": 256, "device": "cpu",
     },
     "labels": {
         "labels": ["runs/tiny/verify/labels_step_consistency.jsonl"],
@@ -65,7 +66,6 @@ TINY = {
 }  # fmt: skip
 RESAMPLES = 2000  # of every bootstrap
 PAPER = {  # in percent
-    "best_of": "The paper has no such numbers.",
     "processbench": "Paper (not run here), average F1: PRM 67.5, PRM-CoT 65.7, reference-guided PRM 66.4, GPT-4o 61.9",
     "benchmark": "Paper (not run here), Qwen2.5-Math-7B after RL with PRM-CoT: MATH-500 85.4, AIME24 30.0, "
     "AIME25 20.0, AMC23 66.3, Olympiad 42.7, Minerva 40.1, average 47.4; average with PRM 44.1, with RLVR 43.9",
@@ -77,9 +77,9 @@ PAPER = {  # in percent
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
     crashed. Both are LaTeX, with or without `\boxed{…}`; a prediction may have 4.5e33 for `4.5 \times 10^{33}`; no
-    answer (None, "") is False. timeout: seconds of CPU time, twice that at most if the prediction is read again.
+    answer (None, "") is False. timeout: seconds of CPU time, at most twice that if the prediction is read again.
 
-    A worker process does the algebra; it starts when first needed and stays. Equal texts and integers need none.
+    A worker process does the algebra; it starts when first needed and stays. Equal strings and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
     """
     if timeout <= 0:
@@ -96,16 +96,27 @@ def grade_all(
     """`grade` of many (prediction, reference) pairs, in order, by several workers; equal pairs are graded once."""
     unique = list(dict.fromkeys(pairs))
     with ThreadPoolExecutor(workers) as threads:  # a thread waits for its worker, so no more than `workers` run
-        known = dict(zip(unique, threads.map(lambda pair: grade(*pair, timeout), unique), strict=True))
+        verdicts = threads.map(lambda pair: grade(*pair, timeout), unique)
+        known = dict(zip(unique, verdicts, strict=True))
     return [known[pair] for pair in pairs]
 
 
 # --------------------------------------------------------------------------- numbers
 
 
+class Metric(NamedTuple):
+    """A measured fraction."""
+
+    value: float  # 0 to 1
+    n: int  # cases or problems that it is over
+    interval: tuple[float, float] | None = None  # (low, high), 95 %
+
+
 def first_error(step_verdicts: list[bool]) -> int:
     """Index of the first step judged incorrect, else -1."""
-    return step_verdicts.index(False) if False in step_verdicts else -1
+    if False in step_verdicts:
+        return step_verdicts.index(False)
+    return -1
 
 
 def processbench_f1(labels: list[int], predictions: list[int | None]) -> dict:
@@ -114,24 +125,43 @@ def processbench_f1(labels: list[int], predictions: list[int | None]) -> dict:
     A label is the index of the first wrong step or -1; a prediction likewise, or None for unparsed, which is wrong.
     An accuracy over no cases is 0, and so is F1 of two zeros.
     """
-    right: dict[bool, list[bool]] = {True: [], False: []}  # by: has a wrong step
+    error_hits, correct_hits = [], []
     for label, prediction in zip(labels, predictions, strict=True):
-        right[label != -1].append(label == prediction)
-    error, correct = (sum(hits) / max(len(hits), 1) for hits in (right[True], right[False]))
-    return {"error_acc": error, "correct_acc": correct, "f1": 2 * error * correct / (error + correct or 1)}
+        hits = correct_hits if label == -1 else error_hits
+        hits.append(label == prediction)
+    error_acc = sum(error_hits) / max(len(error_hits), 1)
+    correct_acc = sum(correct_hits) / max(len(correct_hits), 1)
+    f1 = 0.0
+    if error_acc + correct_acc > 0:
+        f1 = 2 * error_acc * correct_acc / (error_acc + correct_acc)
+    return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": f1}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that k of n samples, c right, hold a right one (Chen et al. 2021): 1 - C(n-c, k)/C(n, k)."""
+    """Unbiased probability that k of n samples, c of them right, include a right one: 1 - C(n-c, k) / C(n, k), Eq. 1 of
+    Chen et al. 2021 (arXiv 2107.03374)."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority_answer(answers: list[str | None]) -> str | None:
-    """The most frequent answer, compared as text, the earliest of equals; None (no answer) doesn't vote."""
+    """The most frequent answer, compared as a string, the earliest of equals; None (no answer) doesn't vote."""
     votes = Counter(answer for answer in answers if answer is not None)
-    return votes.most_common(1)[0][0] if votes else None
+    if not votes:
+        return None
+    [(winner, _)] = votes.most_common(1)
+    return winner
+
+
+def powers_of_two(n: int) -> list[int]:
+    """2, 4, 8, ... below n, and n."""
+    powers = []
+    k = 2
+    while k < n:
+        powers.append(k)
+        k *= 2
+    return [*powers, n]
 
 
 def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
@@ -139,16 +169,22 @@ def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) ->
 
     With sizes, of the same shape: sum(values) / sum(sizes), a mean over parts (steps) of which a row has several.
     """
-    if len(values) == 0:
+    P = len(values)
+    if P == 0:
         raise ValueError("nothing to resample: no rows")
-    sizes = np.ones(values.shape) if sizes is None else sizes
-    rng, P = np.random.default_rng(seed), len(values)
-    draws = (np.bincount(rng.integers(P, size=P), minlength=P) for _ in range(RESAMPLES))
-    return np.stack([(n @ values) / np.maximum(n @ sizes, 1e-12) for n in draws])
+    if sizes is None:
+        sizes = np.ones(values.shape)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(P, size=P)  # P rows, with replacement
+        times = np.bincount(drawn, minlength=P)  # (P,) how often each row was drawn
+        means.append((times @ values) / np.maximum(times @ sizes, 1e-12))
+    return np.stack(means)
 
 
-def middle(values: np.ndarray | list[float]) -> tuple[float, float]:
-    """(low, high): what holds the middle 95 % of the values."""
+def interval95(values: np.ndarray | list[float]) -> tuple[float, float]:
+    """(low, high): the 2.5 % and 97.5 % quantiles of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
@@ -156,17 +192,21 @@ def middle(values: np.ndarray | list[float]) -> tuple[float, float]:
 def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float]:
     """(low, high): 95 % interval of the mean of per_problem (P,). Problems are resampled, not samples: the samples of
     one problem aren't independent of each other."""
-    return middle(bootstrap(np.asarray(per_problem, dtype=float), seed))
+    return interval95(bootstrap(np.asarray(per_problem, dtype=float), seed))
 
 
 # --------------------------------------------------------------------------- shared by the commands
 
 
-def result_rows(benchmark: str, subset: str, numbers: dict, settings: dict, seconds: float, tokens: int) -> list[dict]:
-    """Rows of a results file. numbers: metric -> (value, n, interval or None)."""
-    where, spent = {"benchmark": benchmark, "subset": subset}, {"seconds": round(seconds, 1), "tokens": tokens}
-    named = {m: dict(zip(("value", "n", "interval"), number, strict=True)) for m, number in numbers.items()}
-    return [{**where, "metric": m, **number, "settings": settings, **spent} for m, number in named.items()]
+def result_rows(
+    benchmark: str, subset: str, metrics: dict[str, Metric], settings: dict, seconds: float, tokens: int
+) -> list[dict]:
+    """Rows of a results file, one for each metric."""
+    rows = []
+    for name, metric in metrics.items():
+        row = {"benchmark": benchmark, "subset": subset, "metric": name, **metric._asdict()}
+        rows.append({**row, "settings": settings, "seconds": round(seconds, 1), "tokens": tokens})
+    return rows
 
 
 def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
@@ -175,24 +215,33 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
     if len(rows) < 2:
         return []
     mean = float(np.mean([row["value"] for row in rows]))
-    # They are independent samples: half-widths add in squares.
-    half = sum((row["interval"][1] - row["interval"][0]) ** 2 for row in rows) ** 0.5 / 2 / len(rows)
-    seconds, tokens = (sum(row[key] for row in rows) for key in ("seconds", "tokens"))
-    numbers = {metric: (mean, len(rows), (mean - half, mean + half))}
-    return result_rows(benchmark, "average", numbers, rows[0]["settings"], seconds, tokens)
+    # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
+    squares = 0.0
+    for row in rows:
+        low, high = row["interval"]
+        squares += (high - low) ** 2
+    half = squares**0.5 / 2 / len(rows)
+    average = Metric(mean, len(rows), (mean - half, mean + half))
+    seconds = sum(row["seconds"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+    return result_rows(benchmark, "average", {metric: average}, rows[0]["settings"], seconds, tokens)
 
 
 def publish(rows: list[dict], args: argparse.Namespace) -> None:
     """Print the results, a line for each model and subset with the paper's numbers below, and write their file."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    lines: dict[tuple, dict[str, dict]] = {}
+    lines: dict[tuple, dict[str, dict]] = {}  # (model, benchmark, subset) -> metric -> row
     for row in rows:
-        lines.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), {})[row["metric"]] = row
+        name = (row["settings"]["model"], row["benchmark"], row["subset"])
+        lines.setdefault(name, {})[row["metric"]] = row
     table = []
-    for names, line in lines.items():
-        numbers = [report.percent(line[m]["value"], line[m]["interval"]) if m in line else "-" for m in metrics]
-        any_row = next(iter(line.values()))
-        table.append([*names, any_row["n"], *numbers, any_row["tokens"], any_row["seconds"]])
+    for name, line in lines.items():
+        cells = []
+        for metric in metrics:
+            row = line.get(metric, {"value": None, "interval": None})
+            cells.append(report.percent(row["value"], row["interval"]))
+        first = next(iter(line.values()))  # these three are the same in all rows of a line
+        table.append([*name, first["n"], *cells, first["tokens"], first["seconds"]])
     report.print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
     distributed.log(PAPER[args.command])
     if distributed.rank() == 0:
@@ -205,20 +254,22 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--temperature", type=float, default=temperature, help="of samples; a greedy pass has none")
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use the first so many records of each file only")
-    parser.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--limit", type=int, help="use only the first N records of each file")
+    parser.add_argument("--slots", type=int, help="max concurrent sequences; default: by the GPU's memory; CPU: 128")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
 
 
-def parse_command(parser: argparse.ArgumentParser, *inputs: str) -> argparse.Namespace:
-    """Parse the flags of one command. If an input isn't given, the tiny world's values take the place of defaults."""
-    given = parser.parse_args()
-    missing = [name for name in inputs if getattr(given, name) is None]
-    args = records.parse_args(parser, TINY[given.command], (missing or inputs)[0])
-    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "slots")
-    if vars(args).get("out", "") is None:
+def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | None = None) -> argparse.Namespace:
+    """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults,
+    unless there is a flag that makes do without them."""
+    args = parser.parse_args()
+    missing = [name for name in inputs if getattr(args, name) is None]
+    if missing and not (unless and getattr(args, unless)):
+        args = records.parse_args(parser, TINY[args.command], missing[0])
+    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "prm_max_new_tokens", "slots")
+    if "out" in args and args.out is None:
         raise InputError("--out is missing; say where to write the result")
-    if "out" in args and Path(args.out).is_dir():  # before hours of work, rather than after them
+    if "out" in args and Path(args.out).is_dir():  # fail early, not after hours of sampling
         raise InputError(f"--out {args.out} is a directory; name a file in it")
     return args
 
@@ -227,7 +278,7 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     """name -> path, the name being the file's without its suffix. Raises InputError if two are the same."""
     named = {Path(path).stem: path for path in paths}
     if len(named) < len(paths):
-        raise InputError(f"--{flag} {' '.join(paths)}: two files with one name, and results go by the name; rename one")
+        raise InputError(f"--{flag} {' '.join(paths)}: two files share a name, the key of results; rename one")
     return named
 
 
@@ -241,67 +292,99 @@ def read_cases(path: str) -> list[dict]:
     """
     fields = ["problem", "steps", "label"]
     text = Path(path).read_text(encoding="utf-8").lstrip() if Path(path).is_file() else ""
-    try:
-        cases = json.loads(text) if text.startswith("[") else records.read(path, fields, "python -m data.make_tiny")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+    if text.startswith("["):
+        try:
+            cases = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+    else:
+        cases = records.read(path, fields, "python -m data.make_tiny")
     if not cases:
         raise InputError(f"{path}: the file is empty; fetch it again")
     for number, case in enumerate(cases):
         if any(field not in case for field in fields):
             raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
-        if case["label"] not in range(-1, len(case["steps"])):
-            about = f"case {number} has label {case['label']!r} and {len(case['steps'])} steps"
-            raise InputError(f"{path}: {about}; a label is the index of the first wrong step, from 0, or -1")
+        label, num_steps = case["label"], len(case["steps"])
+        if label not in range(-1, num_steps):
+            given = f"label {label!r} and {num_steps} steps"
+            raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
     return cases
 
 
-def processbench_numbers(kind: str, cases: list[dict], scored: list[Judgement], seed: int) -> dict:
-    """metric -> (fraction, number of cases, 95 % interval or None) of one subset.
+def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
+    """An ORM names no step. Its verdict is compared with final_answer_correct where a case has it, else with "no wrong
+    step"."""
+    n = len(cases)
+    right = np.zeros(n)
+    unparsed = 0
+    for i, (case, judgement) in enumerate(zip(cases, judgements, strict=True)):
+        truth = case.get("final_answer_correct", case["label"] == -1)
+        right[i] = judgement.verdict == truth
+        unparsed += judgement.verdict is None
+    return {
+        "outcome_acc": Metric(float(right.mean()), n, bootstrap_interval(right, seed)),
+        "unparsed": Metric(unparsed / n, n),
+    }
 
-    A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names no step; it has the accuracy of
-    its verdict: against final_answer_correct where a case says it, else against "no wrong step".
-    """
-    n, rng = len(cases), np.random.default_rng(seed)
+
+def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
+    """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1."""
     if not REWARD_MODELS[kind].judges_steps:
-        truths = [case.get("final_answer_correct", case["label"] == -1) for case in cases]
-        right = np.array([float(s.verdict == truth) for s, truth in zip(scored, truths, strict=True)])
-        numbers = {"outcome_acc": (float(right.mean()), n, bootstrap_interval(right, seed))}
-        return numbers | {"unparsed": (sum(s.verdict is None for s in scored) / n, n, None)}
-    predictions = [None if s.step_verdicts is None else first_error(s.step_verdicts) for s in scored]
-    pairs = [(case["label"], prediction) for case, prediction in zip(cases, predictions, strict=True)]
-    wrong = sum(case["label"] != -1 for case in cases)
-    resamples = ([pairs[i] for i in rng.integers(n, size=n)] for _ in range(RESAMPLES))
-    resampled = [processbench_f1(*zip(*resample, strict=True)) for resample in resamples]
-    found, sizes = processbench_f1(*zip(*pairs, strict=True)), {"f1": n, "error_acc": wrong, "correct_acc": n - wrong}
-    numbers = {m: (found[m], size, middle([r[m] for r in resampled])) for m, size in sizes.items()}
-    return numbers | {"unparsed": (predictions.count(None) / n, n, None)}
+        return orm_metrics(cases, judgements, seed)
+    labels = [case["label"] for case in cases]
+    predictions = []
+    for judgement in judgements:
+        verdicts = judgement.step_verdicts
+        predictions.append(None if verdicts is None else first_error(verdicts))
+    found = processbench_f1(labels, predictions)
+
+    # Cases are resampled, not hits: F1 is no mean over cases, so it is computed anew for every resample.
+    n = len(cases)
+    rng = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(n, size=n).tolist()
+        resampled.append(processbench_f1([labels[i] for i in drawn], [predictions[i] for i in drawn]))
+
+    wrong = sum(label != -1 for label in labels)
+    sizes = {"f1": n, "error_acc": wrong, "correct_acc": n - wrong}
+    metrics = {}
+    for name, size in sizes.items():
+        metrics[name] = Metric(found[name], size, interval95([numbers[name] for numbers in resampled]))
+    metrics["unparsed"] = Metric(predictions.count(None) / n, n)
+    return metrics
 
 
 def run_processbench(parser: argparse.ArgumentParser) -> None:
     """ProcessBench: does a reward model find the first wrong step of a solution?"""
     parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--data", nargs="+", help="one file a subset: JSON Lines or array of problem, steps, label")
+    parser.add_argument("--data", nargs="+", help="one file per subset: JSON Lines or array of problem, steps, label")
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
     parser.add_argument("--votes", type=int, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
-    subsets = {name: read_cases(path)[: args.limit] for name, path in name_files("data", args.data).items()}
+    subsets = {}
+    for name, path in name_files("data", args.data).items():
+        subsets[name] = read_cases(path)[: args.limit]
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-    settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
-    settings |= {"max_new_tokens": args.max_new_tokens}
+    settings = {
+        "votes": args.votes,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens,
+    }
     rows = []
     for subset, cases in subsets.items():
         started = time.time()
-        # ProcessBench has no separate answer: whatever a case says of it isn't shown.
+        # ProcessBench has no separate answer, so an answer field of a case is ignored.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
         mine = solutions[distributed.rank() :: distributed.world_size()]
-        scored = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
-        numbers = processbench_numbers(args.kind, cases, scored, args.seed)
-        about = {"model": args.model, "kind": args.kind, **settings}
-        tokens = sum(s.tokens for s in scored)
-        rows += result_rows("processbench", subset, numbers, about, time.time() - started, tokens)
+        judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
+        metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
+        tokens = sum(judgement.tokens for judgement in judgements)
+        described = {"model": args.model, "kind": args.kind, **settings}
+        rows += result_rows("processbench", subset, metrics, described, time.time() - started, tokens)
     headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
     publish(rows + average_rows("processbench", rows, headline), args)
 
@@ -309,182 +392,331 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 # --------------------------------------------------------------------------- benchmarks
 
 
-def heldout_accuracy(
-    engine: Engine, problems: list[dict], gold: dict[str, str], num_samples: int = 4,
-    temperature: float = 1.0, max_new_tokens: int = 3072, seed: int = 0, top_p: float = 1.0, title: str | None = None,
-) -> dict:  # fmt: skip
-    """Sample k solutions of each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
+@dataclass
+class Graded:
+    """P problems with k graded samples each, and their accuracy with its 95 % interval over problems."""
 
-    Returns accuracy, low, high (mean and 95 % interval), per_problem (P,) means, correct (P, k) bool; answers and texts
-    as P lists of k; cut, how many of the k were truncated, (P,); the counts unknown (can't be graded, so not right),
-    truncated and tokens. Under torchrun every rank calls it, does its share, and returns the same. A title shows
-    progress. Raises InputError for a problem without a gold answer or too long for the context.
+    samples: list[list[dict]]  # P lists of k solutions: problem_id, text, answer, finish, tokens
+    correct: np.ndarray  # (P, k) bool; an answer that can't be graded isn't correct
+    unknown: int  # answers that can't be graded
+    tokens: int  # of all samples
+    accuracy: float
+    low: float
+    high: float
+
+
+def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
+    """Raise InputError for the first problem without a reference answer."""
+    for name in problem_ids:
+        if name not in gold:
+            raise InputError(f"problem {name}: no gold answer; --gold must have one for every problem")
+
+
+def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) -> Graded:
+    """Grade P >= 1 lists of k samples against gold (problem id -> answer). Under torchrun every rank has all samples,
+    grades its share, and returns the same."""
+    pairs = []
+    for group in samples[distributed.rank() :: distributed.world_size()]:
+        for sample in group:
+            pairs.append((sample["answer"], gold[sample["problem_id"]]))
+    verdicts = grade_all(pairs)
+    k = len(samples[0])
+    mine = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
+    grades = distributed.gather(mine)  # P lists of k: True, False or None
+
+    correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
+    unknown = sum(group.count(None) for group in grades)
+    tokens = sum(sample["tokens"] for group in samples for sample in group)
+    per_problem = correct.mean(axis=1)  # (P,)
+    low, high = bootstrap_interval(per_problem, seed)
+    return Graded(samples, correct, unknown, tokens, float(per_problem.mean()), low, high)
+
+
+def heldout_accuracy(
+    engine: Engine,
+    problems: list[dict],
+    gold: dict[str, str],
+    *,
+    num_samples: int,
+    temperature: float,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    seed: int,
+    title: str | None = None,
+) -> Graded:
+    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
+
+    Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
+    rank calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without
+    a gold answer or too long for the context.
     """
+    require_answers([problem["id"] for problem in problems], gold)
     mine = problems[distributed.rank() :: distributed.world_size()]
-    prompts = [engine.encode(SOLVE_PROMPT.format(problem=p["problem"])) for p in mine]
-    for problem in mine:
-        if problem["id"] not in gold:
-            raise InputError(f"problem {problem['id']}: no gold answer; --gold must have one for every problem")
+    prompts = [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in mine]
     stream = engine.stream(
-        prompts, keys=[p["id"] for p in mine], num_samples=num_samples, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=seed,
-    )  # fmt: skip
+        prompts,
+        keys=[problem["id"] for problem in mine],
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
     if title:
         stream = with_progress(stream, engine.sampler, title, len(prompts), num_samples)
-    drawn = [samples for _, samples in sorted(stream, key=lambda pair: pair[0])]
-    texts = [[engine.text(s) for s in samples] for samples in drawn]
-    answers = [[extract_answer(text) for text in group] for group in texts]
-    grades = grade_all([(a, gold[p["id"]]) for p, group in zip(mine, answers, strict=True) for a in group])
-    grades = [grades[i : i + num_samples] for i in range(0, len(grades), num_samples)]
-    cut = [sum(s.finish == "length" for s in samples) for samples in drawn]
-    tokens = [sum(len(s.ids) for s in samples) for samples in drawn]
-    everything = distributed.gather(list(zip(texts, answers, grades, cut, tokens, strict=True)))
-    texts, answers, grades, cut, tokens = (list(column) for column in zip(*everything, strict=True))
-    counts = {"truncated": sum(cut), "tokens": sum(tokens)}
-    return {**accuracy_of(grades, seed), "answers": answers, "texts": texts, "cut": cut, **counts}
+    groups: list[list[dict]] = [[] for _ in mine]
+    for i, samples in stream:  # in the order in which they are finished
+        for sample in samples:
+            text = engine.text(sample)
+            solution = {"problem_id": mine[i]["id"], "text": text, "answer": extract_answer(text)}
+            groups[i].append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
+    return grade_samples(distributed.gather(groups), gold, seed)
 
 
-def accuracy_of(grades: list[list[bool | None]], seed: int) -> dict:
-    """accuracy, low, high, per_problem (P,), correct (P, k) and unknown, from P lists of k grades."""
-    correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
-    per_problem = correct.mean(axis=1)
-    low, high = bootstrap_interval(per_problem, seed)
-    means = {"accuracy": float(per_problem.mean()), "low": low, "high": high, "per_problem": per_problem}
-    return {**means, "correct": correct, "unknown": sum(group.count(None) for group in grades)}
+def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) -> dict[str, Metric]:
+    """avg@k, pass@j for j = 2, 4, ... k, and maj@k of graded samples; others: further metrics' values (P,)."""
+    P, k = graded.correct.shape
+    per_problem = {f"avg@{k}": graded.correct.mean(axis=1)}  # (P,) each
+    for j in powers_of_two(k):
+        counts = graded.correct.sum(axis=1)  # (P,)
+        per_problem[f"pass@{j}"] = np.array([pass_at_k(k, int(c), j) for c in counts])
+    majority = np.zeros(P)
+    for p, group in enumerate(graded.samples):
+        answers = [sample["answer"] for sample in group]
+        # A sample with the majority answer was graded. If no sample has an answer, it is a None, graded as wrong.
+        majority[p] = graded.correct[p, answers.index(majority_answer(answers))]
+    per_problem[f"maj@{k}"] = majority
+    per_problem |= others
+
+    metrics = {}
+    for name, values in per_problem.items():
+        metrics[name] = Metric(float(values.mean()), P, bootstrap_interval(values, seed))
+    truncated = sum(sample["finish"] == "length" for group in graded.samples for sample in group)
+    metrics["unknown"] = Metric(graded.unknown / (P * k), P)
+    metrics["truncated"] = Metric(truncated / (P * k), P)
+    return metrics
+
+
+# --- best of k: a reward model chooses among the same samples
 
 
 def best_of_k(
-    correct: np.ndarray, answers: list[list[str | None]], scored: list[list[Judgement]]
+    correct: np.ndarray, answers: list[list[str | None]], judgements: list[list[Judgement]]
 ) -> dict[str, np.ndarray]:
-    """metric -> (P,) right or not, when a reward model chooses among a problem's first k samples; correct (P, n), k =
-    2, 4, 8, ... and n. Four rules: the score of the outcome; the mean and the least of the steps' scores; the answer
-    with the greatest sum of outcome scores. Equal scores: the earliest sample. What is unparsed scores 0."""
-    n = correct.shape[1]
-    scores = {
-        "verdict": np.array([[s.score or 0.0 for s in group] for group in scored]),  # (P, n)
-        "mean": np.array([[float(np.mean(s.step_scores or [0.0])) for s in group] for group in scored]),
-        "min": np.array([[min(s.step_scores or [0.0]) for s in group] for group in scored]),
-    }
-    # same[p, i, j]: samples i and j of problem p have the same answer, compared as text; none is no answer
-    same = np.array([[[a is not None and a == b for b in group] for a in group] for group in answers])  # (P, n, n)
+    """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0.
+
+    correct (P, n), k = 2, 4, 8, ... and n. Four rules choose the greatest: the score of the outcome (verdict); the mean
+    and the least of the steps' scores (mean, min); the sum of the outcome scores of all samples with the same answer
+    (vote). Equal scores: the earliest sample. An unparsed judgement scores 0.
+    """
+    P, n = correct.shape
+    verdict = np.zeros((P, n))
+    mean = np.zeros((P, n))
+    least = np.zeros((P, n))
+    for p, group in enumerate(judgements):
+        for i, judgement in enumerate(group):
+            step_scores = judgement.step_scores or [0.0]
+            verdict[p, i] = judgement.score or 0.0
+            mean[p, i] = np.mean(step_scores)
+            least[p, i] = min(step_scores)
     found = {}
     for k in powers_of_two(n):
-        votes = (same[:, :k, :k] * scores["verdict"][:, None, :k]).sum(axis=2)  # (P, k)
-        for rule, values in (scores | {"vote": votes}).items():
-            found[f"best@{k}/{rule}"] = correct[np.arange(len(correct)), values[:, :k].argmax(axis=1)].astype(float)
+        rules = {"verdict": verdict, "mean": mean, "min": least, "vote": sum_by_answer(answers, verdict, k)}
+        for rule, scores in rules.items():
+            chosen = scores[:, :k].argmax(axis=1)  # (P,) the first of equals
+            found[f"best@{k}/{rule}"] = correct[np.arange(P), chosen].astype(float)
     return found
 
 
-def powers_of_two(n: int) -> list[int]:
-    """2, 4, 8, ... below n, and n."""
-    return [2**e for e in range(1, n.bit_length()) if 2**e < n] + [n]
+def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
+    """Each sample's sum of the scores (P, n) of all samples with its answer, among the first k of a problem -> (P, k).
+    Answers are compared as strings; a sample without one gets 0."""
+    sums = np.zeros((len(answers), k))
+    for p, group in enumerate(answers):
+        of_answer: dict[str, float] = {}
+        for i in range(k):
+            if group[i] is not None:
+                of_answer[group[i]] = of_answer.get(group[i], 0.0) + scores[p, i]
+        for i in range(k):
+            sums[p, i] = of_answer.get(group[i], 0.0)
+    return sums
 
 
-def benchmark_numbers(result: dict, others: dict[str, np.ndarray], seed: int) -> dict:
-    """metric -> (fraction, number of problems, 95 % interval or None) from heldout_accuracy's result, and from other
-    metrics' (P,) values."""
-    correct = result["correct"]  # (P, k)
-    P, k = correct.shape
-    per_problem = {f"avg@{k}": result["per_problem"]}
-    for j in powers_of_two(k):
-        per_problem[f"pass@{j}"] = np.array([pass_at_k(k, int(c), j) for c in correct.sum(axis=1)])
-    # The sample that gave the majority answer was graded; where no sample has an answer it is a None, graded not right.
-    winners = [group.index(majority_answer(group)) for group in result["answers"]]
-    per_problem[f"maj@{k}"] = correct[np.arange(P), winners]
-    per_problem |= others
-    numbers = {m: (float(values.mean()), P, bootstrap_interval(values, seed)) for m, values in per_problem.items()}
-    return numbers | {name: (result[name] / correct.size, P, None) for name in ("unknown", "truncated")}
+def judge_samples(judge: Judge, samples: list[list[dict]], seed: int, title: str) -> list[list[Judgement]]:
+    """A reward model's judgement of each of P lists of k samples; every rank judges its share."""
+    solutions = [solution for group in samples for solution in group]
+    mine = solutions[distributed.rank() :: distributed.world_size()]
+    judgements = distributed.gather(score_solutions(judge, mine, seed=seed, title=title))
+    k = len(samples[0])
+    return [judgements[i : i + k] for i in range(0, len(judgements), k)]
+
+
+# --- the command
+
+
+@dataclass
+class Benchmark:
+    """What there is to measure: one model's solutions to the problems of one file."""
+
+    model: str
+    name: str
+    settings: dict  # of sampling, as far as they are known
+    graded: Graded
+    greedy: Graded | None
+    seconds: float  # of sampling and grading
+
+
+def read_samples(path: str | Path) -> dict[str, list[dict]]:
+    """problem id -> its samples in order, from a solutions file. Raises InputError if some problems have fewer."""
+    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
+    groups: dict[str, list[dict]] = {}
+    for solution in sorted(records.read(path, fields, "python generate.py"), key=lambda s: s["sample"]):
+        groups.setdefault(solution["problem_id"], []).append(solution)
+    if len({len(group) for group in groups.values()}) > 1:
+        raise InputError(f"{path}: problems have different numbers of samples; let generate.py finish the file")
+    return groups
+
+
+def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benchmark]:
+    """Anybody's samples, one benchmark per solutions file."""
+    benchmarks = []
+    for name, path in name_files("solutions", args.solutions).items():
+        started = time.time()
+        samples = list(read_samples(path).values())[: args.limit]
+        require_answers([group[0]["problem_id"] for group in samples], gold)
+        graded = grade_samples(samples, gold, args.seed)
+        settings = {"num_samples": len(samples[0]), "seed": args.seed}
+        benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, graded, None, time.time() - started))
+    return benchmarks
+
+
+def sample_benchmarks(
+    model: str, files: dict[str, list[dict]], gold: dict[str, str], args: argparse.Namespace, device: torch.device
+) -> list[Benchmark]:
+    """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an
+    earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
+                "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
+    passes = {"": settings}  # suffix of the file -> how to sample
+    if args.greedy:
+        passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
+    # A fingerprint of the weights: a model that has been trained on under the same name isn't the one that sampled.
+    weights = [records.hash_file(path) for path in sorted(find_model(model).glob("*.safetensors"))]
+    directory = Path(args.out.removesuffix(".jsonl") + "_samples")
+    engine = None  # opened only if a solution is missing
+
+    benchmarks = []
+    for name, problems in files.items():
+        started = time.time()
+        graded = {}  # suffix -> Graded
+        for suffix, how in passes.items():
+            path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
+            described = argparse.Namespace(model=model, model_sha256=weights, **how)
+            with records.RecordFile(path, described, keep="problem") as output:
+                if find_incomplete(problems, output, how["num_samples"]):
+                    engine = engine or open_engine(model, device, args.slots)
+                    generate_solutions(engine, problems, output, described)
+            groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
+            graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
+        benchmarks.append(Benchmark(model, name, settings, graded[""], graded.get("_greedy"), time.time() - started))
+    return benchmarks
+
+
+def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.Namespace) -> list[dict]:
+    """The result rows of one benchmark. judge: --prm, which chooses among its samples."""
+    started = time.time()
+    graded = benchmark.graded
+    settings = {"model": benchmark.model, **benchmark.settings}
+    tokens = graded.tokens
+    others = {}  # metric -> (P,)
+    if benchmark.greedy:
+        others["greedy"] = benchmark.greedy.correct.mean(axis=1)
+        tokens += benchmark.greedy.tokens
+    if judge:
+        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes,
+                     "prm_max_new_tokens": args.prm_max_new_tokens}  # fmt: skip
+        judgements = judge_samples(judge, graded.samples, args.seed, f"{benchmark.name}, judged")  # P lists of k
+        answers = [[sample["answer"] for sample in group] for group in graded.samples]
+        others |= best_of_k(graded.correct, answers, judgements)
+        others["unparsed"] = np.zeros(len(judgements))
+        for p, group in enumerate(judgements):
+            others["unparsed"][p] = np.mean([judgement.verdict is None for judgement in group])
+            tokens += sum(judgement.tokens for judgement in group)
+    metrics = benchmark_numbers(graded, others, args.seed)
+    seconds = benchmark.seconds + time.time() - started
+    return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
+
+
+def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
+    """Rows of the accuracy of each model minus that of the last one, on the benchmarks of both; paired by problem."""
+    last_model = benchmarks[-1].model
+    last = {benchmark.name: benchmark for benchmark in benchmarks if benchmark.model == last_model}
+    rows = []
+    for benchmark in benchmarks:
+        if benchmark.model == last_model or benchmark.name not in last:
+            continue
+        other = last[benchmark.name]
+        change = benchmark.graded.correct.mean(axis=1) - other.graded.correct.mean(axis=1)  # (P,)
+        metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
+        settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
+        rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
+    return rows
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
-    """Benchmarks: k solutions a problem, graded. avg@k: mean accuracy; pass@k: one of k is right; maj@k: the most
-    frequent answer is. Brackets: 95 % intervals over problems. Several models are compared with the last, in pairs."""
+    """Benchmarks: k solutions per problem, graded. avg@k: mean accuracy; pass@k: one of k is right; maj@k: the most
+    frequent answer is. Brackets: 95 % intervals over problems. Several models are compared with the last, in pairs.
+
+    The samples are kept beside --out as solutions files, so a killed run resumes; --solutions measures anybody's.
+    With --prm a reward model chooses among them. best@k/verdict, mean, min: the sample whose outcome, steps' mean or
+    worst step scores best is right; best@k/vote: the answer with the greatest sum of outcome scores is."""
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
-    parser.add_argument("--problems", nargs="+", help="one file a benchmark: JSON Lines with id and problem")
+    parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
     parser.add_argument("--num_samples", type=int, default=4, help="k, samples per problem")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
+    parser.add_argument("--solutions", nargs="+", help="measure these solutions files, one per benchmark, instead")
+    parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
+    parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
+    parser.add_argument("--votes", type=int, default=1, help="of --prm; 1: greedy; K: scores are shares of K samples")
+    parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
-    args = parse_command(parser, "model", "problems", "gold")
-    made_by = "python -m data.make_tiny problems"
-    paths = name_files("problems", args.problems)
-    files = {name: records.read(path, ["id", "problem"], made_by)[: args.limit] for name, path in paths.items()}
-    gold, device = records.read_answers(args.gold), distributed.init_distributed(args.device)
-    headline = f"avg@{args.num_samples}"
-    settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p}
-    settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    rows, measured = [], {}  # measured: (model, benchmark) -> accuracy of each problem
-    for model in args.model:
-        engine = None  # the model before, which would take the room of this one
-        engine = open_engine(model, device, args.slots)
-        mine = []
-        for name, problems in files.items():
-            started = time.time()
-            result = heldout_accuracy(engine, problems, gold, **settings, title=name)
-            once = {**settings, "num_samples": 1, "temperature": 0.0}
-            greedy = heldout_accuracy(engine, problems, gold, **once, title=f"{name}, greedy") if args.greedy else None
-            others = {"greedy": greedy["per_problem"]} if greedy else {}
-            numbers = benchmark_numbers(result, others, args.seed)
-            tokens = result["tokens"] + (greedy["tokens"] if greedy else 0)
-            mine += result_rows(name, "all", numbers, {"model": model, **settings}, time.time() - started, tokens)
-            measured[model, name] = result["per_problem"]
-        rows += mine + average_rows("benchmarks", mine, headline)
-    last = args.model[-1]
-    for model, name in [key for key in measured if key[0] != last]:
-        change = measured[model, name] - measured[last, name]
-        numbers = {headline: (float(change.mean()), len(change), bootstrap_interval(change, args.seed))}
-        rows += result_rows(name, "all", numbers, {"model": f"{model} minus {last}", **settings}, 0.0, 0)
-    publish(rows, args)
+    args = parse_command(parser, "model", "problems", "gold", unless="solutions")
+    if args.solutions and (args.model or args.problems or args.greedy):
+        raise InputError("--solutions are measured as they are; leave out --model, --problems and --greedy")
+    if not args.gold:
+        raise InputError("--gold is missing; it goes with --solutions")
 
+    # 1. The samples: read them, or sample what is missing of them; and grade them.
+    gold = records.read_answers(args.gold)
+    device = distributed.init_distributed(args.device)
+    benchmarks = []
+    if args.solutions:
+        benchmarks = read_benchmarks(args, gold)
+    else:
+        files = {}
+        for name, path in name_files("problems", args.problems).items():
+            files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
+            require_answers([problem["id"] for problem in files[name]], gold)  # fail early
+        for model in args.model:  # a model is freed on return, before the next is loaded
+            benchmarks += sample_benchmarks(model, files, gold, args, device)
 
-def run_best_of(parser: argparse.ArgumentParser) -> None:
-    """Best of k: a reward model chooses among the samples of a solutions file; all numbers are of the same samples.
-    best@k/verdict, mean, min: the sample whose outcome, steps' mean or worst step scores best; best@k/vote: the answer
-    with the greatest sum of outcome scores."""
-    parser.add_argument("--solutions", nargs="+", help="one file a benchmark: solutions.jsonl of generate.py")
-    parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
-    parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
-    parser.add_argument(
-        "--votes", type=int, default=1, help="1: one greedy pass; K: sample K, scores are shares of votes"
-    )
-    add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
-    args = parse_command(parser, "model", "solutions", "gold")
-    gold, rows = records.read_answers(args.gold), []
-    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
-    files = {
-        n: records.read(path, fields, "python generate.py")
-        for n, path in name_files("solutions", args.solutions).items()
-    }
-    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
-    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-    settings = {"votes": args.votes, "temperature": args.temperature, "seed": args.seed}
-    settings |= {"max_new_tokens": args.max_new_tokens}
-    for name, solutions in files.items():
-        started, groups = time.time(), {}
-        for s in sorted(solutions, key=lambda s: s["sample"]):
-            groups.setdefault(s["problem_id"], []).append(s)
-        groups = dict(list(groups.items())[: args.limit])
-        if len({len(group) for group in groups.values()}) > 1:
-            raise InputError(f"{name}: problems have different numbers of samples; let generate.py finish the file")
-        if unknown := [p for p in groups if p not in gold]:
-            raise InputError(f"problem {unknown[0]}: no gold answer; --gold must have one for every problem")
-        samples, k = [s for group in groups.values() for s in group], len(next(iter(groups.values())))
-        judged = distributed.gather(score_solutions(
-            judge, samples[distributed.rank() :: distributed.world_size()], seed=args.seed, title=name))  # fmt: skip
-        grades = grade_all([(s["answer"], gold[s["problem_id"]]) for s in samples])
-        in_groups = [slice(i, i + k) for i in range(0, len(samples), k)]
-        result = accuracy_of([grades[i] for i in in_groups], args.seed)
-        result["answers"] = [[s["answer"] for s in samples[i]] for i in in_groups]
-        result["truncated"] = sum(s["finish"] == "length" for s in samples)
-        others = best_of_k(result["correct"], result["answers"], [judged[i] for i in in_groups])
-        others["unparsed"] = np.array([np.mean([s.verdict is None for s in judged[i]]) for i in in_groups])
-        numbers = benchmark_numbers(result, others, args.seed)
-        about = {"model": args.model, "kind": args.kind, "policy": samples[0]["model"], **settings}
-        tokens = sum(s.tokens for s in judged)
-        rows += result_rows(name, "all", numbers, about, time.time() - started, tokens)
-    publish(rows, args)
+    # 2. Measure them; if there is a reward model, let it choose.
+    judge = None
+    if args.prm:
+        engine = open_engine(args.prm, device, args.slots, "--prm")
+        judge = Judge(engine, args.kind, args.prm_max_new_tokens, args.votes)
+    by_model: dict[str, list[dict]] = {}  # model -> rows
+    for benchmark in benchmarks:
+        by_model.setdefault(benchmark.model, []).extend(measure_benchmark(benchmark, judge, args))
+
+    # 3. Average over benchmarks, compare models.
+    headline = f"avg@{benchmarks[0].settings['num_samples']}"
+    rows = []
+    for of_model in by_model.values():
+        rows += of_model + average_rows("benchmarks", of_model, headline)
+    publish(rows + compare_with_last(benchmarks, headline, args.seed), args)
 
 
 # --------------------------------------------------------------------------- the labels of Stage I
@@ -492,6 +724,13 @@ def run_best_of(parser: argparse.ArgumentParser) -> None:
 LABEL_METRICS = ("step", "exact", "first_error", "outcome")  # each step, all of them, the first wrong one, the outcome
 PREFIXES = (1, 2, 4, 8, 16, 32)
 Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a solution, each None where not known
+Score = dict[str, tuple[float, int]]  # metric -> (how many are right, of how many), where gold is known
+
+
+def problem_of(solution_id: str) -> str:
+    """The problem's id in <problem_id>/<k>."""
+    problem_id, _, _ = solution_id.rpartition("/")
+    return problem_id
 
 
 def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
@@ -499,174 +738,269 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
 
     Exact where solutions are canonical, as in the tiny world; elsewhere another way to the answer would count as wrong.
     """
-    labels, fine = [], True
+    labels = []
+    right = True
     for k, step in enumerate(steps):
-        fine = fine and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
-        labels.append(fine)
+        right = right and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
+        labels.append(right)
     return labels
 
 
 def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     """solution id -> gold, for the solutions (id, steps, answer) that have a record: their own (step_labels, outcome),
     or their problem's (answer, and steps if solutions are canonical)."""
-    known = {r["id"]: r for r in records.read(path, ["id"], "python -m data.make_tiny problems")}
+    known = {record["id"]: record for record in records.read(path, ["id"], "python -m data.make_tiny problems")}
     gold: dict[str, Gold] = {}
-    pairs: dict[str, tuple[str | None, str]] = {}
-    for s in solutions:
-        name, problem = s["id"], known.get(s["id"].rpartition("/")[0])
+    ungraded: dict[str, tuple[str | None, str]] = {}  # solution id -> (its answer, the reference answer)
+    for solution in solutions:
+        name = solution["id"]
+        steps = solution["steps"]
+        problem = known.get(problem_of(name))
         if name in known:
-            labels, n = known[name].get("step_labels"), len(s["steps"])
-            if labels is not None and len(labels) != n:
-                raise InputError(f"{path}: {name} has {len(labels)} step_labels, but {n} steps; mend the record")
+            labels = known[name].get("step_labels")
+            if labels is not None and len(labels) != len(steps):
+                raise InputError(f"{path}: {name} has {len(labels)} step_labels and {len(steps)} steps; fix the record")
             gold[name] = (labels, known[name].get("outcome"))
         elif problem:
-            gold[name] = (gold_labels(s["steps"], problem["steps"]) if problem.get("steps") else None, None)
+            labels = gold_labels(steps, problem["steps"]) if problem.get("steps") else None
+            gold[name] = (labels, None)
             if problem.get("answer") is not None:
-                pairs[name] = (s["answer"], str(problem["answer"]))
-    for name, outcome in zip(pairs, grade_all(list(pairs.values())), strict=True):
-        gold[name] = (gold[name][0], outcome)
+                ungraded[name] = (solution["answer"], str(problem["answer"]))
+    outcomes = grade_all(list(ungraded.values()))
+    for name, outcome in zip(ungraded, outcomes, strict=True):
+        labels, _ = gold[name]
+        gold[name] = (labels, outcome)
     if not gold:
-        raise InputError(f"{path}: no record for any of {len(solutions)} solutions; ids are theirs or their problems'")
+        raise InputError(
+            f"{path}: no record for any of {len(solutions)} solutions; expected their ids or their problems'"
+        )
     return gold
 
 
-def score_label(step_labels: list[bool], outcome: bool, gold: Gold) -> np.ndarray:
-    """(2, 4): for each of LABEL_METRICS how many are right, and of how many (0 where gold doesn't know)."""
-    score, (gold_steps, gold_outcome) = np.zeros((2, 4)), gold
+def score_label(step_labels: list[bool], outcome: bool, gold: Gold) -> Score:
+    """What of a label is right: of the steps each, all together and the first wrong one; the outcome."""
+    gold_steps, gold_outcome = gold
+    score: Score = {}
     if gold_steps is not None:
-        hits = sum(a == b for a, b in zip(step_labels, gold_steps, strict=True))
-        score[0, :3] = hits, step_labels == gold_steps, first_error(step_labels) == first_error(gold_steps)
-        score[1, :3] = len(gold_steps), 1, 1
+        right = sum(ours == theirs for ours, theirs in zip(step_labels, gold_steps, strict=True))
+        score["step"] = (right, len(gold_steps))
+        score["exact"] = (int(step_labels == gold_steps), 1)
+        score["first_error"] = (int(first_error(step_labels) == first_error(gold_steps)), 1)
     if gold_outcome is not None:
-        score[:, 3] = outcome == gold_outcome, 1
+        score["outcome"] = (int(outcome == gold_outcome), 1)
     return score
 
 
-def label_rows(scores: dict[str, np.ndarray], labels: dict[str, dict], about: dict) -> list[dict]:
-    """The report's rows `kept` and `all` (every solution that has a score) for one set of labels (dropped, ties)."""
-    drops = Counter(label["dropped"] for label in labels.values() if label["dropped"])
-    about = {**about, "ties": sum(label.get("ties", 0) for label in labels.values()), "dropped": dict(drops)}
-    rows = []
-    for on, names in (("kept", [i for i in scores if labels[i]["dropped"] is None]), ("all", list(scores))):
-        right, of = sum((scores[i] for i in names), np.zeros((2, 4)))
-        accuracy = {m: float(right[j] / of[j]) if of[j] else None for j, m in enumerate(LABEL_METRICS)}
-        rows.append({**about, "on": on, "solutions": len(names), "yield": len(names) / len(labels), **accuracy})
-    return rows
+def average_score(scores: list[Score]) -> Score:
+    """What one of several labels of the same solution is worth on average."""
+    average: Score = {}
+    for metric, (_, of) in scores[0].items():
+        right = sum(score[metric][0] for score in scores)
+        average[metric] = (right / len(scores), of)
+    return average
 
 
-def paired_gain(scores: dict[str, np.ndarray], base: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
+def summarize(scores: dict[str, Score], num_labels: int) -> dict:
+    """How many of num_labels solutions have a score, and the accuracy of each metric, None where nothing is known."""
+    summary = {"solutions": len(scores), "yield": len(scores) / num_labels}
+    for metric in LABEL_METRICS:
+        right = 0.0
+        of = 0
+        for score in scores.values():
+            if metric in score:
+                right += score[metric][0]
+                of += score[metric][1]
+        summary[metric] = right / of if of else None
+    return summary
+
+
+def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, Score]]:
+    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and each solution's score.
+
+    The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the
+    hard ones can't pass for accuracy.
+    """
+    everything: dict[str, Score] = {}
+    kept: dict[str, Score] = {}
+    for name, label in labels.items():
+        if label["step_labels"] is None:  # nothing voted
+            continue
+        everything[name] = score_label(label["step_labels"], label["outcome"], gold[name])
+        if label["dropped"] is None:
+            kept[name] = everything[name]
+    row = {
+        **about,
+        "ties": sum(label.get("ties", 0) for label in labels.values()),
+        "dropped": dict(Counter(label["dropped"] for label in labels.values() if label["dropped"])),
+        "kept": summarize(kept, len(labels)),
+        "all": summarize(everything, len(labels)),
+    }
+    return row, everything
+
+
+def paired_gain(scores: dict[str, Score], base: dict[str, Score], seed: int) -> dict[str, list[float]]:
     """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems,
     since the solutions of one problem aren't independent of each other."""
-    problems: dict[str, np.ndarray] = {}
-    for i in base:
-        name = i.rpartition("/")[0]
-        problems[name] = problems.get(name, 0) + np.stack([scores[i][0] - base[i][0], base[i][1]])
-    gains, sizes = np.stack(list(problems.values()), axis=1)  # (P, 4) each
-    resampled = bootstrap(gains, seed, sizes)
-    known = [(j, m) for j, m in enumerate(LABEL_METRICS) if sizes[:, j].any()]
-    return {m: [float(gains[:, j].sum() / sizes[:, j].sum()), *middle(resampled[:, j])] for j, m in known}
+    numbers: dict[str, int] = {}  # problem id -> its row
+    for name in base:
+        numbers.setdefault(problem_of(name), len(numbers))
+    found = {}
+    for metric in LABEL_METRICS:
+        gains = np.zeros(len(numbers))  # (P,) how many more are right
+        sizes = np.zeros(len(numbers))  # (P,) of how many
+        for name in base:
+            if metric in base[name]:
+                p = numbers[problem_of(name)]
+                gains[p] += scores[name][metric][0] - base[name][metric][0]
+                sizes[p] += base[name][metric][1]
+        if sizes.any():
+            low, high = interval95(bootstrap(gains, seed, sizes))
+            found[metric] = [float(gains.sum() / sizes.sum()), low, high]
+    return found
+
+
+def vote_rows(
+    N: int, solutions: list[dict], by_solution: dict[str, list[dict]], gold: dict[str, Gold], seed: int
+) -> list[dict]:
+    """A row for each way of voting, from the first N verifications of each solution."""
+    used = []  # the verifications
+    singles: dict[str, Score] = {}  # what one of a solution's parsed verifications is worth on average
+    num_parsed = 0
+    for name, verifications in by_solution.items():
+        first = [v for v in verifications if v["sample"] < N]
+        used += first
+        parsed = keep_parsed(first)
+        num_parsed += len(parsed)
+        if parsed:
+            singles[name] = average_score([score_label(v["step_verdicts"], v["verdict"], gold[name]) for v in parsed])
+
+    cost = {"verifications": len(used), "unparsed": len(used) - num_parsed, "tokens": sum(v["tokens"] for v in used)}
+    rows = []
+    for method, aggregate in AGGREGATES.items():
+        labels = {}
+        for name, label in zip(by_solution, label_solutions(solutions, used, aggregate, seed), strict=True):
+            labels[name] = vars(label)
+        row, scores = label_row({"method": method, "N": N, **cost}, labels, gold)
+        if method == "single":
+            row["all"] = summarize(singles, len(labels))
+        elif singles:
+            row["all"]["minus_single"] = paired_gain(scores, singles, seed)
+        rows.append(row)
+    return rows
 
 
 def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int) -> list[dict]:
-    """What voting buys: rows for single, outcome-level and step-level labels from the first N verifications.
+    """What voting buys: rows for single, outcome-level and step-level labels from the first 1, 2, 4, ... verifications.
 
-    agreement: the share of a step's votes that went with the majority, averaged over steps. Rows `all` are over the
-    solutions with at least one vote. There `single` is what one of the parsed verifications is
-    worth on average, and voted rows have `minus_single`, the paired gain over it. On `kept`, `single` is the label: the
-    first verification that parsed.
+    On `all`, `single` is what one of the parsed verifications is worth on average, and voted rows have `minus_single`,
+    the paired gain over it. On `kept`, `single` is the label: the first verification that parsed.
     """
     by_solution = group_by_solution(solutions, verifications)
-    most = max((r["sample"] + 1 for records in by_solution.values() for r in records), default=0)
+    most = max((group[-1]["sample"] + 1 for group in by_solution.values() if group), default=0)  # they are in order
     rows = []
-    for N in [n for n in PREFIXES if most >= n]:
-        first = {i: [r for r in records if r["sample"] < N] for i, records in by_solution.items()}
-        parsed = {i: keep_parsed(records) for i, records in first.items()}
-        one: dict[str, np.ndarray] = {}  # what one verification is worth on average
-        for i, voters in parsed.items():
-            if voters:
-                one[i] = np.mean([score_label(r["step_verdicts"], r["verdict"], gold[i]) for r in voters], axis=0)
-        used = [r for records in first.values() for r in records]
-        cost = {"unparsed": len(used) - sum(map(len, parsed.values())), "tokens": sum(r["tokens"] for r in used)}
-        for method, aggregate in AGGREGATES.items():
-            labels = dict(zip(first, map(vars, label_solutions(solutions, used, aggregate, seed)), strict=True))
-            scores = {i: score_label(labels[i]["step_labels"], labels[i]["outcome"], gold[i]) for i in one}
-            votes = [vote for label in labels.values() for vote in label["votes"]]
-            agreement = sum(max(vote) / sum(vote) for vote in votes) / max(len(votes), 1)
-            about = {"method": method, "N": N, "verifications": len(used), "agreement": agreement, **cost}
-            kept, everything = label_rows(scores, labels, about)
-            if method == "single":
-                _, everything = label_rows(one, labels, about)
-            elif one:
-                everything["minus_single"] = paired_gain(scores, one, seed)
-            rows += [kept, everything]
+    for N in PREFIXES:
+        if most >= N:
+            rows += vote_rows(N, solutions, by_solution, gold, seed)
     return rows
+
+
+def tokens_of_method(method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict]) -> int:
+    """The tokens that labels by this method took: of the verifications that it looks at, and of its critiques."""
+    only_first = method in ("single", "meta_critique", "reference_guided")
+    tokens = 0
+    for verification in verifications:
+        if verification["solution_id"] in labels and not (only_first and verification["sample"] > 0):
+            tokens += verification["tokens"]
+    for critique in critiques:
+        if critique["method"] == method:
+            tokens += critique["tokens"]
+    return tokens
+
+
+def print_label_report(rows: list[dict]) -> None:
+    """The report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and cost."""
+    table = []
+    for row in rows:
+        kept = row["kept"]
+        everything = row["all"]
+        cells = [row["method"], row["N"] or "", everything["solutions"]]
+        cells += [report.percent(everything[metric]) for metric in LABEL_METRICS]
+        cells += [report.percent(kept["yield"]), report.percent(kept["exact"])]
+        gains = everything.get("minus_single", {})
+        for metric in ("step", "exact"):
+            gain = ""
+            if metric in gains:
+                difference, low, high = gains[metric]
+                gain = report.percent(difference, (low, high))
+            cells.append(gain)
+        cells.append(", ".join(f"{reason} {count}" for reason, count in row["dropped"].items()))
+        cells += [row.get("unparsed", ""), row["tokens"]]
+        table.append(cells)
+    header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
+    report.print_table([*header, "dropped", "unparsed", "tokens"], table)
 
 
 def label_curves(rows: list[dict]) -> list[dict]:
     """Accuracy of whole label vectors against the tokens spent, a curve for each way of voting, a dot for each file."""
     axes = {"xlabel": "tokens of verifications and critiques", "xscale": "log"}
-    curves = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        points = [(r["tokens"], 100 * r["exact"]) for r in rows if r["method"] == method and r["exact"] is not None]
-        curve = {"panel": "whole label vectors right, percent", "curve": method, **axes}
-        curves.append({**curve, "x": [tokens for tokens, _ in points], "y": [right for _, right in points]})
-    return curves
+    curves: dict[str, dict] = {}
+    for row in rows:
+        method = row["method"]
+        empty = {"panel": "whole label vectors right, percent", "curve": method, **axes, "x": [], "y": []}
+        curve = curves.setdefault(method, empty)
+        if row["all"]["exact"] is not None:
+            curve["x"].append(row["tokens"])
+            curve["y"].append(100 * row["all"]["exact"])
+    return list(curves.values())
 
 
 def run_labels(parser: argparse.ArgumentParser) -> None:
-    """The label report: are Stage I's labels right, and what does voting buy? Rows `kept` are over the solutions that a
-    method keeps, rows `all` over all with a vote, so that dropping the hard ones can't pass for accuracy."""
+    """The label report: are Stage I's labels right, and what does voting buy? The accuracy `of kept` is over the
+    solutions that a method keeps, the other over all with a vote: dropping hard ones can't pass for accuracy."""
     parser.add_argument("--labels", nargs="+", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--verifications", help="verifications.jsonl of verify.py")
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
     parser.add_argument("--out", help="labels.json to write")
     parser.add_argument("--seed", type=int, default=0, help="verify.py's, for the same choices; also the bootstrap's")
     args = parse_command(parser, "labels", "verifications", "gold")
+
+    # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
     files = [records.read(path, fields, "python verify.py") for path in args.labels]
-    solutions = {label["id"]: label for file in files for label in file}
-    gold = read_gold(args.gold, list(solutions.values()))
+    solutions = {}
+    for file in files:
+        solutions.update({label["id"]: label for label in file})
     fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
     verifications = records.read(args.verifications, fields, "python verify.py")
-    spent = {"": verifications}  # what else was sampled, if it lies beside the verifications
-    for name in ("critiques", "verifications_reference"):
-        beside = Path(args.verifications).with_name(f"{name}.jsonl")
-        spent[name] = records.read(beside, ["tokens"]) if beside.exists() else []
+    others = {}  # sampled by other methods, if their files lie beside the verifications
+    for name in ("verifications_reference", "critiques"):
+        path = Path(args.verifications).with_name(f"{name}.jsonl")
+        others[name] = records.read(path, ["tokens"]) if path.exists() else []
+    gold = read_gold(args.gold, list(solutions.values()))
+
+    # 2. Score the files as they are, then what each way of voting makes of the verifications.
     rows = []
     for file in files:
         labels = {label["id"]: label for label in file if label["id"] in gold}
-        voted = {i: label for i, label in labels.items() if label["step_labels"] is not None}
-        scores = {i: score_label(label["step_labels"], label["outcome"], gold[i]) for i, label in voted.items()}
         method = file[0]["method"]
-        needed = 1 if method in ("single", "meta_critique", "reference_guided") else math.inf  # that it looks at
-        judged = spent["verifications_reference" if method == "reference_guided" else ""]
-        tokens = sum(r["tokens"] for r in judged if r["solution_id"] in labels and r["sample"] < needed)
-        tokens += sum(r["tokens"] for r in spent["critiques"] if r["method"] == method)
         if labels:
-            rows += label_rows(scores, labels, {"method": f"{method} (file)", "N": None, "tokens": tokens})
-    rows += vote_report([s for s in solutions.values() if s["id"] in gold], verifications, gold, args.seed)
-    counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold)}
-    counts["unknown_outcomes"] = sum(outcome is None for _, outcome in gold.values())
+            judged = others["verifications_reference"] if method == "reference_guided" else verifications
+            tokens = tokens_of_method(method, labels, judged, others["critiques"])
+            row, _ = label_row({"method": f"{method} (file)", "N": None, "tokens": tokens}, labels, gold)
+            rows.append(row)
+    known = [solution for name, solution in solutions.items() if name in gold]
+    rows += vote_report(known, verifications, gold, args.seed)
+    counts = {
+        "solutions": len(gold),
+        "without_gold": len(solutions) - len(gold),
+        "unknown_outcomes": sum(outcome is None for _, outcome in gold.values()),
+    }
+
+    # 3. Write, print and draw.
     records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
     records.write_json(Path(args.out), {**counts, "rows": rows})
-    report_path = Path(args.verifications).with_name("report.json")
-    speed = json.loads(report_path.read_text()).get("tokens_per_second") if report_path.exists() else None
-    table = []
-    for kept, r in zip(rows[::2], rows[1::2], strict=True):
-        gains = [
-            report.percent(x[0], x[1:]) if (x := r.get("minus_single", {}).get(m)) else "" for m in LABEL_METRICS[:2]
-        ]
-        drops = ", ".join(f"{reason} {n}" for reason, n in r["dropped"].items())
-        numbers = [report.percent(r[m]) for m in LABEL_METRICS] + [
-            report.percent(kept["yield"]),
-            report.percent(kept["exact"]),
-        ]
-        seconds = round(r["tokens"] / speed) if speed else "-"
-        cost = [report.percent(r.get("agreement")), r["ties"], drops, r.get("unparsed", ""), r["tokens"], seconds]
-        table.append([r["method"], r["N"] or "", r["solutions"], *numbers, *gains, *cost])
-    header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
-    report.print_table([*header, "agreement", "ties", "dropped", "unparsed", "tokens", "seconds"], table)
-    report.draw_curves(label_curves([r for r in rows if r["on"] == "all"]), Path(args.out).with_suffix(".png"))
+    print_label_report(rows)
+    report.draw_curves(label_curves(rows), Path(args.out).with_suffix(".png"))
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 
@@ -675,14 +1009,12 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
 def run_plot(parser: argparse.ArgumentParser) -> None:
     """Curves of GRPO runs, or of a file of curves: a panel for each metric, a colour for each run. The runs that a
-    pattern finds are seeds of one, drawn as their mean and a band from the least to the greatest:
+    pattern finds are seeds of one, drawn as their mean and a band from the lowest to the highest:
     python evaluate.py plot --runs 'runs/*/grpo' --out curves.png."""
     parser.add_argument("--runs", nargs="+", help="directories with metrics.jsonl, patterns of them, files of curves "
                         "(panel, curve, x, y); none: the tiny world")  # fmt: skip
     parser.add_argument("--out", help="PNG to write")
-    parser.add_argument(
-        "--keys", nargs="+", default=list(report.PANELS), help="metrics to draw; what no run has is skipped"
-    )
+    parser.add_argument("--keys", nargs="+", default=list(report.PANELS), help="metrics to draw, where a run has them")
     args = parse_command(parser, "runs")
     curves = []
     for pattern in args.runs:
@@ -694,56 +1026,94 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     if not curves:
         raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
     report.draw_curves(curves, Path(args.out))
-    panels, names = ({curve[key] for curve in curves} for key in ("panel", "curve"))
+    panels = {curve["panel"] for curve in curves}
+    names = {curve["curve"] for curve in curves}
     print(f"{args.out}: {len(panels)} panels, {len(names)} runs")
 
 
 # --------------------------------------------------------------------------- one problem
 
 
+def read_rollouts(paths: list[Path], problem_id: str) -> list[tuple[int, dict]]:
+    """(step, response) of the responses to a problem in files that grpo.py --dump_rollouts wrote."""
+    fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
+    rollouts = []
+    for path in paths:
+        step = int(path.stem.removeprefix("step_"))
+        for response in records.read(path, fields, "python grpo.py --dump_rollouts"):
+            if response["problem_id"] == problem_id:
+                rollouts.append((step, response))
+    return rollouts
+
+
+def count_outcome_votes(label: dict, verifications: list[dict]) -> tuple[int, int] | None:
+    """How many of a solution's verifications call its answer correct, and incorrect; None if the label isn't their
+    vote, but comes from one of them or from others."""
+    verdicts = [v["verdict"] for v in keep_parsed(verifications) if v["solution_id"] == label["id"]]
+    if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
+        return None
+    return sum(verdicts), len(verdicts) - sum(verdicts)
+
+
 def run_show(parser: argparse.ArgumentParser) -> None:
     """One problem's way through the stages: each solution with the votes on its steps, the label and the verification
     chosen for it; then the responses of GRPO's steps (grpo.py --dump_rollouts), each with the reward model's judgement,
-    its reward and its advantage."""
+    its reward and its advantage. The votes on the answer are counted if verifications.jsonl lies beside --labels."""
     parser.add_argument("id", nargs="?", help="of a problem or of a solution; none: the first problem")
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
     args = parse_command(parser, "labels")
     fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
-    wanted = args.id or labels[0]["id"].rpartition("/")[0]
-    found = [label for label in labels if wanted in (label["id"], label["id"].rpartition("/")[0])]
-    rollouts = []
-    fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
+    wanted = args.id or problem_of(labels[0]["id"])
+    found = [label for label in labels if wanted in (label["id"], problem_of(label["id"]))]
+    path = Path(args.labels).with_name("verifications.jsonl")
+    fields = ["solution_id", "step_verdicts", "verdict"]
+    verifications = records.read(path, fields) if found and path.exists() else []
     paths = sorted(Path(args.rollouts).glob("step_*.jsonl")) if args.rollouts else []
-    for path in paths:
-        responses = records.read(path, fields, "python grpo.py --dump_rollouts")
-        rollouts += [(int(path.stem[5:]), r) for r in responses if r["problem_id"] == wanted]
-    if args.rollouts and not paths:
-        distributed.log(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
+    rollouts = read_rollouts(paths, wanted)
     if not found and not rollouts:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
+
+    parts = []
+    if args.rollouts and not paths:
+        parts.append(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
     if found:
-        distributed.log(found[0]["problem"])
+        parts.append(found[0]["problem"])
     for label in found:
-        distributed.log("\n" + report.show_label(label))
+        parts.append("\n" + report.show_label(label, count_outcome_votes(label, verifications)))
     for step, rollout in rollouts:
-        distributed.log(f"\nGRPO step {step}\n" + report.show_rollout(rollout))
+        parts.append(f"\nGRPO step {step}\n" + report.show_rollout(rollout))
+    try:
+        print("\n".join(parts), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `show | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would complain when it flushes at exit
 
 
 # --------------------------------------------------------------------------- main
 
 COMMANDS = {
-    "processbench": run_processbench, "benchmark": run_benchmark, "best_of": run_best_of, "labels": run_labels,
-    "plot": run_plot, "show": run_show,
-}  # fmt: skip
+    "processbench": run_processbench,
+    "benchmark": run_benchmark,
+    "labels": run_labels,
+    "plot": run_plot,
+    "show": run_show,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
-    run = COMMANDS[parser.parse_args(sys.argv[1:2]).command]
+    """Each command has a parser of its own, so that its --help shows its flags only."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    run = COMMANDS.get(command)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    if run is None:
+        parser.description = __doc__
+        parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
+        parser.parse_args()  # prints the help or says what is wrong, and exits
     parser.description = inspect.cleandoc(run.__doc__)
+    parser.add_argument("command", choices=[command])
     run(parser)
 
 

@@ -757,17 +757,17 @@ def heldout_metrics(
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
-    texts = [text for (text,) in result["texts"]]
-    correct = torch.from_numpy(result["correct"][:, 0])
+    texts = [sample["text"] for (sample,) in result.samples]
+    correct = torch.from_numpy(result.correct[:, 0])
     valid = torch.tensor([format_valid(text) for text in texts])
-    numbers = {name: result[name] for name in ("accuracy", "low", "high")}
+    numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
     if judge is not None:
         responses = []
-        for problem, text, cut in zip(heldout, texts, result["cut"], strict=True):
-            finish = "length" if cut else "stop"
+        for problem, (sample,) in zip(heldout, result.samples, strict=True):
+            text, finish = sample["text"], sample["finish"]
             responses.append(Rollout(problem["id"], [], [], [], text, finish, problem=problem["problem"]))
         mine = responses[distributed.rank() :: distributed.world_size()]
         score_rollouts(mine, judge, engine.tokenizer, {}, args, step)

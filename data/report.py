@@ -16,24 +16,32 @@ import numpy as np
 # --------------------------------------------------------------------------- tables
 
 
-def percent(value: float | None, low_high: tuple[float, float] | None = None) -> str:
+def percent(value: float | None, interval: tuple[float, float] | None = None) -> str:
     """A fraction as tables show it: 61.2, or 61.2 [58.0, 64.1]; a dash for None."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" + (f" [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]" if low_high else "")
+    text = f"{100 * value:.1f}"
+    if interval:
+        low, high = interval
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
     """Print aligned columns, on rank 0."""
-    cells = [header] + [[str(cell) for cell in row] for row in rows]
+    cells = [header]
+    for row in rows:
+        cells.append([str(cell) for cell in row])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        distributed.log("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        distributed.log("  ".join(padded).rstrip())
 
 
 # --------------------------------------------------------------------------- curves
 
-PANELS = {  # key in metrics.jsonl -> title; the last six show a policy that games its reward, or a sampler that differs
+# Key in metrics.jsonl -> title. The last six show a policy that games its reward, or a sampler unlike the trainer.
+PANELS = {
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy",
     "format/valid": "valid format",
@@ -47,68 +55,113 @@ PANELS = {  # key in metrics.jsonl -> title; the last six show a policy that gam
     "format/answers": "answers per response",
     "gap/mean": "sampler against trainer, nats a token",
 }
-AXES = ("xlabel", "ylabel", "ylim", "xscale")
+AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
+COLOURS = 10  # of Matplotlib's cycle
 
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
-    """key -> {step: value}, in order, from a run's metrics.jsonl; of a step that was done again the last counts."""
-    by_step = {r["step"]: r for r in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py")}
-    curves: dict[str, dict[int, float]] = {}
+    """key -> {step: value} from a run's metrics.jsonl, in order; if a step was repeated, its last record counts."""
+    by_step = {}
+    for record in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py"):
+        by_step[record["step"]] = record
+    metrics: dict[str, dict[int, float]] = {}
     for step in sorted(by_step):
         for key, value in by_step[step].items():
-            curves.setdefault(key, {})[step] = value
-    return curves
+            metrics.setdefault(key, {})[step] = value
+    return metrics
 
 
 def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
-    """A run's metrics as curves of this name, each in the panel of its key; accuracies with their interval."""
-    metrics, curves = read_metrics(run), []
+    """A run's metrics as curves of this name, each in the panel of its key; accuracies come with their interval."""
+    metrics = read_metrics(run)
+    curves = []
     for key in keys:
-        points = metrics.get(key, {})
-        curve: dict = {"panel": PANELS.get(key, key), "curve": name, "x": list(points), "y": list(points.values())}
+        if key not in metrics:
+            continue
+        points = metrics[key]
+        curve = {"panel": PANELS.get(key, key), "curve": name, "x": list(points), "y": list(points.values())}
         if key == "heldout/accuracy":
             for end in ("low", "high"):
-                found = metrics.get(f"heldout/{end}", {})
-                curve[end] = [found.get(step, value) for step, value in points.items()]
-        curves += [curve] if points else []
+                known = metrics.get(f"heldout/{end}", {})
+                curve[end] = [known.get(step, value) for step, value in points.items()]
+        curves.append(curve)
     return curves
 
 
 def draw_curves(curves: list[dict], out: Path) -> None:
-    """A panel for each `panel`, a colour for each `curve`, of points `x`, `y`.
+    """Draw a panel for each `panel`, in it a line for each `curve`, through the points `x`, `y`.
 
-    Curves of one name in one panel are seeds: what is drawn is their mean at the points that all have, and a band from
-    the least to the greatest. A curve alone has its own band, `low` to `high`, if any. One that is `right` has its axis
-    there. What else it may bring are settings of its panel: AXES.
+    Curves of one name in one panel are seeds: the line is their mean at the points that all have, with a band from the
+    lowest to the highest. A single curve has its own band, `low` to `high`, if any. A curve with `right` uses the
+    right-hand axis. It may also bring settings of its panel: AXES.
     """
     from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
 
+    # 1. Sort the curves: title of the panel -> name -> its seeds.
     panels: dict[str, dict[str, list[dict]]] = {}
     for curve in curves:
-        panels.setdefault(curve["panel"], {}).setdefault(curve["curve"], []).append(curve)
+        named = panels.setdefault(curve["panel"], {})
+        named.setdefault(curve["curve"], []).append(curve)
     names = list(dict.fromkeys(curve["curve"] for curve in curves))
-    across = math.ceil(len(panels) ** 0.5)
-    down, lines = -(-len(panels) // across), {}
-    figure = Figure(figsize=(max(6, 4.2 * across), max(4, 3.0 * down) + 0.07 * len(names)), layout="constrained")
-    for place, (title, inside) in enumerate(panels.items(), 1):
+
+    # 2. Lay out the panels as a square, or nearly.
+    across = math.ceil(math.sqrt(len(panels)))
+    down = math.ceil(len(panels) / across)
+    width = max(6, 4.2 * across)
+    height = max(4, 3.0 * down) + 0.07 * len(names)  # the legend grows with the names
+    figure = Figure(figsize=(width, height), layout="constrained")
+
+    # 3. Draw them. A name has the same colour in all panels; after ten the colours repeat, dashed.
+    lines = {}
+    for place, (title, named) in enumerate(panels.items(), 1):
         left = figure.add_subplot(down, across, place, xlabel="step")
         left.set_title(title, fontsize=10)
         left.grid(alpha=0.3)
-        right = left.twinx() if any(seeds[0].get("right") for seeds in inside.values()) else None
-        for name, seeds in inside.items():
-            first = seeds[0]
-            number = names.index(name)  # colours repeat after ten
-            axes, style = (right, ":") if first.get("right") else (left, "-" if number < 10 else "--")
-            axes.set(**{key: first[key] for key in AXES if key in first})
-            points = [dict(zip(curve["x"], curve["y"], strict=True)) for curve in seeds]
-            x = [at for at in points[0] if all(at in others for others in points)]
-            y = np.array([[own[at] for at in x] for own in points], float)  # (seeds, points)
-            low, high = (y.min(0), y.max(0)) if len(seeds) > 1 else (first.get(end, y[0]) for end in ("low", "high"))
-            colour, marker = f"C{number}", "s" if len(x) == 1 else "." if len(x) < 30 else ""
-            (lines[name],) = axes.plot(x, y.mean(0), style, color=colour, marker=marker)
-            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        right = None
+        for name, seeds in named.items():
+            number = names.index(name)
+            axes = left
+            style = "-" if number < COLOURS else "--"
+            if seeds[0].get("right"):
+                right = right or left.twinx()
+                axes = right
+                style = ":"
+            lines[name] = draw_seeds(axes, seeds, style, f"C{number}")
+
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
     save_figure(figure, out)
+
+
+def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
+    """Draw the mean of some seeds' curves and their band; returns the line."""
+    first = seeds[0]
+    axes.set(**{key: first[key] for key in AXES if key in first})
+
+    # 1. The points that all seeds have.
+    points = [dict(zip(seed["x"], seed["y"], strict=True)) for seed in seeds]
+    x = list(points[0])
+    for others in points:
+        x = [at for at in x if at in others]
+    y = np.empty((len(seeds), len(x)))
+    for row, values in zip(y, points, strict=True):
+        row[:] = [values[at] for at in x]
+
+    # 2. The band: from the lowest seed to the highest, or that of the only one.
+    low = y.min(axis=0)
+    high = y.max(axis=0)
+    if len(seeds) == 1:
+        low = first.get("low", low)
+        high = first.get("high", high)
+
+    # 3. Few points are marked: a single one would be invisible.
+    marker = ""
+    if len(x) == 1:
+        marker = "s"
+    elif len(x) < 30:
+        marker = "."
+    (line,) = axes.plot(x, y.mean(axis=0), style, color=colour, marker=marker)
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    return line
 
 
 def save_figure(figure, out: Path) -> None:
@@ -123,26 +176,39 @@ def save_figure(figure, out: Path) -> None:
 
 
 def paint(text: str, right: bool | None) -> str:
-    """Green for right and red for wrong, on a terminal."""
-    return text if right is None or not sys.stdout.isatty() else f"\033[{32 if right else 31}m{text}\033[0m"
+    """On a terminal, green for right and red for wrong."""
+    if right is None or not sys.stdout.isatty():
+        return text
+    colour = 32 if right else 31
+    return f"\033[{colour}m{text}\033[0m"
 
 
-def show_label(label: dict) -> str:
-    """A solution with the votes on its steps, the label, and the verification that was chosen for it."""
-    votes, labels = label["votes"] or [None] * len(label["steps"]), label["step_labels"] or [None] * len(label["steps"])
-    lines = [f"--- {label['id']}, {label['method']}: " + (label["dropped"] or "kept")]
-    for k, (step, vote, right) in enumerate(zip(label["steps"], votes, labels, strict=True), 1):
-        count = f"   [{vote[0]} correct, {vote[1]} incorrect]" if vote else ""
-        lines.append(paint(f"Step {k}: {step}{count}", right))
-    lines.append(paint(f"Answer: {label['answer']}   [judged {label['outcome']}]", label["outcome"]))
-    return "\n".join(lines) + (f"\n\n{label['text']}" if label["text"] else "")
+def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
+    """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification
+    that was chosen for it."""
+    lines = [f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}"]
+    for k, step in enumerate(label["steps"]):
+        text = f"Step {k + 1}: {step}"
+        if label["votes"]:
+            correct, incorrect = label["votes"][k]
+            text += f"   [{correct} correct, {incorrect} incorrect]"
+        right = label["step_labels"][k] if label["step_labels"] else None
+        lines.append(paint(text, right))
+    judged = f"judged {label['outcome']}"
+    if outcome_votes:
+        correct, incorrect = outcome_votes
+        judged += f": {correct} correct, {incorrect} incorrect"
+    lines.append(paint(f"Answer: {label['answer']}   [{judged}]", label["outcome"]))
+    if label["text"]:
+        lines += ["", label["text"]]
+    return "\n".join(lines)
 
 
 def show_rollout(rollout: dict) -> str:
-    """A response of GRPO with its judgement, reward and advantage, from what grpo.py --dump_rollouts writes."""
-    judgement, form = rollout["judgement"] or {}, "valid" if rollout["valid"] else "invalid"
-    numbers = (
-        f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement.get('verdict')}"
+    """A response of GRPO with its judgement, reward and advantage, from a record of grpo.py --dump_rollouts."""
+    judgement = rollout["judgement"] or {"verdict": None, "text": "(not judged)"}
+    head = (
+        f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {'valid' if rollout['valid'] else 'invalid'}, "
+        f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement['verdict']}"
     )
-    head = f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {form}, {numbers}"
-    return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement.get("text", "(not judged)")])
+    return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement["text"]])

@@ -1,8 +1,9 @@
-"""Tests of evaluate.py: the grader, the metrics, the four commands."""
+"""Tests of evaluate.py: the grader, the metrics, the commands."""
 
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import evaluate
 from data import grader, report
+from data.records import RecordFile
 from evaluate import (
+    Graded,
     bootstrap,
     bootstrap_interval,
     first_error,
@@ -348,23 +351,25 @@ def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
     for slots in (1, 8):
         engine = Engine(Sampler(model, slots), tokenizer, stop_ids)
         result = heldout_accuracy(engine, problems, gold, num_samples=3, temperature=1.0, max_new_tokens=24, seed=5)
-        results.append({key: np.array(value, dtype=object).tolist() for key, value in result.items()})
+        results.append({**vars(result), "correct": result.correct.tolist()})
         judged.append(score_solutions(Judge(engine, "prm_cot", max_new_tokens=24, votes=3), cases, seed=5))
     assert results[0] == results[1] and judged[0] == judged[1]
-    assert len({text for group in results[0]["texts"] for text in group}) > 10
+    assert len({sample["text"] for group in results[0]["samples"] for sample in group}) > 10
     assert np.array(results[0]["correct"]).shape == (5, 3)
+    settings = {"num_samples": 4, "temperature": 1.0, "seed": 0}
     with pytest.raises(InputError, match="no gold answer"):
-        heldout_accuracy(engine, problems, {}, max_new_tokens=24)
+        heldout_accuracy(engine, problems, {}, **settings, max_new_tokens=24)
     with pytest.raises(InputError, match="lower the flag"):
-        heldout_accuracy(engine, problems, gold, max_new_tokens=512)
+        heldout_accuracy(engine, problems, gold, **settings, max_new_tokens=512)
 
 
 def test_benchmark_numbers():
     """Guards against a majority that is graded by another sample's verdict."""
     answers = [["1", "1", "2", None], [None, None, None, None]]
     correct = np.array([[False, False, True, False], [False] * 4])
-    result = {"per_problem": correct.mean(axis=1), "correct": correct, "answers": answers, "accuracy": 1 / 8}
-    numbers = evaluate.benchmark_numbers({**result, "unknown": 1, "truncated": 2}, {}, seed=0)
+    samples = [[{"answer": answer, "finish": "stop"} for answer in group] for group in answers]
+    samples[0][0]["finish"] = samples[1][3]["finish"] = "length"
+    numbers = evaluate.benchmark_numbers(Graded(samples, correct, 1, 0, 1 / 8, 0.0, 1.0), {}, seed=0)
     values = {metric: value for metric, (value, _, _) in numbers.items()}
     expected = {"avg@4": 1 / 8, "pass@2": 1 / 4, "pass@4": 1 / 2, "maj@4": 0.0, "unknown": 1 / 8, "truncated": 1 / 4}
     assert values == pytest.approx(expected)
@@ -392,22 +397,71 @@ def test_best_of_k_by_hand():
     assert len(found) == 8
 
 
-def test_best_of_command(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_reward_model_chooses_among_anybodys_samples(checkpoint, tmp_path, monkeypatch, capsys):
     """Guards: samples of different problems mixed up, and numbers of other samples than those in the file."""
     solutions = [
         {"id": f"p{i}/{k}", "problem_id": f"p{i}", "problem": f"{i} + {k}?", "sample": k, "steps": ["x=1"],
          "answer": str(k), "finish": "stop", "tokens": 3, "model": "m"}
         for k in range(4) for i in range(6)
     ]  # fmt: skip
-    files = ["--solutions", write_lines(tmp_path / "s.jsonl", solutions), "--model", checkpoint, "--max_new_tokens", 8]
+    files = ["--solutions", write_lines(tmp_path / "s.jsonl", solutions), "--prm", checkpoint, "--prm_max_new_tokens", 8]
     files += ["--gold", write_lines(tmp_path / "g.jsonl", [{"id": f"p{i}", "answer": str(i)} for i in range(6)])]
-    run(monkeypatch, "best_of", *files, "--out", tmp_path / "out.jsonl")
+    run(monkeypatch, "benchmark", *files, "--out", tmp_path / "out.jsonl")
     rows = {r["metric"]: r["value"] for r in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert rows["avg@4"] == pytest.approx(4 / 24) and rows["pass@4"] == pytest.approx(4 / 6)
     assert rows["unparsed"] == 1 and rows["best@4/verdict"] == rows["best@2/mean"] == pytest.approx(1 / 6)
     del solutions[-1]
     with pytest.raises(InputError, match="different numbers of samples"):
-        run(monkeypatch, "best_of", *files[:1], write_lines(tmp_path / "t.jsonl", solutions), *files[2:], "--out", "x")
+        run(monkeypatch, "benchmark", "--solutions", write_lines(tmp_path / "t.jsonl", solutions), *files[2:], "--out", "x")
+    with pytest.raises(InputError, match="as they are"):
+        run(monkeypatch, "benchmark", *files, "--greedy", "--out", "x")
+    few = write_lines(tmp_path / "few.jsonl", [{"id": "p0", "answer": "0"}])
+    with pytest.raises(InputError, match="p1: no gold answer"):
+        run(monkeypatch, "benchmark", *files[:4], "--gold", few, "--out", "x")
+    with pytest.raises(InputError, match="--gold is missing"):
+        run(monkeypatch, "benchmark", *files[:4], "--out", "x")
+
+
+def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
+    """Guards: samples that are thrown away when a run is killed; others in their place; and samples of a model that has
+    been trained on since, under the same name, that pass for its own."""
+    problems = write_lines(tmp_path / "few.jsonl", read_lines(TINY / "heldout.jsonl")[:6])
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    flags = ["--model", model, "--problems", problems, "--gold", TINY / "gold.jsonl", "--max_new_tokens", 12]
+    flags += ["--num_samples", 2, "--greedy", "--prm", checkpoint, "--prm_max_new_tokens", 8, "--slots", 4]
+    run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "whole.jsonl")
+    name = str(model).strip("/").replace("/", "-")
+    assert {path.name for path in (tmp_path / "whole_samples").glob("*.jsonl")} == {f"{name}_few.jsonl", f"{name}_few_greedy.jsonl"}
+    whole = (tmp_path / "whole_samples" / f"{name}_few.jsonl").read_text()
+
+    class Killed(Exception):
+        pass
+
+    def append(self, records, real=RecordFile.append):
+        real(self, records)
+        if len(self.done) >= 6:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RecordFile, "append", append)
+        run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
+    file = tmp_path / "halves_samples" / f"{name}_few.jsonl"
+    first = file.read_text()
+    assert 0 < len(first) < len(whole) and not (tmp_path / "halves.jsonl").exists()
+    run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
+    assert file.read_text().startswith(first) and sorted(file.read_text()) == sorted(whole)
+    numbers = []
+    for out in ("whole", "halves"):
+        numbers.append([{**row, "seconds": 0} for row in read_lines(tmp_path / f"{out}.jsonl")])
+    assert numbers[0] == numbers[1] and {"best@2/vote", "greedy", "unparsed"} <= {row["metric"] for row in numbers[0]}
+    with monkeypatch.context() as patch:  # everything is there: no policy is loaded, with fewer problems neither
+        patch.setattr(evaluate, "generate_solutions", None)
+        run(monkeypatch, "benchmark", *flags, "--limit", 3, "--out", tmp_path / "halves.jsonl")
+    with open(model / "model.safetensors", "ab") as weights:
+        weights.write(b" ")
+    with pytest.raises(InputError, match="--model holds has changed"):
+        run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
 
 
 def test_processbench_command(checkpoint, tmp_path, monkeypatch, capsys):
@@ -485,33 +539,34 @@ def test_label_report_on_a_toy_worked_out_by_hand():
     """Guards against unparsed votes, solutions without votes in the accuracy, and a single that isn't the average."""
     gold = {"p/0": ([T, T], T), "p/1": ([F, F], F), "q/0": ([T], T)}
     shuffled = random.Random(0).sample(VERIFICATIONS, len(VERIFICATIONS))
-    rows = {(r["method"], r["N"], r["on"]): r for r in vote_report(SOLUTIONS, shuffled, gold, seed=0)}
-    assert {n for _, n, _ in rows} == {1, 2, 4}
+    rows = {(r["method"], r["N"]): r for r in vote_report(SOLUTIONS, shuffled, gold, seed=0)}
+    assert {n for _, n in rows} == {1, 2, 4}
 
-    def numbers(*key):
-        return [rows[key][m] for m in evaluate.LABEL_METRICS]
+    def numbers(method, N, on):
+        return [rows[method, N][on][m] for m in evaluate.LABEL_METRICS]
 
     for method in ("single", "outcome_consistency", "step_consistency"):
         assert numbers(method, 1, "all") == numbers(method, 1, "kept") == [3 / 4, 1 / 2, 1 / 2, 1]
     assert numbers("single", 2, "all") == [3 / 4, 1 / 2, 1 / 2, 3 / 4]
     assert numbers("single", 2, "kept") == [3 / 4, 1 / 2, 1 / 2, 1]
     assert numbers("step_consistency", 2, "all") == [3 / 4, 1 / 2, 1 / 2, 1 / 2]  # three ties, all "incorrect"
-    assert rows["step_consistency", 2, "all"]["ties"] == 3
-    assert rows["step_consistency", 2, "all"]["minus_single"]["outcome"][0] == -1 / 4
+    assert rows["step_consistency", 2]["ties"] == 3
+    assert rows["step_consistency", 2]["all"]["minus_single"]["outcome"][0] == -1 / 4
     assert numbers("single", 4, "all") == pytest.approx([5 / 6, 2 / 3, 2 / 3, 2 / 3])
     assert numbers("step_consistency", 4, "all") == [1, 1, 1, 1]
-    gains = rows["step_consistency", 4, "all"]["minus_single"]
+    gains = rows["step_consistency", 4]["all"]["minus_single"]
     assert gains["step"] == pytest.approx([1 / 6] * 3)  # both solutions gain the same: no width
     assert gains["exact"] == pytest.approx([1 / 3] * 3)
-    best = rows["step_consistency", 4, "kept"]
-    assert best["yield"] == pytest.approx(2 / 3) and best["dropped"] == {"no_votes": 1}
+    best = rows["step_consistency", 4]
+    assert best["kept"]["yield"] == pytest.approx(2 / 3) and best["dropped"] == {"no_votes": 1}
     assert (best["verifications"], best["unparsed"], best["tokens"]) == (12, 6, 120)
 
 
 def test_gains_are_resampled_by_problem():
     """Guards: intervals of the label report over solutions, of which those of one problem gain or lose together."""
-    base = {f"{p}/{k}": np.array([[0, 0, 0, 0], [1, 1, 1, 1.0]]) for p in "abcdefgh" for k in range(8)}
-    scores = {i: x + np.array([[float(i[0] in "abcd")], [0]]) for i, x in base.items()}
+    names = [f"{p}/{k}" for p in "abcdefgh" for k in range(8)]
+    base = {name: dict.fromkeys(evaluate.LABEL_METRICS, (0, 1)) for name in names}
+    scores = {name: dict.fromkeys(evaluate.LABEL_METRICS, (int(name[0] in "abcd"), 1)) for name in names}
     found = evaluate.paired_gain(scores, base, seed=0)["exact"]
     assert found == pytest.approx([0.5, *bootstrap_interval(np.repeat([1.0, 0.0], 4), seed=0)])
 
@@ -520,9 +575,10 @@ def test_dropped_solutions_count_among_all():
     """Guards against dropping hard cases passing for accuracy."""
     gold = {"p/0": ([T, T], T), "p/1": ([F, F], F)}
     judged = verifications_of("p/0", ([T, F], T), ([F, T], T)) + verifications_of("p/1", ([F, F], F), ([F, F], F))
-    rows = {(r["method"], r["N"], r["on"]): r for r in vote_report(SOLUTIONS[:2], judged, gold, seed=0)}
-    kept, everything = rows["step_consistency", 2, "kept"], rows["step_consistency", 2, "all"]
-    assert (kept["exact"], kept["yield"], kept["dropped"]) == (1, 0.5, {"no_match": 1})
+    rows = {(r["method"], r["N"]): r for r in vote_report(SOLUTIONS[:2], judged, gold, seed=0)}
+    row = rows["step_consistency", 2]
+    kept, everything = row["kept"], row["all"]
+    assert (kept["exact"], kept["yield"], row["dropped"]) == (1, 0.5, {"no_match": 1})
     assert (everything["exact"], everything["solutions"]) == (0.5, 2)
 
 
@@ -546,12 +602,13 @@ def test_labels_command(tmp_path, monkeypatch):
         reports.append(json.loads(out.read_text()))
     first, second = reports
     assert (first["solutions"], first["without_gold"]) == (3, 1)
-    kept, everything = first["rows"][:2]
-    assert kept["method"] == "hybrid (file)" and kept["dropped"] == {"no_match": 1, "no_votes": 1}
+    row = first["rows"][0]
+    kept, everything = row["kept"], row["all"]
+    assert row["method"] == "hybrid (file)" and row["dropped"] == {"no_match": 1, "no_votes": 1}
     assert [kept[m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 1]
     assert [everything[m] for m in evaluate.LABEL_METRICS] == [0.75, 0.5, 0.5, 0.5]
-    assert [second["rows"][1][m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 0.5]  # steps of p/0 only
-    assert first["rows"][-1]["N"] == 4 and first["rows"][-1]["step"] == 1
+    assert [second["rows"][0]["all"][m] for m in evaluate.LABEL_METRICS] == [0.5, 0, 0, 0.5]  # steps of p/0 only
+    assert first["rows"][-1]["N"] == 4 and first["rows"][-1]["all"]["step"] == 1
     with pytest.raises(InputError, match="no record"):
         run(monkeypatch, "labels", *files, "--gold", write_lines(tmp_path / "none.jsonl", [{"id": "z"}]), "--out", out)
     wrong = write_lines(tmp_path / "wrong.jsonl", verifications_of("p/0", ([T], T)))
@@ -599,6 +656,28 @@ def test_plot_of_seeds(tmp_path, monkeypatch):
     assert right.lines[0].get_xydata().tolist() == [[1, 7]]
     assert [text.get_text() for text in drawn[0].legends[0].texts] == [str(tmp_path / "*/grpo"), "c", "memory"]
     assert len({line.get_color() for axes in drawn[0].axes for line in axes.lines}) == 3
+
+
+def test_show_counts_the_votes_on_the_answer(tmp_path, monkeypatch, capsys):
+    """Guards: all steps voted correct and the answer judged False, with no word of the tie; votes that didn't vote; a
+    traceback from a reader that has seen enough."""
+    label = {**SOLUTIONS[0], "problem": "1+1+1?", "method": "step_consistency", "step_labels": [T, T], "outcome": F}
+    label |= {"text": None, "votes": [[2, 0], [2, 0]], "dropped": "no_match"}
+    other = {**label, "id": "p/1", "method": "single", "votes": [[1, 0], [1, 0]]}
+    paths = [write_lines(tmp_path / "labels.jsonl", [label, other])]
+    write_lines(tmp_path / "verifications.jsonl", [
+        *verifications_of("p/0", ([T, T], T), ([T, T], F), (None, None)),
+        *verifications_of("p/1", ([T, T], F), ([T, T], T)),
+    ])  # fmt: skip
+    run(monkeypatch, "show", "--labels", *paths)
+    shown = capsys.readouterr().out
+    assert "Answer: 3   [judged False: 1 correct, 1 incorrect]" in shown and shown.count("[judged False]") == 1
+    (tmp_path / "verifications.jsonl").unlink()
+    run(monkeypatch, "show", "--labels", *paths)
+    assert capsys.readouterr().out.count("[judged False]") == 2
+    command = f"{sys.executable} evaluate.py show --labels {paths[0]} | true"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -238,15 +238,16 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     heldout = records.read(judged[judged.index("--heldout") + 1], ["id", "problem"])
     gold = {r["id"]: r["answer"] for r in records.read(TINY / "gold.jsonl", ["id", "answer"])}
     policy, prm = [open_engine(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
-    result = evaluate.heldout_accuracy(policy, heldout, gold, 1, 1.0, 120, seed=3)
-    texts = [text for (text,) in result["texts"]]
+    settings = {"num_samples": 1, "temperature": 1.0, "max_new_tokens": 120, "seed": 3}
+    result = evaluate.heldout_accuracy(policy, heldout, gold, **settings)
+    texts = [sample["text"] for (sample,) in result.samples]
     shown = [grpo.shown_solution(text) for text in texts]
     asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
     scored = score_solutions(Judge(prm, "prm_cot", max_new_tokens=200), asked)
     rewards = [format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
     first = read_metrics(tmp_path / "out")[0]
     assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0
-    assert first["heldout/reward_minus_accuracy"] == pytest.approx(sum(rewards) / 3 - result["accuracy"])
+    assert first["heldout/reward_minus_accuracy"] == pytest.approx(sum(rewards) / 3 - result.accuracy)
 
 
 def test_signals_save_and_stop(world, tmp_path, monkeypatch, capsys):

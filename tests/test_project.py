@@ -128,7 +128,7 @@ for command in {commands}:
         print(json.dumps([command, end.code, text.getvalue()]))
 """
 COMMANDS = ["generate", "verify", "train_prm", "grpo", "evaluate"]
-COMMANDS += [f"evaluate {name}" for name in ("processbench", "benchmark", "best_of", "labels", "plot", "show")]
+COMMANDS += [f"evaluate {name}" for name in ("processbench", "benchmark", "labels", "plot", "show")]
 
 
 @pytest.fixture(scope="module")

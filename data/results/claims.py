@@ -42,7 +42,7 @@ def collect(seed: str) -> dict:
     """The numbers of one seed."""
     run = RUNS / seed
     rows = [r for r in json.loads((run / "labels.json").read_text())["rows"] if r["N"] == 16]
-    labels = {f"{r['method']}/{r['on']}": r for r in rows}
+    labels = {f"{r['method']}/{on}": r[on] for r in rows for on in ("kept", "all")}
     measured: dict[str, dict[str, dict]] = {}
     for r in records.read(run / "benchmark.jsonl", []):
         model = r["settings"]["model"].removeprefix(f"{run}/")

@@ -32,12 +32,11 @@ def collect(seed: str) -> dict:
     gold = read_gold("data/tiny/gold.jsonl", solutions)
     votes: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
     for row in vote_report(solutions, voters, gold, int(seed)):
-        if row["on"] == "all":
-            votes[row["method"]][str(row["N"])] = [row["tokens"], row["exact"]]
+        votes[row["method"]][str(row["N"])] = [row["tokens"], row["all"]["exact"]]
 
     def of_sixteen(some: list[dict], votes: list[dict]) -> dict:
         rows = vote_report(some, votes, gold, int(seed))
-        found = {row["method"]: row["exact"] for row in rows if (row["on"], row["N"]) == ("all", 16)}
+        found = {row["method"]: row["all"]["exact"] for row in rows if row["N"] == 16}
         return {"solutions": len(some), **found}
 
     by_steps = {}
@@ -56,9 +55,9 @@ def collect(seed: str) -> dict:
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
         directory, labels = file.parent, [r for r in records.read(file, ["id"]) if r["dropped"] is None]
-        right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])[0, 1] for r in labels]
+        right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])["exact"][0] for r in labels]
         one = [first[r["id"]] for r in labels]
-        base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])[0, 1] for r in one]
+        base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])["exact"][0] for r in one]
         tokens = sum(r["tokens"] for r in records.read(directory / "critiques.jsonl", ["tokens"]))
         tokens += sum(r["tokens"] for r in verifications if r["sample"] == 0)
         of = {

@@ -23,7 +23,10 @@ def collect(seed: str) -> dict:
     """The numbers of one seed: labels (kept and all) of each method, and the results of each method and kind."""
     run = RUNS / seed
     rows = [r for r in json.loads((run / "labels.json").read_text())["rows"] if r["method"].endswith(" (file)")]
-    labels = {f"{r['method'].removesuffix(' (file)')}/{r['on']}": r for r in rows}
+    labels = {}
+    for r in rows:
+        for on in ("kept", "all"):
+            labels[f"{r['method'].removesuffix(' (file)')}/{on}"] = {"tokens": r["tokens"], **r[on]}
     scores = {}
     for method in METHODS:
         for kind in KINDS:

@@ -72,7 +72,7 @@ def collect(seed: str) -> dict:
     judged = {}
     for name in JUDGES:
         rows = json.loads((out / name / "labels.json").read_text())["rows"]
-        judged[name] = {r["method"]: round(r["exact"], 4) for r in rows if r["on"] == "all" and r["N"] == 16}
+        judged[name] = {r["method"]: round(r["all"]["exact"], 4) for r in rows if r["N"] == 16}
         judged[name] |= {m: row["value"] for m, row in read_results(out / name / "processbench.jsonl").items()}
     curves = {}
     for name in list(NAMES)[1:]:

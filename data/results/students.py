@@ -40,7 +40,7 @@ def collect(seed: str) -> dict:
     """The numbers of one seed: kept labels of each method, and ProcessBench of its student."""
     run = RUNS / seed
     rows = json.loads((run / "labels.json").read_text())["rows"]
-    kept = {r["method"].removesuffix(" (file)"): r for r in rows if r["N"] is None and r["on"] == "kept"}
+    kept = {r["method"].removesuffix(" (file)"): r["kept"] for r in rows if r["N"] is None}
     found = {}
     for method in METHODS:
         results = read_results(run / f"{method}.jsonl")
