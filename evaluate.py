@@ -612,7 +612,7 @@ def sample_benchmarks(
         for suffix, how in passes.items():
             path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
             described = argparse.Namespace(model=model, model_sha256=weights, **how)
-            with records.RecordFile(path, described, keep="problem") as output:
+            with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
                 if find_incomplete(problems, output, how["num_samples"]):
                     engine = engine or open_engine(model, device, args.slots)
                     generate_solutions(engine, problems, output, described)
