@@ -460,7 +460,7 @@ def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
         run(monkeypatch, "benchmark", *flags, "--limit", 3, "--out", tmp_path / "halves.jsonl")
     with open(model / "model.safetensors", "ab") as weights:
         weights.write(b" ")
-    with pytest.raises(InputError, match="--model holds has changed"):
+    with pytest.raises(InputError, match="the contents of --model have changed"):
         run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
 
 
