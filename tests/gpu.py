@@ -15,7 +15,7 @@ everything runs at toy sizes on the CPU, which tests this script and nothing els
 | attention | decoding over slots of different lengths, and over shared prompts: output and log-sum-exp            |
 | packed    | attention in training, with shared prompts, forward and backward                                     |
 | sampler   | CUDA graphs: captured, equal to single steps, log-probs equal to the trainer's                       |
-| train     | one GRPO update under FSDP2: does it agree with the sampler, what does it cost, is it saved whole    |
+| train     | GRPO updates under FSDP2: do they agree with the sampler, what do they cost, and the head's share     |
 | tiny      | the stages as commands on the tiny world, one of them under torchrun, one of them resumed            |
 | speed     | a decoding step of a 7B model by rows, drawing a token, a whole queue                                |
 | memory    | a 14B model with as many slots as memory allows, twice                                               |
@@ -338,7 +338,7 @@ def graphs() -> None:
         check(f"mean gap to the trainer's log-probs, {name}", statistics.mean(gaps), most=0.06)
 
 
-def train(out: Path) -> None:
+def train() -> None:
     distributed.init_distributed("cuda" if GPU else "cpu")
     model = random_model(QWEN_1_5B, torch.float32)
     inference = random_model(QWEN_1_5B)
@@ -377,19 +377,24 @@ def train(out: Path) -> None:
             speed = f"{seconds:.2f} s, {tokens / seconds:,.0f} tokens/s, {work / seconds / 1e12:.0f} TFLOP/s"
             peak = f"peak {gib(torch.cuda.max_memory_allocated())}, reserved {gib(torch.cuda.max_memory_reserved())}"
             say("INFO", f"update {step}, 1.5B", f"{speed}, {peak}")
-    folder = out / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    started = time.time()
-    distributed.save_checkpoint(folder, 1, model, optimizer)
-    saved = {name: weight.clone() for name, weight in itertools.islice(distributed.gather_weights(model), 5)}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    step = distributed.load_checkpoint(folder, model, optimizer)
-    loaded = dict(itertools.islice(distributed.gather_weights(model), 5))
-    same = step == 1 and all(torch.equal(saved[name], loaded[name]) for name in saved)
-    expect("checkpoint saved and loaded", same, f"{time.time() - started:.0f} s")
-    shutil.rmtree(folder)
+            say("INFO", "  of which in the head", f"{head_seconds(model, problems * G * T) / seconds:.0%}")
+
+
+def head_seconds(model: Transformer, tokens: int) -> float:
+    """Seconds that an update spends on the log-probs of so many tokens: policy forward and backward, reference forward."""
+    rows = 16384
+    hidden = torch.randn(rows, model.config.hidden_size, device=DEVICE, dtype=DTYPE).requires_grad_()
+    weight = torch.randn(model.vocabulary, model.config.hidden_size, device=DEVICE, dtype=DTYPE).requires_grad_()
+    targets = torch.randint(model.vocabulary, (rows,), device=DEVICE)
+    upstream = torch.randn(rows, device=DEVICE)
+
+    def log_probs_of_a_micro_batch() -> None:
+        with torch.no_grad():
+            logprob.token_logprobs(hidden, weight, targets, workspace=1 << 30)
+        logprobs, _ = logprob.token_logprobs(hidden, weight, targets, workspace=1 << 30)
+        torch.autograd.grad(logprobs, [hidden, weight], upstream)
+
+    return milliseconds(log_probs_of_a_micro_batch, 3) / 1000 * tokens / rows
 
 
 def tiny(out: Path) -> None:
@@ -526,7 +531,7 @@ def main() -> None:
         "attention": lambda out: attention(),
         "packed": lambda out: packed(),
         "sampler": lambda out: graphs(),
-        "train": train,
+        "train": lambda out: train(),
         "tiny": tiny,
         "speed": lambda out: speed(),
         "memory": lambda out: memory(),
