@@ -9,13 +9,14 @@
 
 One step: (1) sample a group of G responses to each problem; (2) check their format and let the reward model judge the
 valid ones; (3) normalise rewards within each group to advantages; (4) one clipped policy-gradient update with a KL
-penalty towards the initial policy. `train` is these four parts; everything above it is what they call, in this order.
+penalty towards the initial policy. The file has them in this order, then `train`, the loop that calls them. What stands
+below the loop can be skipped at first: rewards for steps, what is logged, flags and loading.
 
 | --reward            | of a response                                                     | baseline |
 |---------------------|-------------------------------------------------------------------|----------|
 | process_aware       | V y                                                               |          |
 | step_augmented      | V (0.4 k/n + 0.6 y)                                               |          |
-| selective_advantage | V y, and a token keeps its advantage where its step's verdict agrees |       |
+| selective_advantage | V y; a token keeps its advantage if its step's verdict agrees with the sign | |
 | global_step         | V y, and 0.8 A + 0.2 A_step                                       |          |
 | rlvr                | the answer is graded right against the reference                  | x        |
 | majority            | the answer is the group's most frequent one                       | x        |
@@ -24,13 +25,11 @@ penalty towards the initial policy. `train` is these four parts; everything abov
 
 V: the format is valid; y: the reward model's verdict; k of n steps judged correct.
 
-What is left out of PPO, and why: no critic (the group's mean is the baseline), no GAE (one reward at the end), no
-second model of old log-probs (with one update per batch the old policy is the current one, so the ratio is 1 in value
-and carries the gradient; the loss *value* is then nearly 0 although its gradient isn't).
-
-What differs from the released code: the reward model always gets the prompt and the layout it was trained on; the
-log-probs recorded by the sampler are compared with the trainer's at every step; an unparsed judgement is a reward of
-0 and counted.
+What is left out of PPO, and why:
+- no critic: the group's mean is the baseline;
+- no GAE: there is one reward, at the end;
+- no pass of an old policy: with one update per batch it is the current one. The loss is then nearly 0 in value, although
+  its gradient isn't.
 
 Shapes: B responses of a global batch, G responses of a group, N response tokens packed one behind the other.
 """
@@ -112,7 +111,7 @@ class Rollout:
     text: str
     finish: str
     problem: str = ""
-    certainty: list[float] = field(default_factory=list)  # of each token, for self_certainty only
+    certainty: list[float] = field(default_factory=list)  # of each token, where the reward asks for it
     # What judging adds:
     valid: bool = False  # V: the format is kept
     judgement: Judgement | None = None  # None where the reward model wasn't asked
@@ -138,29 +137,104 @@ class Rollout:
     @property
     def judged_steps(self) -> list[tuple[bool, tuple[int, int]]]:
         """(verdict, token range) of each step, for the step designs. [] where the verdicts don't match the steps, and where
-        their number is penalised: what steps change must never cancel a penalty."""
+        their number is penalised, so that a step bonus can't undo the penalty."""
         if self.wrong_step_count or not self.step_spans:
             return []
         return list(zip(self.step_verdicts, self.step_spans, strict=True))
 
 
-# --------------------------------------------------------------------------- rewards
+# --------------------------------------------------------------------------- 1. sample
+
+
+def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
+    """The problems of a step: every epoch has a new order; a function of (step, seed), so that a resumed run continues
+    exactly. `place` is the problem's number in the whole run: one that comes twice in a step must get two groups."""
+    n = len(problems)
+    start = step * batch_size
+    order: list[int] = []  # of all epochs that the batch touches
+    for epoch in range(start // n, (start + batch_size - 1) // n + 1):
+        of_epoch = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(of_epoch)
+        order += of_epoch
+    first = start % n
+    return [problems[order[first + k]] | {"place": start + k} for k in range(batch_size)]
+
+
+def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
+    """G responses to each problem, groups consecutive; without top_p, because the loss uses the full distribution."""
+    groups = engine.sample(
+        [p["prompt"] for p in problems],
+        keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
+        num_samples=args.group_size,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        certainty=REWARDS[args.reward].needs_certainty,
+    )
+    rollouts = []
+    for p, samples in zip(problems, groups, strict=True):
+        for sample in samples:
+            rollouts.append(
+                Rollout(
+                    problem_id=p["id"],
+                    problem=p["problem"],
+                    prompt=p["prompt"],
+                    ids=sample.ids,
+                    logprobs=sample.logprobs,
+                    text=engine.text(sample),
+                    finish=sample.finish,
+                    certainty=sample.certainty,
+                )
+            )
+    return rollouts
+
+
+# --------------------------------------------------------------------------- 2. judge and reward
+
+
+def shown_solution(response: str) -> tuple[list[str], str | None]:
+    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`; where there are tags,
+    what stands in them and nothing else.
+
+    Under the constraint `none` this includes whatever was appended to a first solution; if it were cut away, appending
+    could never be rewarded, and could not be studied.
+    """
+    if "</answer>" in response:
+        response = response[: response.rindex("</answer>") + len("</answer>")]
+    return split_steps(response), extract_answer(response)
+
+
+def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
+    """Set `judgement` of the valid responses, and where the step designs ask for it, `step_spans`. An invalid response
+    costs no call of the reward model."""
+    valid = [r for r in rollouts if r.valid]
+    solutions = []
+    for r in valid:
+        steps, answer = shown_solution(r.text)
+        # The id seeds the samples of --prm_votes: equal responses get equal judgements, on any rank.
+        name = f"{r.problem_id}/{r.text}"
+        solutions.append({"id": name, "problem": r.problem, "steps": steps, "answer": answer})
+    for r, solution, judgement in zip(valid, solutions, judge(solutions, seed=seed), strict=True):
+        r.judgement = judgement
+        both = judgement.verdict is not None and judgement.step_verdicts is not None
+        if both and REWARDS[args.reward].spread is not None:
+            r.step_spans = locate_steps(tokenizer, r.ids, r.text, solution["steps"])
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a reward may know beside the group itself."""
+class RewardInputs:
+    """What a reward may read beside the group itself."""
 
     seed: str  # of this step
     gold: dict[str, str]  # reference answers by problem id; empty unless the reward is marked with `reads_answers`
 
 
-def process_aware_reward(group: list[Rollout], context: Context) -> list[float]:
+def process_aware_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     """r = V y, with y the reward model's verdict. A judgement that can't be parsed is worth 0."""
     return [float(r.valid and r.verdict is True) for r in group]
 
 
-def step_augmented_reward(group: list[Rollout], context: Context) -> list[float]:
+def step_augmented_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     """r = V (0.4 k/n + 0.6 y), k of n steps judged correct. Without a verdict r = 0; without step verdicts k/n = 0."""
     rewards = []
     for r in group:
@@ -174,16 +248,16 @@ def step_augmented_reward(group: list[Rollout], context: Context) -> list[float]
     return rewards
 
 
-def rlvr_reward(group: list[Rollout], context: Context) -> list[float]:
+def rlvr_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     """r = 1 if the answer is graded right against the reference: the verifiable baseline."""
-    answers = [(extract_answer(r.text) or "", context.gold[r.problem_id]) for r in group]
+    answers = [(extract_answer(r.text) or "", inputs.gold[r.problem_id]) for r in group]
     grades = grade_all(answers)
     for r, grade in zip(group, grades, strict=True):
         r.ungradable = grade is None
     return [float(grade is True) for grade in grades]
 
 
-def majority_reward(group: list[Rollout], context: Context) -> list[float]:
+def majority_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     """r = 1 for the answers that equal the group's most frequent one, as the grader sees it (TTRL); 0 for all if no
     response has an answer."""
     answers = [extract_answer(r.text) for r in group]
@@ -193,21 +267,49 @@ def majority_reward(group: list[Rollout], context: Context) -> list[float]:
     return [float(grade is True) for grade in grade_all([(answer, winner) for answer in answers])]
 
 
-def self_certainty_reward(group: list[Rollout], context: Context) -> list[float]:
+def self_certainty_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     """r = mean over the response's tokens of KL(uniform || p), recorded by the sampler (Intuitor)."""
     return [sum(r.certainty) / max(len(r.certainty), 1) for r in group]
 
 
-def random_reward(group: list[Rollout], context: Context) -> list[float]:
+def random_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     """r = V times a coin: the control. It may teach the format, it must not teach mathematics."""
     rewards = []
     for number, r in enumerate(group):
-        coin = random.Random(f"{context.seed}/{r.problem_id}/{number}")
+        coin = random.Random(f"{inputs.seed}/{r.problem_id}/{number}")
         rewards.append(float(r.valid and coin.random() < 0.5))
     return rewards
 
 
-# --------------------------------------------------------------------------- advantages
+def give_rewards(rollouts: list[Rollout], inputs: RewardInputs, args) -> None:
+    """Set `reward`, group by group. In the step designs a response with too few or too many steps earns nothing, before
+    the group's mean and std are taken."""
+    reward = REWARDS[args.reward]
+    for group in groups_of(rollouts, args.group_size):
+        for r, value in zip(group, reward.of_group(group, inputs), strict=True):
+            r.reward = value
+            if reward.least_steps and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
+                r.wrong_step_count = True
+                r.reward = 0.0
+
+
+def groups_of(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:
+    """The groups of rollouts, which stand one behind the other."""
+    return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
+
+
+def score_rollouts(rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int):
+    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements."""
+    seed = f"{args.seed}/{step}"
+    for r in rollouts:
+        r.valid = format_valid(r.text, args.format_constraints, finished=r.finish == "stop")
+    if REWARDS[args.reward].needs_judge:
+        judge_responses(rollouts, judge, tokenizer, seed, args)
+    inputs = RewardInputs(seed, gold if REWARDS[args.reward].reads_answers else {})
+    give_rewards(rollouts, inputs, args)
+
+
+# --------------------------------------------------------------------------- 3. advantages
 
 
 def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) -> Tensor:
@@ -217,8 +319,6 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
     A group of equal rewards gives exactly 0: compared by max and min, because in fp32 the mean of sixteen rewards of
     0.7 isn't 0.7, and the rounding error would be divided by a tiny std.
     """
-    if group_size == 1:
-        return torch.zeros_like(rewards)
     groups = rewards.view(-1, group_size)  # (B / G, G)
     advantages = groups - groups.mean(1, keepdim=True)
     if std_norm:
@@ -227,7 +327,21 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
     return advantages.masked_fill(equal, 0.0).view(-1)
 
 
-# --------------------------------------------------------------------------- the loss
+def spread_advantages(rollouts: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
+    """The advantage of every token, (T_i,) for each response, from A (B,). The step designs change it where the reward
+    model judged just the steps that the response has; elsewhere A stays."""
+    spread = REWARDS[args.reward].spread
+    groups = groups_of(rollouts, args.group_size)
+    result = []
+    for group, of_group in zip(groups, advantages.view(-1, args.group_size), strict=True):
+        if spread is not None:
+            result += spread(group, of_group, args)
+        else:
+            result += [a.expand(len(r.ids)) for r, a in zip(group, of_group, strict=True)]
+    return result
+
+
+# --------------------------------------------------------------------------- 4. the loss and the update
 
 
 def loss_weights(lengths: list[int], norm: str, max_tokens: int) -> Tensor:
@@ -264,11 +378,7 @@ def grpo_loss(
         rho = exp(logp - old),   k = exp(ref - logp) - (ref - logp) - 1
 
     The estimator k, called k3, has KL(policy || ref) as its expected value. What the loss uses is its gradient, and that
-    is another matter: with samples of the current policy, the expected gradient of k3 is that of KL(ref || policy).
-
-        estimator                    expected value      expected gradient
-        k3                           KL(policy || ref)   of KL(ref || policy)
-        k2 = (ref - logp)^2 / 2      about the same      of KL(policy || ref)
+    is another matter: with samples of the current policy, its expected value is the gradient of KL(ref || policy).
 
     stats: weighted sums over these tokens of k3, of the clipped fraction, and of the surrogate.
     """
@@ -286,255 +396,6 @@ def grpo_loss(
             "surrogate": (weights * surrogate).sum().item(),
         }
     return loss, stats
-
-
-# --------------------------------------------------------------------------- rewards for steps
-
-
-def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
-    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the text.
-
-    The ids decode to `text`; nothing is encoded again. Six tokens, and two steps in tags:
-
-        tokens       <step>  1+  1=2</  step>  <step>  3</step>
-        characters   6       8   13     18     24      32           that the first 1, 2, 3, ... tokens decode to
-        step "1+1=2" is text[6:11]: from the first token that reaches beyond 6, up to the first that reaches 11: (1, 3)
-        step "3"     is text[24:25]: (5, 6)
-
-    Tagged steps are looked for inside their tags, as the same words may stand outside. A token that has the end of one
-    step and the beginning of the next belongs to the first; a step's range may then be empty.
-    """
-
-    def characters(count: int) -> int:
-        """How many characters the first `count` tokens decode to; of a character of several tokens the last counts."""
-        return len(tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
-
-    counts = range(len(ids) + 1)
-    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
-    spans = []
-    text_end, token_end = 0, 0  # of the step before
-    for k, step in enumerate(steps):
-        earliest = max(text_end, tags[k]) if k < len(tags) else text_end
-        text_start = text.find(step, earliest)
-        if text_start < 0:
-            return []
-        text_end = text_start + len(step)
-        token_start = bisect_left(counts, text_start, lo=token_end, key=characters)
-        if token_start > token_end and characters(token_start) > text_start:
-            token_start -= 1  # the token before has the step's first character, too
-        token_end = bisect_left(counts, text_end, lo=token_start, key=characters)
-        spans.append((token_start, token_end))
-    return spans
-
-
-def selective_advantage(
-    advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
-) -> Tensor:
-    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
-    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
-    tokens = torch.full((length,), advantage)
-    for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
-        agrees = correct == (advantage >= 0)
-        if not agrees:
-            tokens[start:end] *= discount
-    return tokens
-
-
-def global_step_advantage(
-    step_rewards: list[list[float]], step_ends: list[list[int]], lengths: list[int]
-) -> list[Tensor]:
-    """A_step, (T_i,) for each response of one group: a step's reward stands at its last token, step_ends (inclusive),
-    normalised by mean and std over all steps of the group, and a token gets the sum from itself to the end."""
-    pool = torch.tensor([reward for rewards in step_rewards for reward in rewards], dtype=torch.float32)
-    mean, scale = 0.0, 1.0
-    if len(pool) > 1:
-        mean = pool.mean().item()
-        scale = pool.std().item() + 1e-6
-    equal = len(pool) > 1 and pool.max() == pool.min()  # then exactly 0, as in group_advantages
-    result = []
-    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
-        tokens = torch.zeros(length)
-        for reward, end in zip(rewards, ends, strict=True):
-            if not equal:
-                tokens[: end + 1] += (reward - mean) / scale
-        result.append(tokens)
-    return result
-
-
-def spread_selective(group: list[Rollout], advantages: Tensor, discount: float) -> list[Tensor]:
-    """`selective_advantage` of each response of a group; without judged steps all tokens keep A."""
-    result = []
-    for r, advantage in zip(group, advantages.tolist(), strict=True):
-        verdicts = [verdict for verdict, _ in r.judged_steps]
-        spans = [span for _, span in r.judged_steps]
-        result.append(selective_advantage(advantage, verdicts, spans, len(r.ids), discount))
-    return result
-
-
-def spread_global(group: list[Rollout], advantages: Tensor, discount: float) -> list[Tensor]:
-    """0.8 A + 0.2 A_step, where each correct one of n steps is worth 1/n and each incorrect one -1/n. Responses without
-    judged steps take no part in A_step and keep A."""
-    step_rewards, step_ends = [], []
-    for r in group:
-        steps = r.judged_steps
-        step_rewards.append([(1 if verdict else -1) / len(steps) for verdict, _ in steps])
-        step_ends.append([end - 1 for _, (_, end) in steps])
-    of_steps = global_step_advantage(step_rewards, step_ends, [len(r.ids) for r in group])
-    result = []
-    for r, advantage, a_step in zip(group, advantages, of_steps, strict=True):
-        if r.judged_steps:
-            result.append(0.8 * advantage + 0.2 * a_step)
-        else:
-            result.append(advantage.expand(len(r.ids)))
-    return result
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A choice of --reward: the rewards of a group, and what they need."""
-
-    of_group: Callable[[list[Rollout], Context], list[float]]
-    needs_judge: bool = False
-    needs_step_verdicts: bool = False
-    reads_answers: bool = False  # a baseline that may see the reference answers
-    least_steps: int = 0  # a step design: fewer steps than these (or more than --max_steps) earn nothing
-    spread: Callable[[list[Rollout], Tensor, float], list[Tensor]] | None = None  # over tokens; None: A for each
-
-
-REWARDS = {
-    "process_aware": Reward(process_aware_reward, needs_judge=True),
-    "step_augmented": Reward(step_augmented_reward, needs_judge=True, needs_step_verdicts=True),
-    "selective_advantage": Reward(
-        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=4, spread=spread_selective
-    ),
-    "global_step": Reward(
-        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=3, spread=spread_global
-    ),
-    "rlvr": Reward(rlvr_reward, reads_answers=True),
-    "majority": Reward(majority_reward),
-    "self_certainty": Reward(self_certainty_reward),
-    "random": Reward(random_reward),
-}
-
-
-# --------------------------------------------------------------------------- one step: sample, judge, reward, advantage
-
-
-def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
-    """The problems of a step: every epoch has a new order; a function of (step, seed), so that a resumed run continues
-    exactly. `place` is the problem's number in the whole run: one that comes twice in a step must get two groups."""
-    n = len(problems)
-    start = step * batch_size
-    order: list[int] = []  # of all epochs that the batch touches
-    for epoch in range(start // n, (start + batch_size - 1) // n + 1):
-        of_epoch = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(of_epoch)
-        order += of_epoch
-    first = start % n
-    return [problems[order[first + k]] | {"place": start + k} for k in range(batch_size)]
-
-
-def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
-    """G responses to each problem, groups consecutive, from the whole distribution at --temperature, as in the loss."""
-    groups = engine.sample(
-        [p["prompt"] for p in problems],
-        keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
-        num_samples=args.group_size,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        certainty=args.reward == "self_certainty",
-    )
-    rollouts = []
-    for p, samples in zip(problems, groups, strict=True):
-        for sample in samples:
-            rollouts.append(
-                Rollout(
-                    problem_id=p["id"],
-                    problem=p["problem"],
-                    prompt=p["prompt"],
-                    ids=sample.ids,
-                    logprobs=sample.logprobs,
-                    text=engine.text(sample),
-                    finish=sample.finish,
-                    certainty=sample.certainty,
-                )
-            )
-    return rollouts
-
-
-def shown_solution(response: str) -> tuple[list[str], str | None]:
-    """(steps, answer) that the reward model is shown: everything up to the last `</answer>`, and the last answer.
-
-    Under the constraint `none` this includes whatever was appended to a first solution; if it were cut away, appending
-    could never be rewarded, and could not be studied.
-    """
-    if "</answer>" in response:
-        response = response[: response.rindex("</answer>") + len("</answer>")]
-    return split_steps(response), extract_answer(response)
-
-
-def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
-    """Set `judgement` of the valid responses, and where the step designs ask for it, `step_spans`. An invalid response
-    costs no call of the reward model."""
-    valid = [r for r in rollouts if r.valid]
-    solutions = []
-    for r in valid:
-        steps, answer = shown_solution(r.text)
-        # The id seeds the samples of --prm_votes: equal responses get equal judgements, on any rank.
-        name = f"{r.problem_id}/{r.text}"
-        solutions.append({"id": name, "problem": r.problem, "steps": steps, "answer": answer})
-    for r, solution, judgement in zip(valid, solutions, judge(solutions, seed=seed), strict=True):
-        r.judgement = judgement
-        both = judgement.verdict is not None and judgement.step_verdicts is not None
-        if both and REWARDS[args.reward].spread is not None:
-            r.step_spans = locate_steps(tokenizer, r.ids, r.text, solution["steps"])
-
-
-def give_rewards(rollouts: list[Rollout], context: Context, args) -> None:
-    """Set `reward`, group by group. In the step designs a response with too few or too many steps earns nothing, before
-    the group's mean and std are taken."""
-    reward = REWARDS[args.reward]
-    for group in groups_of(rollouts, args.group_size):
-        for r, value in zip(group, reward.of_group(group, context), strict=True):
-            r.reward = value
-            if reward.spread is not None and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
-                r.wrong_step_count = True
-                r.reward = 0.0
-
-
-def groups_of(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:
-    """The groups of rollouts, which stand one behind the other."""
-    return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
-
-
-def score_rollouts(rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int):
-    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements."""
-    seed = f"{args.seed}/{step}"
-    for r in rollouts:
-        r.valid = format_valid(r.text, args.format_constraints, finished=r.finish == "stop")
-    if REWARDS[args.reward].needs_judge:
-        judge_responses(rollouts, judge, tokenizer, seed, args)
-    context = Context(seed, gold if REWARDS[args.reward].reads_answers else {})
-    give_rewards(rollouts, context, args)
-
-
-def spread_advantages(rollouts: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
-    """The advantage of every token, (T_i,) for each response, from A (B,). The step designs change it where the reward
-    model judged just the steps that the response has; elsewhere A stays."""
-    spread = REWARDS[args.reward].spread
-    result = []
-    for group, of_group in zip(
-        groups_of(rollouts, args.group_size), advantages.view(-1, args.group_size), strict=True
-    ):
-        if spread is not None:
-            result += spread(group, of_group, args.selective_discount)
-        else:
-            result += [a.expand(len(r.ids)) for r, a in zip(group, of_group, strict=True)]
-    return result
-
-
-# --------------------------------------------------------------------------- one step: the update
 
 
 def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -614,8 +475,8 @@ def fill_micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[lis
 
 
 def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """This rank's share of the global batch, in as many micro-batches as the rank with the most has: FSDP's collectives
-    need every rank in every micro-batch. What is missing runs one token that predicts nothing, without a gradient."""
+    """This rank's share of the global batch, in as many micro-batches as every other rank has: FSDP needs all of them in
+    each. What is missing runs one token that predicts nothing, without a gradient."""
     groups = deal_groups(rollouts, distributed.rank(), distributed.world_size())
     batches = fill_micro_batches(groups, max_tokens)
     most = distributed.max_over_ranks(len(batches))  # a collective: every rank must get here
@@ -658,9 +519,7 @@ def micro_batch_loss(
         advantages = advantages * (old_logprobs - sampled).exp().clamp(max=args.tis_cap)
     weights = torch.cat([r.token_weights for r in batch]).to(model.device)
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
-    loss, stats = grpo_loss(
-        logprobs, old_logprobs, ref_logprobs, advantages, weights, **clip, kl_coef=args.kl_coef
-    )
+    loss, stats = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, **clip, kl_coef=args.kl_coef)
     gap = (sampled - old_logprobs).abs()
     stats["entropy"] = entropy[response].sum().item()
     stats["gap"] = gap.sum().item()
@@ -671,13 +530,13 @@ def micro_batch_loss(
 def update_policy(
     model, optimizer, reference, rollouts: list[Rollout], advantages: list[Tensor], args
 ) -> dict[str, float]:
-    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and their
-    token advantages, (T_i,) or one number each, and trains on its share."""
-    # 1. Weights are made over the whole batch of all ranks, so that it can't matter how it is split.
+    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and their token
+    advantages, (T_i,) each, and trains on its share."""
+    # 1. What each token brings into the loss.
     lengths = [len(r.ids) for r in rollouts]
     weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens)  # (N,)
     for r, advantage, of_response in zip(rollouts, advantages, weights.split(lengths), strict=True):
-        r.token_advantages = advantage.expand(len(r.ids))
+        r.token_advantages = advantage
         r.token_weights = of_response
 
     # 2. Gradients add up over micro-batches, and over ranks: FSDP averages them, and the loss is a sum.
@@ -713,6 +572,211 @@ def update_policy(
     if reference is not None:
         metrics["kl/k3"] = totals["kl"] / weight
     return metrics
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Setup:
+    """What the loop works with."""
+
+    policy: Engine  # samples
+    model: Transformer  # is trained: fp32 weights, sharded
+    reference: Transformer | None  # the frozen initial policy, sharded
+    optimizer: torch.optim.Optimizer
+    judge: Callable | None  # judge(solutions, seed=...) -> judgements; None for rewards without a reward model
+    problems: list[dict]
+    heldout: list[dict]
+    gold: dict[str, str]
+    start: int  # steps done by an earlier run
+
+
+def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
+    """The loop: one step is sample, judge, advantages, update."""
+    out = Path(args.out)
+    measure = partial(heldout_metrics, run.policy, run.heldout, run.gold, run.judge, args)  # of a step
+    signals = distributed.stop_on_signal()
+    if run.start == 0 and run.heldout:
+        metrics.append({"step": 0, **measure(0)})
+    todo = range(run.start, args.steps)
+    main_rank = distributed.rank() == 0
+    bar = tqdm(todo, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=not main_rank)
+    for step in bar:
+        clock = Clock()
+
+        # 1. Sample a group of G responses to each problem of this step.
+        with clock("sample"):
+            problems = batch_for_step(step, run.problems, args.batch_size, args.seed)
+            mine = problems[distributed.rank() :: distributed.world_size()]
+            rollouts = sample_rollouts(run.policy, mine, args, step)
+
+        # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
+        with clock("score"):
+            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step)
+            groups = distributed.gather(groups_of(rollouts, args.group_size))
+            rollouts = [r for group in groups for r in group]  # all B responses, on every rank
+            distributed.free_cached_memory()
+
+        # 3. How much better than its group is each response, and each of its tokens?
+        with clock("update"):
+            rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
+            advantages = group_advantages(rewards, args.group_size, std_norm=args.loss_norm != "dr_grpo")  # (B,)
+            token_advantages = spread_advantages(rollouts, advantages, args)  # B tensors (T_i,)
+
+            # 4. One clipped update (or several), and the sampler gets the new weights.
+            for _ in range(args.updates):
+                trained = update_policy(run.model, run.optimizer, run.reference, rollouts, token_advantages, args)
+            distributed.copy_weights(run.policy.sampler.model, run.model)
+
+        record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
+        record |= trained | clock.metrics(rollouts)
+        last = step + 1 == args.steps
+        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+        if run.heldout and (last or (step + 1) % args.heldout_every == 0):
+            record |= measure(step + 1)
+        if main_rank:
+            show_progress(bar, record, rollouts, advantages, args, step)
+        metrics.append(record)
+        if last or stopped or (step + 1) % args.save_every == 0:
+            distributed.export(run.model, find_model(args.policy), out)
+            distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+        if stopped and not last:
+            distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
+            raise SystemExit(143)
+
+
+# --------------------------------------------------------------------------- rewards for steps, and the table of rewards
+
+
+def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
+    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the text.
+
+    The ids decode to `text`; nothing is encoded again. Six tokens, and two steps in tags:
+
+        tokens       <step>  1+  1=2</  step>  <step>  3</step>
+        characters   6       8   13     18     24      32           that the first 1, 2, 3, ... tokens decode to
+        step "1+1=2" is text[6:11]: from the first token that reaches beyond 6, up to the first that reaches 11: (1, 3)
+        step "3"     is text[24:25]: (5, 6)
+
+    Tagged steps are looked for inside their tags, as the same words may stand outside. A token that has the end of one
+    step and the beginning of the next belongs to the first; a step's range may then be empty.
+    """
+
+    def characters(count: int) -> int:
+        """How many characters the first `count` tokens decode to; one split over several tokens counts from its last."""
+        return len(tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
+
+    counts = range(len(ids) + 1)
+    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
+    spans = []
+    text_end, token_end = 0, 0  # of the step before
+    for k, step in enumerate(steps):
+        earliest = max(text_end, tags[k]) if k < len(tags) else text_end
+        text_start = text.find(step, earliest)
+        if text_start < 0:
+            return []
+        text_end = text_start + len(step)
+        token_start = bisect_left(counts, text_start, lo=token_end, key=characters)
+        if token_start > token_end and characters(token_start) > text_start:
+            token_start -= 1  # the token before has the step's first character, too
+        token_end = bisect_left(counts, text_end, lo=token_start, key=characters)
+        spans.append((token_start, token_end))
+    return spans
+
+
+def selective_advantage(
+    advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
+) -> Tensor:
+    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
+    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
+    tokens = torch.full((length,), advantage)
+    for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
+        agrees = correct == (advantage >= 0)
+        if not agrees:
+            tokens[start:end] *= discount
+    return tokens
+
+
+def global_step_advantage(
+    step_rewards: list[list[float]], step_ends: list[list[int]], lengths: list[int]
+) -> list[Tensor]:
+    """A_step, (T_i,) for each response of one group: a step's reward stands at its last token, step_ends (inclusive),
+    normalised by mean and std over all steps of the group, and a token gets the sum from itself to the end."""
+    pool = torch.tensor([reward for rewards in step_rewards for reward in rewards], dtype=torch.float32)
+    mean, scale = 0.0, 1.0
+    if len(pool) > 1:
+        mean = pool.mean().item()
+        scale = pool.std().item() + 1e-6
+    equal = len(pool) > 1 and pool.max() == pool.min()  # then A_step is exactly 0, as in group_advantages
+    result = []
+    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
+        tokens = torch.zeros(length)
+        for reward, end in zip(rewards, ends, strict=True):
+            if not equal:
+                tokens[: end + 1] += (reward - mean) / scale
+        result.append(tokens)
+    return result
+
+
+def spread_selective(group: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
+    """`selective_advantage` of each response of a group; without judged steps all tokens keep A."""
+    result = []
+    for r, advantage in zip(group, advantages.tolist(), strict=True):
+        verdicts = [verdict for verdict, _ in r.judged_steps]
+        spans = [span for _, span in r.judged_steps]
+        tokens = selective_advantage(advantage, verdicts, spans, len(r.ids), args.selective_discount)
+        result.append(tokens)
+    return result
+
+
+def spread_global(group: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
+    """0.8 A + 0.2 A_step, where each correct one of n steps is worth 1/n and each incorrect one -1/n. Responses without
+    judged steps take no part in A_step and keep A."""
+    step_rewards, step_ends = [], []
+    for r in group:
+        steps = r.judged_steps
+        step_rewards.append([(1 if verdict else -1) / len(steps) for verdict, _ in steps])
+        step_ends.append([end - 1 for _, (_, end) in steps])
+    of_steps = global_step_advantage(step_rewards, step_ends, [len(r.ids) for r in group])
+    result = []
+    for r, advantage, a_step in zip(group, advantages, of_steps, strict=True):
+        if r.judged_steps:
+            result.append(0.8 * advantage + 0.2 * a_step)
+        else:
+            result.append(advantage.expand(len(r.ids)))
+    return result
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A choice of --reward: the rewards of a group, and what they need."""
+
+    of_group: Callable[[list[Rollout], RewardInputs], list[float]]
+    needs_judge: bool = False
+    needs_step_verdicts: bool = False
+    reads_answers: bool = False  # a baseline that may see the reference answers
+    needs_certainty: bool = False  # of the sampler
+    least_steps: int = 0  # default of --min_steps; 0: responses may have any number of steps
+    # spread(group, advantages (G,), args) -> advantages of tokens; None: each token has its response's
+    spread: Callable[[list[Rollout], Tensor, argparse.Namespace], list[Tensor]] | None = None
+
+
+REWARDS = {
+    "process_aware": Reward(process_aware_reward, needs_judge=True),
+    "step_augmented": Reward(step_augmented_reward, needs_judge=True, needs_step_verdicts=True),
+    "selective_advantage": Reward(
+        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=4, spread=spread_selective
+    ),
+    "global_step": Reward(
+        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=3, spread=spread_global
+    ),
+    "rlvr": Reward(rlvr_reward, reads_answers=True),
+    "majority": Reward(majority_reward),
+    "self_certainty": Reward(self_certainty_reward, needs_certainty=True),
+    "random": Reward(random_reward),
+}
+
 
 
 # --------------------------------------------------------------------------- what a reader watches
@@ -752,8 +816,8 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 def heldout_metrics(
     engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
 ) -> dict[str, float]:
-    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper` (what the format alone
-    can't raise). With a reward model also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
+    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper`. With a reward model also
+    the reward: where it goes up and the accuracy doesn't, it is being gamed."""
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
@@ -834,7 +898,19 @@ class Clock:
         return numbers
 
 
-# --------------------------------------------------------------------------- main
+def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, args, step: int) -> None:
+    """What rank 0 prints and writes of a step beside its metrics."""
+    if record["reward/unparsed"] == 1:
+        warn_of_garbage(rollouts, step + 1)
+    if args.dump_rollouts:
+        dump_rollouts(Path(args.out) / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
+    if step % args.sample_every == 0:
+        print_sample(rollouts[0], advantages[0].item(), step + 1)
+    speed = f"{record['time/tokens_per_second']:,.0f} tok/s"
+    bar.set_postfix_str(f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, {speed}", refresh=False)
+
+
+# --------------------------------------------------------------------------- set-up
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -909,10 +985,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, for two uses only: --reward rlvr, a baseline, and the accuracy on --heldout.
+    """Reference answers by problem id, for two uses only: --reward rlvr, a baseline, and the accuracy on --heldout. To check:
+    delete the gold file; no other reward changes (a test does that).
 
-    Nothing else gets them: a reward sees them if it is marked with `reads_answers`, and the reward model never does. Who
-    doubts it deletes the gold file: a run with any other reward makes the same steps without (a test does just that).
     Only for rlvr, answers in the problems file count, too, and InputError is raised if a problem has none. Of the gold
     files only the tiny world's may be missing.
     """
@@ -945,21 +1020,6 @@ def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
             f"{max(left, 0)} tokens that --max_new_tokens leaves of the context; change one"
         )
     return fitting
-
-
-@dataclass
-class Setup:
-    """What the loop works with."""
-
-    policy: Engine  # samples; its model is a copy of `model` on a GPU or several ranks, else the same
-    model: Transformer  # is trained: fp32 weights, sharded
-    reference: Transformer | None  # the frozen initial policy, sharded
-    optimizer: torch.optim.Optimizer
-    judge: Callable | None  # judge(solutions, seed=...) -> judgements; None for rewards without a reward model
-    problems: list[dict]
-    heldout: list[dict]
-    gold: dict[str, str]
-    start: int  # steps done by an earlier run
 
 
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
@@ -1012,72 +1072,6 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
         + ("" if gold else ", no gold file: held-out accuracy isn't measured")
     )
     return Setup(policy, model, reference, optimizer, judge, fitting, heldout, gold, start)
-
-
-def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
-    """The loop: one step is sample, judge, advantages, update."""
-    out = Path(args.out)
-    measure = partial(heldout_metrics, run.policy, run.heldout, run.gold, run.judge, args)  # of a step
-    signals = distributed.stop_on_signal()
-    if run.start == 0 and run.heldout:
-        metrics.append({"step": 0, **measure(0)})
-    todo = range(run.start, args.steps)
-    main_rank = distributed.rank() == 0
-    bar = tqdm(todo, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=not main_rank)
-    for step in bar:
-        clock = Clock()
-
-        # 1. Sample a group of G responses to each problem of this step.
-        with clock("sample"):
-            problems = batch_for_step(step, run.problems, args.batch_size, args.seed)
-            mine = problems[distributed.rank() :: distributed.world_size()]
-            rollouts = sample_rollouts(run.policy, mine, args, step)
-
-        # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
-        with clock("score"):
-            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step)
-            groups = distributed.gather(groups_of(rollouts, args.group_size))
-            rollouts = [r for group in groups for r in group]  # all B responses, on every rank
-            distributed.free_cached_memory()
-
-        # 3. How much better than its group is each response, and each of its tokens?
-        with clock("update"):
-            rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
-            advantages = group_advantages(rewards, args.group_size, std_norm=args.loss_norm != "dr_grpo")  # (B,)
-            token_advantages = spread_advantages(rollouts, advantages, args)  # B tensors (T_i,)
-
-            # 4. One clipped update (or several), and the sampler gets the new weights.
-            for _ in range(args.updates):
-                trained = update_policy(run.model, run.optimizer, run.reference, rollouts, token_advantages, args)
-            distributed.copy_weights(run.policy.sampler.model, run.model)
-
-        record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
-        record |= trained | clock.metrics(rollouts)
-        last = step + 1 == args.steps
-        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
-        if run.heldout and (last or (step + 1) % args.heldout_every == 0):
-            record |= measure(step + 1)
-        if main_rank:
-            show_progress(bar, record, rollouts, advantages, args, step)
-        metrics.append(record)
-        if last or stopped or (step + 1) % args.save_every == 0:
-            distributed.export(run.model, find_model(args.policy), out)
-            distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
-        if stopped and not last:
-            distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
-            raise SystemExit(143)
-
-
-def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, args, step: int) -> None:
-    """What rank 0 prints and writes of a step beside its metrics."""
-    if record["reward/unparsed"] == 1:
-        warn_of_garbage(rollouts, step + 1)
-    if args.dump_rollouts:
-        dump_rollouts(Path(args.out) / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
-    if step % args.sample_every == 0:
-        print_sample(rollouts[0], advantages[0].item(), step + 1)
-    speed = f"{record['time/tokens_per_second']:,.0f} tok/s"
-    bar.set_postfix_str(f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, {speed}", refresh=False)
 
 
 def main() -> None:

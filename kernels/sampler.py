@@ -1,4 +1,4 @@
-"""The schedule of the sampler: which sample has which slot, what it has drawn, and who gets its slot when it ends.
+"""The schedule of the sampler: which sample has which slot, what it has drawn, and which row moves when one ends.
 
 It knows token ids and no text. The tensors, that is keys, values, attention and CUDA graphs, are in kernels/decode.py.
 
@@ -6,11 +6,12 @@ It knows token ids and no text. The tensors, that is keys, values, attention and
     groups = sampler.sample(prompts, keys=["a", "b"], num_samples=8, temperature=1.0, max_new_tokens=100, stop_ids=[2])
 
 Two slots, three prompts of one sample each: A ends with its 2nd token, B with its 4th, C with its 3rd. A prompt is run
-when a slot is free for one of its samples; the first token of a sample comes from what that run leaves.
+when a slot is free for one of its samples; the first token of a sample comes from what that run leaves. The last
+running row moves into the slot of one that has ended, so that the running rows are always the first ones.
 
-    round     1 start   2 decode   3 start   4 decode   5 decode
-    slot 0    A1        A2 end     C1        C2         C3 end
-    slot 1    B1        B2         (waits)   B3         B4 end
+    round     1 start   2 decode   3 start      4 decode   5 decode
+    slot 0    A1        A2 end     B moves in   B3         B4 end
+    slot 1    B1        B2         C1           C2         C3 end
 """
 
 import math
@@ -52,8 +53,8 @@ def choose_tokens(
         likelier        0    0.5  0.8   0.9   0.96    the mass of all likelier tokens: kept while < 0.85
         cumulative      0.5  0.8  0.9                 0.7 * 0.9 = 0.63 lies in the second: token 3, at 0.3 / 0.9
 
-    The sums are in fp64: over 152k tokens, fp32 would misplace the tail. No value decides which operations are made, so
-    that a CUDA graph can capture them.
+    The sums are in fp64: over 152k tokens, fp32 would misplace the tail. There is no branch on a value, so that a CUDA
+    graph can capture it.
     """
     full = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
@@ -96,15 +97,14 @@ def slots_that_fit(
     """How many slots a GPU has memory for, at least 1; each has to take the longest prompt with its limit.
 
     free: bytes without the weights; weights: bytes that they will take of these (0 once they are loaded). limits: new
-    tokens of each prompt. Set aside are the keys and values of PREFILL_TOKENS of prompts, twice while they are put
-    together; what running them takes, which is largest in the MLP (three numbers of its width, four of the hidden size
-    per token); and 1.5 GiB for the libraries.
+    tokens of each prompt. Set aside are a prefill of PREFILL_TOKENS and 1.5 GiB for the libraries.
 
         Qwen2.5-14B in bf16 on a GPU with 139.8 GiB: 27.5 GiB of weights, 192 KiB per token, 9.4 GiB set aside;
         a slot of 2,000 + 8,192 tokens takes 1.87 GiB, so that 55 fit
     """
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size  # bytes of keys and values
-    activations = (3 * config.intermediate_size + 4 * config.hidden_size) * element_size  # bytes per token
+    activations = (3 * config.intermediate_size + 4 * config.hidden_size) * element_size  # bytes per token, in the MLP
+    # The prefill's keys and values are there twice while those of the layers are stacked.
     set_aside = PREFILL_TOKENS * (2 * token + activations) + 3 * 2**29
     longest = max(prompt + limit for prompt, limit in zip(prompt_lengths, limits, strict=True))
     return max(1, (free - weights - set_aside) // (longest * token))
@@ -139,7 +139,7 @@ class Row:
 
     prompt: int  # index of its prompt
     number: int  # which sample of that prompt it is
-    prompt_tokens: int  # of its prompt that are in its slot: none if prompts are shared
+    prompt_tokens: int  # of its prompt in this slot; 0 if prompts are shared
     limit: int  # tokens that it may draw
     rng: random.Random  # its own random numbers
     sample: Sample = field(default_factory=Sample)
@@ -161,7 +161,7 @@ class Call:
     choose: Callable  # logits (n, V), uniform (n,) -> tensors (n,): token, log-prob, full log-prob (, certainty)
     stop_ids: set[int]
     seed: int
-    batches: Iterator[list[int]]  # of the work queue: numbers of places in `order`
+    batches: Iterator[list[int]]  # of the work queue: places in `order`
     order: list[int]  # the prompts, longest first
     shared: bool  # whether prompts are kept once for all their samples
     cache: SlotCache | None = None
@@ -169,7 +169,7 @@ class Call:
     rows: list[Row] = field(default_factory=list)
     queue: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, number) of samples without a slot
     waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # samples in the queue of each distinct prompt
-    held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # prompts that were run and still wait
+    held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # of prompts with samples in the queue
     places: dict[int, int] = field(default_factory=dict)  # where each prompt in use is shared
     free_places: list[int] = field(default_factory=list)
     groups: dict[int, dict[int, Sample]] = field(default_factory=dict)  # finished samples of unfinished prompts
@@ -182,27 +182,23 @@ class Call:
 class Sampler:
     """Batched sampling with a slot KV cache: a length for each row, no left padding, refill and compaction.
 
-    The running rows are always the first n slots. A decoding step feeds one token per row; rows that finish are
-    overwritten by the last ones, and new rows come when an eighth of the slots is free. A prompt is run once, packed
-    with others; its keys and values are copied to the slots of all its samples, or kept once for all of them if
+    A decoding step feeds one token per row. New rows come when an eighth of the slots is free. A prompt is run once,
+    packed with others; its keys and values are copied to the slots of all its samples, or kept once for all of them if
     share_prompts, which by default is decided by the lengths.
 
     slots: rows that run at once; None: as many as the GPU's memory allows, or CPU_SLOTS. steps: decoding steps between
-    two looks of the host at what was drawn, 8 on a GPU, where a look makes the device wait; tokens after a row's end
-    are discarded.
+    two reads by the CPU of what was drawn, 8 on a GPU, which waits meanwhile; tokens after a row's end are discarded.
     """
 
     def __init__(
         self,
         model: Transformer,
         slots: int | None = None,
-        prefill_tokens: int = PREFILL_TOKENS,
         steps: int | None = None,
         share_prompts: bool | None = None,
     ):
         self.model = model
         self.slots = slots
-        self.prefill_tokens = prefill_tokens
         self.steps = steps or (8 if model.device.type == "cuda" else 1)
         self.share_prompts = share_prompts
         self.tokens = 0  # sampled so far, in all calls
@@ -229,8 +225,8 @@ class Sampler:
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all prompts, or one for each.
-        batches: numbers from 0 to len(prompts) - 1 that are this rank's, asked for when slots are free
-        (`distributed.work_queue`); None: all of them.
+        batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for when
+        slots are free (`distributed.work_queue`); None: all of them.
 
         A sample is a function of (seed, key of its prompt, sample number): these seed its random numbers, so neither
         the slots nor the order matter (except for ties within rounding, which other batch shapes may break otherwise).
@@ -304,7 +300,7 @@ class Sampler:
         # 4. As many samples as there are free slots, and new prompts as fit in one prefill.
         new = []
         to_run = set()
-        tokens_left = self.prefill_tokens
+        tokens_left = PREFILL_TOKENS
         while call.queue and len(new) < call.cache.slots - len(call.rows) and tokens_left > 0:
             if self._needs_new_cache(call):
                 break
@@ -326,7 +322,7 @@ class Sampler:
         wanted = [call.prompts[prompt] for prompt, _ in new]
         to_run = [ids for ids in dict.fromkeys(wanted) if ids not in call.held]
         if to_run:
-            call.held |= zip(to_run, prefill(self.model, to_run, self.prefill_tokens), strict=True)
+            call.held |= zip(to_run, prefill(self.model, to_run, PREFILL_TOKENS), strict=True)
 
         # 2. Into the cache: once per prompt if shared, else to the slot of each sample.
         if call.shared:
@@ -349,7 +345,7 @@ class Sampler:
             prompt_tokens = 0 if call.shared else len(call.prompts[prompt])
             rows.append(Row(prompt, number, prompt_tokens, call.limits[prompt], rng))
         uniform = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
-        drawn = [values[None].tolist() for values in call.choose(logits, uniform)]  # as of one step
+        drawn = [values[None].tolist() for values in call.choose(logits, uniform)]  # one step of rows, as `_note` expects
         call.rows += rows
         self._note(rows, drawn, call.stop_ids)
         if call.shared:
@@ -418,8 +414,8 @@ class Sampler:
     # ------------------------------------------------------------------- sizes
 
     def _shares_prompts(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
-        """Whether prompts are kept once for all their samples: a second call of attention pays if the keys that needn't
-        be read again are more than a quarter of those of a row halfway through its answer."""
+        """Whether prompts are kept once for all their samples. That takes a second call of attention; it pays if it saves
+        reading more than a quarter of the keys of a row halfway to its limit."""
         if self.share_prompts is not None:
             return self.share_prompts and bool(prompts)
         if not prompts or num_samples < 2:
@@ -429,8 +425,8 @@ class Sampler:
         return prompt * (1 - 1 / num_samples) > (prompt + own) / 4
 
     def _needs_new_cache(self, call: Call) -> bool:
-        """Whether the next sample needs a cache: the first one, and where memory decides how many slots there are, one
-        that two thirds of a slot are enough for. As the longest come first, so do all that follow."""
+        """Whether there is no cache yet, or memory decides how many slots there are and the next sample, thus every later one,
+        needs at most two thirds of a slot."""
         if call.cache is None:
             return True
         if self.slots is not None or free_memory(self.model.device) is None:
@@ -463,7 +459,7 @@ class Sampler:
         if not call.shared:
             call.cache = SlotCache(self.model, slots, call.slot_tokens, call.choose, **settings)
             return
-        # Four times as many places for prompts as full groups would need, since of some only a last sample is left.
+        # Four times as many places for prompts as full groups would need: a prompt keeps its place until its last sample ends.
         places = min(len(rest), slots, 4 * slots // call.num_samples + 1)
         settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.num_samples, slots)}
         call.cache = SlotCache(self.model, slots, max(limits), call.choose, **settings)

@@ -185,7 +185,8 @@ def test_each_distinct_prompt_is_run_once(models, monkeypatch):
     together = Sampler(models["Qwen2"][0], slots=4).sample(queue, **settings)
     assert sorted(runs) == sorted(map(tuple, prompts))
     assert held and all(x.untyped_storage().nbytes() == x.nbytes for kv in held for x in kv)
-    piecewise = Sampler(models["Qwen2"][0], slots=42, prefill_tokens=8).sample(queue, **settings)
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 8)
+    piecewise = Sampler(models["Qwen2"][0], slots=42).sample(queue, **settings)
     assert [[s.ids for s in group] for group in piecewise] == [[s.ids for s in group] for group in together]
 
 
