@@ -12,13 +12,11 @@
 | orm      | problem, solution, "Is the answer correct?"    | Yes or No                                         |
 | prm      | problem, solution, "Let's verify step by step" | Correct or Incorrect per step, then the verdict   |
 | prm_cot  | the same                                       | the chosen verification, thinking removed         |
-| disc_prm | the same                                       | Yes or No at each step's last token (baseline)    |
+| disc_prm | the same                                       | Yes or No at each step's last token               |
 | policy   | the solver prompt                              | a solution judged correct, in tags                |
 
-The paper doesn't publish its fine-tuning settings: learning rate, epochs and batch size are ours.
-
-evaluate.py and grpo.py import the reward models and judging with them, grpo.py also the optimizer's step. FSDP2 and
-checkpoints are in kernels/distributed.py.
+The paper doesn't publish its fine-tuning settings: learning rate, epochs and batch size are ours. FSDP2 and checkpoints
+are in kernels/distributed.py.
 """
 
 import argparse
@@ -284,16 +282,16 @@ class Example(NamedTuple):
 
 
 def training_texts(kind: str, label: dict) -> tuple[str, str] | None:
-    """(user turn, target) of a kept record of a labels file; None if this kind has no use for it. Not for a
-    discriminative PRM, which has no target text."""
+    """(user turn, target) of a kept record of a labels file; None if this kind has no use for it."""
     if kind == "policy":
-        return policy_example(label)
+        return policy_texts(label)
     model = REWARD_MODELS[kind]
     return judge_prompt(model.prompt, label), model.write_target(label)
 
 
-def policy_example(label: dict) -> tuple[str, str] | None:
-    """A solution that the votes call correct, as the policy is to write it; None if it isn't, or has no answer."""
+def policy_texts(label: dict) -> tuple[str, str] | None:
+    """(solver prompt, a solution that the votes call correct, in the policy's format); None if the votes don't, or if it has
+    no answer or can't be written in that format."""
     if not label["outcome"] or label["answer"] is None:
         return None
     # Instruct models often box the answer in the last step, too, but the format allows one box.
@@ -306,7 +304,7 @@ def policy_example(label: dict) -> tuple[str, str] | None:
 
 def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | None:
     """The example of a kept record; None if this kind has no use for it."""
-    if kind == "disc_prm":
+    if kind == "disc_prm":  # it has no target text
         return discriminative_example(label, tokenizer)
     texts = training_texts(kind, label)
     if texts is None:
@@ -383,10 +381,7 @@ def rank_share(lengths: list[int]) -> list[int]:
 
 
 def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own.
-
-    Lengths 9 2 4 at max_tokens 8: [1 2] with 2 + 4 tokens, [0] with 9.
-    """
+    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own."""
     groups: list[list[int]] = []
     tokens = 0  # in the last group
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -495,7 +490,7 @@ class Setup:
 
 def set_up(args: argparse.Namespace) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. The labels.
+    # 1. The device and the labels.
     device = distributed.init_distributed(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
@@ -545,7 +540,7 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
 
 
 def train(run: Setup, args: argparse.Namespace) -> None:
-    """The loop. The exported model is the best by evaluation loss, or the last one if nothing is held out."""
+    """The exported model is the best by evaluation loss, or the last one if nothing is held out."""
     out = Path(args.out)
     source = find_model(args.model)
     warmup = math.ceil(WARMUP * run.steps)
@@ -585,11 +580,11 @@ def train(run: Setup, args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------- a discriminative PRM, for comparison
 
-# A discriminative PRM writes nothing: its verdict on a step is which of two tokens it expects after the step's last token.
+# A discriminative PRM writes nothing. Its verdict on a step is whether it expects Yes or No after the step's last token.
 
 
 def yes_no_ids(tokenizer) -> tuple[int, int]:
-    """These two tokens: the first of "Yes" and the first of "No"."""
+    """The first token of "Yes" and the first of "No"."""
     yes = tokenizer("Yes", add_special_tokens=False).input_ids[0]
     no = tokenizer("No", add_special_tokens=False).input_ids[0]
     if yes == no:
@@ -598,8 +593,8 @@ def yes_no_ids(tokenizer) -> tuple[int, int]:
 
 
 def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """Where a discriminative PRM's verdicts are read: (token ids of its prompt, n + 1 positions in them), the last token
-    of each of the n steps, and for the outcome that of the prompt.
+    """(token ids of the prompt, the n + 1 positions where verdicts are read): the last token of each of the n steps, and for
+    the outcome the last token of the prompt.
 
     A step's last token is the last one that begins before the step's end. The steps "ab." and "cd.":
 
@@ -645,32 +640,27 @@ def score_discriminative(
     towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
 
     # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
-    marked = []  # (index of the solution, token ids, positions)
+    prompts = []  # (index of the solution, token ids, positions)
     for i, solution in enumerate(solutions):
         if solution["steps"]:
             ids, positions = step_end_positions(tokenizer, solution)
             if len(ids) <= model.config.max_positions:
-                marked.append((i, ids, positions))
+                prompts.append((i, ids, positions))
 
-    # 2. The log-odds of every token, packed, then those at the marked positions.
+    # 2. The log-odds of every token, packed, then those at the positions.
     judgements = [UNPARSED] * len(solutions)
-    for group in group_by_length([len(ids) for _, ids, _ in marked], batch_tokens):
-        batch = [marked[j] for j in group]
+    for group in group_by_length([len(ids) for _, ids, _ in prompts], batch_tokens):
+        batch = [prompts[j] for j in group]
         lengths = [len(ids) for _, ids, _ in batch]
         packed = torch.tensor([token for _, ids, _ in batch for token in ids], device=model.device)  # (N,)
         hidden = model.packed(packed, torch.tensor(lengths, device=model.device))  # (N, D)
         log_odds = hidden.float() @ towards_yes  # (N,)
-        for (i, ids, positions), odds in zip(batch, log_odds.split(lengths), strict=True):
-            *step_odds, outcome_odds = odds[positions].tolist()
-            *step_scores, score = odds[positions].sigmoid().tolist()
-            judgements[i] = Judgement(
-                step_verdicts=[value > 0 for value in step_odds],
-                verdict=outcome_odds > 0,
-                text=" ".join(f"{value:+.2f}" for value in [*step_odds, outcome_odds]),
-                tokens=len(ids),
-                step_scores=step_scores,
-                score=score,
-            )
+        for (i, ids, positions), of_prompt in zip(batch, log_odds.split(lengths), strict=True):
+            read = of_prompt[positions]  # (n + 1,)
+            verdicts = (read > 0).tolist()
+            scores = read.sigmoid().tolist()
+            text = " ".join(f"{value:+.2f}" for value in read.tolist())
+            judgements[i] = Judgement(verdicts[:-1], verdicts[-1], text, len(ids), scores[:-1], scores[-1])
     return judgements
 
 
