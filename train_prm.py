@@ -15,8 +15,8 @@
 | disc_prm | the same                                       | Yes or No at each step's last token               |
 | policy   | the solver prompt                              | a solution judged correct, in tags                |
 
-The paper doesn't publish its fine-tuning settings: learning rate, epochs and batch size are ours. FSDP2 and checkpoints
-are in kernels/distributed.py.
+`--kind policy` learns its format from the reference-free labels, in the paper from a larger model's solutions (App. D).
+FSDP2 and checkpoints are in kernels/distributed.py.
 """
 
 import argparse
@@ -238,10 +238,8 @@ def score_solutions(
 
 
 def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Judgement:
-    """One judgement from all votes on a solution: majorities, a tie counts as incorrect.
-
-    As in Stage I (`verify.step_consistency`), but nothing is dropped. An ORM gives no steps; then the verdicts alone vote.
-    """
+    """One judgement from all votes on a solution: majorities, a tie counts as incorrect. As in Stage I
+    (`verify.step_consistency`), but nothing is dropped. An ORM gives no steps; then the verdicts alone vote."""
     # 1. Who votes?
     if len(verifications) == 1:  # a greedy judgement counts as far as it was parsed
         voters = verifications
@@ -634,7 +632,7 @@ def score_discriminative(
     model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
 ) -> list[Judgement]:
     """Judge solutions with a discriminative PRM: a step is correct if after its last token Yes is likelier than No, and
-    so is the outcome after the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
+    so is the outcome after the prompt's. Nothing is sampled: a solution costs its share of a forward pass."""
     # log p(Yes) - log p(No) is a difference of logits, so it takes one direction in place of the whole vocabulary.
     yes, no = yes_no_ids(tokenizer)
     towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
