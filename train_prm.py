@@ -12,18 +12,11 @@
 | orm      | problem, solution, "Is the answer correct?"    | Yes or No                                         |
 | prm      | problem, solution, "Let's verify step by step" | Correct or Incorrect per step, then the verdict   |
 | prm_cot  | the same                                       | the chosen verification, thinking removed         |
-| disc_prm | the same                                       | Yes or No at each step's last token (baseline)    |
+| disc_prm | the same                                       | Yes or No at each step's last token               |
 | policy   | the solver prompt                              | a solution judged correct, in tags                |
 
-The loss is the mean negative log-likelihood of the target tokens, the end-of-turn token included, over the whole
-global batch: micro-batches and ranks add up their tokens and divide by one common count.
-
-What differs from the paper: its fine-tuning settings are not published, so learning rate, epochs and batch size are
-ours. `--kind policy` teaches the policy's format on the reference-free labels (the paper: on solutions of a larger
-model, App. D).
-
-evaluate.py and grpo.py use three parts of this file: the reward models and judging with them, micro-batches, and the
-optimizer's step. FSDP2 and checkpoints are in kernels/distributed.py.
+`--kind policy` learns its format from the reference-free labels, in the paper from a larger model's solutions (App. D).
+FSDP2 and checkpoints are in kernels/distributed.py.
 """
 
 import argparse
@@ -31,6 +24,7 @@ import math
 import random
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +121,7 @@ def parse_prm(text: str, num_steps: int) -> Verification:
 
 
 # PRM-CoT: the PRM's prompt, but reasons before each verdict. It is trained on Stage I's verifications, so their parser,
-# `parse_verification`, reads its answers.
+# `parse_verification`, reads its output.
 
 
 def write_prm_cot_target(label: dict) -> str:
@@ -140,24 +134,24 @@ class RewardModel:
     """A kind of reward model. A new kind is a row of `REWARD_MODELS` and the functions it names."""
 
     prompt: str  # the user turn, with the problem and the rendered solution
-    write_target: Callable[[dict], str] | None = None  # a kept label -> the answer to train on
-    parse: Callable[[str, int], Verification] | None = None  # an answer, the number of steps -> its verdicts
+    write_target: Callable[[dict], str] | None = None  # a kept label -> the text to train on
+    parse: Callable[[str, int], Verification] | None = None  # its output, the number of steps -> the verdicts
     judges_steps: bool = True
-    generative: bool = True  # if not, it has no text to write or parse: its verdicts are read off its log-odds
+    generative: bool = True  # if not, there is no text to write or parse: the verdicts are read off log-odds
 
 
 REWARD_MODELS = {
     "orm": RewardModel(ORM_PROMPT, write_orm_target, parse_orm, judges_steps=False),
     "prm": RewardModel(PRM_PROMPT, write_prm_target, parse_prm),
     "prm_cot": RewardModel(PRM_PROMPT, write_prm_cot_target, parse_verification),
-    "disc_prm": RewardModel(PRM_PROMPT, generative=False),  # `discriminative_example`, `score_discriminative`
+    "disc_prm": RewardModel(PRM_PROMPT, generative=False),  # for comparison: a section near the end
 }
 KINDS = [*REWARD_MODELS, "policy"]
 
 
-def ask(prompt: str, solution: dict) -> str:
+def judge_prompt(template: str, solution: dict) -> str:
     """The user turn about a solution (problem, steps, answer)."""
-    return prompt.format(problem=solution["problem"], solution=render_steps(solution["steps"], solution["answer"]))
+    return template.format(problem=solution["problem"], solution=render_steps(solution["steps"], solution["answer"]))
 
 
 # --------------------------------------------------------------------------- judging solutions with a reward model
@@ -165,17 +159,21 @@ def ask(prompt: str, solution: dict) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A reward model's judgement of one solution, None for what could not be parsed. The scores are vote fractions (0 or
-    1 for a single vote) or, of a discriminative PRM, probabilities of Yes."""
+    """A reward model's judgement of one solution. None: not parsed.
+
+    generative        text: the first vote's output; tokens: sampled, by all votes; scores: shares of the votes
+    discriminative    text: the log-odds; tokens: of the prompt; scores: probabilities of Yes
+    """
 
     step_verdicts: list[bool] | None
     verdict: bool | None
-    text: str  # what was parsed; of several votes the first
-    tokens: int  # sampled, by all votes; of a discriminative PRM, read
+    text: str
+    tokens: int
     step_scores: list[float] | None = None
     score: float | None = None
 
 
+# Also the judgement of a solution that the model is never asked about.
 UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)
 
 
@@ -211,12 +209,12 @@ def score_solutions(
     for i, solution in enumerate(solutions):
         if not solution["steps"]:
             continue
-        prompt = engine.encode(ask(model.prompt, solution))
+        prompt = engine.encode(judge_prompt(model.prompt, solution))
         if len(prompt) + judge.max_new_tokens <= engine.context:
             prompts[i] = prompt
     asked = list(prompts)
 
-    # 2. Sample. The stream yields prompts as they are finished, by their place among those asked.
+    # 2. Sample. The stream yields (index in `asked`, samples) as prompts are finished.
     stream = engine.stream(
         list(prompts.values()),
         keys=[str(solutions[i].get("id", i)) for i in asked],
@@ -230,46 +228,39 @@ def score_solutions(
 
     # 3. Parse and vote.
     judgements = [UNPARSED] * len(solutions)
-    for place, samples in stream:
-        i = asked[place]
+    for index, samples in stream:
+        i = asked[index]
         texts = [decode_judgement(engine, prompts[i], sample.ids) for sample in samples]
-        parsed = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
+        verifications = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
         tokens = sum(len(sample.ids) for sample in samples)
-        judgements[i] = put_to_vote(parsed, texts[0], tokens)
+        judgements[i] = put_to_vote(verifications, texts[0], tokens)
     return judgements
 
 
-def put_to_vote(parsed: list[Verification], text: str, tokens: int) -> Judgement:
-    """One judgement from all votes on a solution: majorities, a tie counts as incorrect.
-
-    This is the rule of `verify.step_consistency`, less its demands on a training text: no text has to agree with every
-    majority, and where no judgement was parsed whole, bare verdicts count.
-    """
+def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Judgement:
+    """One judgement from all votes on a solution: majorities, a tie counts as incorrect. As in Stage I
+    (`verify.step_consistency`), but nothing is dropped. An ORM gives no steps; then the verdicts alone vote."""
     # 1. Who votes?
-    whole = [judgement for judgement in parsed if judgement.step_verdicts and judgement.verdict is not None]
-    if len(parsed) == 1:  # a greedy judgement counts as far as it was parsed
-        step_voters = parsed
-        verdict_voters = parsed
-    elif whole:  # as in Stage I
-        step_voters = whole
-        verdict_voters = whole
-    else:  # verdicts without steps: all that an ORM gives
-        step_voters = []
-        verdict_voters = parsed
+    if len(verifications) == 1:  # a greedy judgement counts as far as it was parsed
+        voters = verifications
+    else:  # as in Stage I: those parsed whole
+        voters = [v for v in verifications if v.step_verdicts and v.verdict is not None]
 
     # 2. The steps, one after another.
     step_verdicts = None
     step_scores = None
-    step_votes = [voter.step_verdicts for voter in step_voters if voter.step_verdicts]
+    step_votes = [voter.step_verdicts for voter in voters if voter.step_verdicts]
     if step_votes:
-        columns = list(zip(*step_votes, strict=True))  # for each step, what every voter says of it
-        step_verdicts = [majority(column) for column in columns]
-        step_scores = [sum(column) / len(column) for column in columns]
+        votes_by_step = list(zip(*step_votes, strict=True))
+        step_verdicts = [majority(votes) for votes in votes_by_step]
+        step_scores = [sum(votes) / len(votes) for votes in votes_by_step]
 
     # 3. The outcome.
     verdict = None
     score = None
-    verdicts = [voter.verdict for voter in verdict_voters if voter.verdict is not None]
+    if not voters:
+        voters = verifications
+    verdicts = [voter.verdict for voter in voters if voter.verdict is not None]
     if verdicts:
         verdict = majority(verdicts)
         score = sum(verdicts) / len(verdicts)
@@ -288,17 +279,17 @@ class Example(NamedTuple):
     targets: list[int]  # for each position the token that it is to predict, or NO_TARGET
 
 
-def make_example(kind: str, label: dict) -> tuple[str, str] | None:
-    """(user turn, target) of a kept record of a labels file; None if this kind has no use for it. Not for a
-    discriminative PRM, which has no target text."""
+def training_texts(kind: str, label: dict) -> tuple[str, str] | None:
+    """(user turn, target) of a kept record of a labels file; None if this kind has no use for it."""
     if kind == "policy":
-        return policy_example(label)
+        return policy_texts(label)
     model = REWARD_MODELS[kind]
-    return ask(model.prompt, label), model.write_target(label)
+    return judge_prompt(model.prompt, label), model.write_target(label)
 
 
-def policy_example(label: dict) -> tuple[str, str] | None:
-    """A solution that the votes call correct, as the policy is to write it; None if it isn't, or has no answer."""
+def policy_texts(label: dict) -> tuple[str, str] | None:
+    """(solver prompt, a solution that the votes call correct, in the policy's format); None if the votes don't, or if it has
+    no answer or can't be written in that format."""
     if not label["outcome"] or label["answer"] is None:
         return None
     # Instruct models often box the answer in the last step, too, but the format allows one box.
@@ -311,9 +302,9 @@ def policy_example(label: dict) -> tuple[str, str] | None:
 
 def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | None:
     """The example of a kept record; None if this kind has no use for it."""
-    if kind == "disc_prm":
+    if kind == "disc_prm":  # it has no target text
         return discriminative_example(label, tokenizer)
-    texts = make_example(kind, label)
+    texts = training_texts(kind, label)
     if texts is None:
         return None
     user_turn, target = texts
@@ -365,100 +356,6 @@ def split_by_problem(labels: list[dict], fraction: float) -> tuple[list[dict], l
     return training, evaluation
 
 
-# --------------------------------------------------------------------------- the discriminative baseline
-
-# A discriminative PRM writes nothing: its verdict on a step is which of two tokens it expects after the step's last token.
-
-
-def yes_no_ids(tokenizer) -> tuple[int, int]:
-    """These two tokens: the first of "Yes" and the first of "No"."""
-    yes = tokenizer("Yes", add_special_tokens=False).input_ids[0]
-    no = tokenizer("No", add_special_tokens=False).input_ids[0]
-    if yes == no:
-        raise InputError("the tokenizer begins Yes and No with one token: no discriminative PRM with this model")
-    return yes, no
-
-
-def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """Where a discriminative PRM's verdicts are read: (token ids of its prompt, n + 1 positions in them), the last token
-    of each of the n steps, and for the outcome that of the prompt.
-
-    A step's last token is the last one that begins before the step's end. The steps "ab." and "cd.":
-
-        characters    a  b  .  c  d  .
-        tokens        [ab]  [.c]  [d.]        begin at characters 0, 2, 4
-        step 1        ends at character 3:    token 1
-        step 2        ends at character 6:    token 2
-    """
-    rendered = escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
-    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    begins = [begin for begin, _ in encoded.offset_mapping]  # the character at which each token begins
-
-    solution_start = text.rindex(rendered)
-    positions = []
-    token = 0
-    for k in range(1, len(solution["steps"]) + 1):
-        up_to_step = escape_special_tokens(tokenizer, render_steps(solution["steps"][:k]))
-        step_end = solution_start + len(up_to_step)
-        while token + 1 < len(begins) and begins[token + 1] < step_end:
-            token += 1
-        positions.append(token)
-    positions.append(len(begins) - 1)
-    return encoded.input_ids, positions
-
-
-def discriminative_example(label: dict, tokenizer) -> Example:
-    """The prompt alone: the last token of each step predicts Yes or No, and so does the prompt's for the outcome. No
-    other position has a target, because Yes and No stand in the place of the real next token."""
-    ids, positions = step_end_positions(tokenizer, label)
-    yes, no = yes_no_ids(tokenizer)
-    targets = [NO_TARGET] * len(ids)
-    for position, correct in zip(positions, [*label["step_labels"], label["outcome"]], strict=True):
-        targets[position] = yes if correct else no
-    return Example(ids, targets)
-
-
-@torch.no_grad()
-def score_discriminative(
-    model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
-) -> list[Judgement]:
-    """Judge solutions with a discriminative PRM: a step is correct if after its last token Yes is likelier than No, and
-    so is the outcome after the prompt's. One forward pass, nothing is sampled; text: the log-odds."""
-    # log p(Yes) - log p(No) is a difference of logits, so it takes one direction in place of the whole vocabulary.
-    yes, no = yes_no_ids(tokenizer)
-    towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
-
-    # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
-    marked = []  # (index of the solution, token ids, positions)
-    for i, solution in enumerate(solutions):
-        if solution["steps"]:
-            ids, positions = step_end_positions(tokenizer, solution)
-            if len(ids) <= model.config.max_positions:
-                marked.append((i, ids, positions))
-
-    # 2. The log-odds of every token, packed, then those at the marked positions.
-    judgements = [UNPARSED] * len(solutions)
-    for group in group_by_length([len(ids) for _, ids, _ in marked], batch_tokens):
-        batch = [marked[place] for place in group]
-        lengths = [len(ids) for _, ids, _ in batch]
-        packed = torch.tensor([token for _, ids, _ in batch for token in ids], device=model.device)  # (N,)
-        hidden = model.packed(packed, torch.tensor(lengths, device=model.device))  # (N, D)
-        log_odds = hidden.float() @ towards_yes  # (N,)
-        for (i, ids, positions), odds in zip(batch, log_odds.split(lengths), strict=True):
-            *step_odds, outcome_odds = odds[positions].tolist()
-            *step_scores, score = odds[positions].sigmoid().tolist()
-            judgements[i] = Judgement(
-                step_verdicts=[value > 0 for value in step_odds],
-                verdict=outcome_odds > 0,
-                text=" ".join(f"{value:+.2f}" for value in [*step_odds, outcome_odds]),
-                tokens=len(ids),
-                step_scores=step_scores,
-                score=score,
-            )
-    return judgements
-
-
 # --------------------------------------------------------------------------- the loss of a global batch
 
 # FSDP needs every rank in every micro-batch. A rank that has none left runs this: without a target there is no loss.
@@ -466,7 +363,8 @@ DUMMY = Example(ids=[0], targets=[NO_TARGET])
 
 
 def rank_share(lengths: list[int]) -> list[int]:
-    """Indices of this rank's share of a global batch, dealt out by length, so that ranks have similar work.
+    """Indices of this rank's share of a global batch, dealt out by length, so that ranks have similar work. (grpo.py deals
+    whole groups, because their prompt is shared.)
 
     A batch of five examples on two ranks:
 
@@ -481,10 +379,7 @@ def rank_share(lengths: list[int]) -> list[int]:
 
 
 def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own.
-
-    Lengths 9 2 4 at max_tokens 8: [1 2] with 2 + 4 tokens, [0] with 9.
-    """
+    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own."""
     groups: list[list[int]] = []
     tokens = 0  # in the last group
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -497,8 +392,7 @@ def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """`group_by_length` for this rank's share of a batch. A collective: every rank gets the same number of micro-batches,
-    the last ones possibly empty.
+    """`group_by_length` for this rank's share of a batch, and empty groups up to the largest number on a rank. A collective.
 
     The shares above at max_tokens 8, as indices in each share:
 
@@ -577,33 +471,7 @@ def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: floa
     return norm.item()
 
 
-# --------------------------------------------------------------------------- main
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py")
-    parser.add_argument("--out", help="directory of the new checkpoint")
-    parser.add_argument("--kind", default="prm_cot", choices=KINDS)
-    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
-    parser.add_argument("--epochs", type=int, default=2, help="(ours)")
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
-    parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
-    parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
-    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
-    parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
-    args = records.parse_args(parser, TINY, "model", "labels", "out")
-    records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    records.check_numbers(args, "lr", least=0)
-    records.check_numbers(args, "eval_fraction", least=0, most=0.9)
-    if Path(args.out).resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
-    train(set_up(args), args)
-    distributed.log(f"{args.out}: done")
+# --------------------------------------------------------------------------- the loop
 
 
 @dataclass
@@ -620,7 +488,7 @@ class Setup:
 
 def set_up(args: argparse.Namespace) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. The labels.
+    # 1. The device and the labels.
     device = distributed.init_distributed(args.device)
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
@@ -670,7 +538,7 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
 
 
 def train(run: Setup, args: argparse.Namespace) -> None:
-    """The loop. The exported model is the best by evaluation loss, or the last one if nothing is held out."""
+    """The exported model is the best by evaluation loss, or the last one if nothing is held out."""
     out = Path(args.out)
     source = find_model(args.model)
     warmup = math.ceil(WARMUP * run.steps)
@@ -706,6 +574,121 @@ def train(run: Setup, args: argparse.Namespace) -> None:
                     distributed.export(run.model, source, out)
                 distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
+
+
+# --------------------------------------------------------------------------- a discriminative PRM, for comparison
+
+# A discriminative PRM writes nothing. Its verdict on a step is whether it expects Yes or No after the step's last token.
+
+
+def yes_no_ids(tokenizer) -> tuple[int, int]:
+    """The first token of "Yes" and the first of "No"."""
+    yes = tokenizer("Yes", add_special_tokens=False).input_ids[0]
+    no = tokenizer("No", add_special_tokens=False).input_ids[0]
+    if yes == no:
+        raise InputError("the tokenizer begins Yes and No with one token: no discriminative PRM with this model")
+    return yes, no
+
+
+def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
+    """(token ids of the prompt, the n + 1 positions where verdicts are read): the last token of each of the n steps, and for
+    the outcome the last token of the prompt.
+
+    A step's last token is the last one that begins before the step's end. The steps "ab." and "cd.":
+
+        characters    a  b  .  c  d  .
+        tokens        [ab]  [.c]  [d.]        begin at characters 0, 2, 4
+        step 1        ends at character 3:    token 1
+        step 2        ends at character 6:    token 2
+    """
+    rendered = escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
+    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [begin for begin, _ in encoded.offset_mapping]  # the character at which each token begins
+
+    solution_start = text.rindex(rendered)
+    positions = []
+    for k in range(1, len(solution["steps"]) + 1):
+        up_to_step = escape_special_tokens(tokenizer, render_steps(solution["steps"][:k]))
+        step_end = solution_start + len(up_to_step)
+        positions.append(bisect_left(begins, step_end) - 1)
+    positions.append(len(begins) - 1)
+    return encoded.input_ids, positions
+
+
+def discriminative_example(label: dict, tokenizer) -> Example:
+    """The prompt alone. The last token of each step has the target Yes or No in place of the token that follows in the text,
+    and so has the prompt's last token, for the outcome. No other position has a target."""
+    ids, positions = step_end_positions(tokenizer, label)
+    yes, no = yes_no_ids(tokenizer)
+    targets = [NO_TARGET] * len(ids)
+    for position, correct in zip(positions, [*label["step_labels"], label["outcome"]], strict=True):
+        targets[position] = yes if correct else no
+    return Example(ids, targets)
+
+
+@torch.no_grad()
+def score_discriminative(
+    model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
+) -> list[Judgement]:
+    """Judge solutions with a discriminative PRM: a step is correct if after its last token Yes is likelier than No, and
+    so is the outcome after the prompt's. Nothing is sampled: a solution costs its share of a forward pass."""
+    # log p(Yes) - log p(No) is a difference of logits, so it takes one direction in place of the whole vocabulary.
+    yes, no = yes_no_ids(tokenizer)
+    towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
+
+    # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
+    prompts = []  # (index of the solution, token ids, positions)
+    for i, solution in enumerate(solutions):
+        if solution["steps"]:
+            ids, positions = step_end_positions(tokenizer, solution)
+            if len(ids) <= model.config.max_positions:
+                prompts.append((i, ids, positions))
+
+    # 2. The log-odds of every token, packed, then those at the positions.
+    judgements = [UNPARSED] * len(solutions)
+    for group in group_by_length([len(ids) for _, ids, _ in prompts], batch_tokens):
+        batch = [prompts[j] for j in group]
+        lengths = [len(ids) for _, ids, _ in batch]
+        packed = torch.tensor([token for _, ids, _ in batch for token in ids], device=model.device)  # (N,)
+        hidden = model.packed(packed, torch.tensor(lengths, device=model.device))  # (N, D)
+        log_odds = hidden.float() @ towards_yes  # (N,)
+        for (i, ids, positions), of_prompt in zip(batch, log_odds.split(lengths), strict=True):
+            read = of_prompt[positions]  # (n + 1,)
+            verdicts = (read > 0).tolist()
+            scores = read.sigmoid().tolist()
+            text = " ".join(f"{value:+.2f}" for value in read.tolist())
+            judgements[i] = Judgement(verdicts[:-1], verdicts[-1], text, len(ids), scores[:-1], scores[-1])
+    return judgements
+
+
+# --------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
+    parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py")
+    parser.add_argument("--out", help="directory of the new checkpoint")
+    parser.add_argument("--kind", default="prm_cot", choices=KINDS)
+    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
+    parser.add_argument("--epochs", type=int, default=2, help="(ours)")
+    parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
+    parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
+    parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
+    parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
+    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    args = records.parse_args(parser, TINY, "model", "labels", "out")
+    records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
+    records.check_numbers(args, "lr", least=0)
+    records.check_numbers(args, "eval_fraction", least=0, most=0.9)
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
+    train(set_up(args), args)
+    distributed.log(f"{args.out}: done")
 
 
 if __name__ == "__main__":

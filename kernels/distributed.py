@@ -299,8 +299,7 @@ def save_checkpoint(
         for unfinished in directory.glob(".step_*"):
             shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
     # 2. Every rank writes its shards.
     weights, state = get_state_dict(model, optimizer)
@@ -321,8 +320,7 @@ def save_checkpoint(
         for other in list(directory.glob("step_*")):
             if other not in newest:
                 shutil.rmtree(other)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:

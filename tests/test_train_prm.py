@@ -130,17 +130,17 @@ def test_examples_of_each_kind():
             parsed = model.parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
             assert parsed.verdict is label["outcome"]
             assert parsed.step_verdicts == (None if kind == "orm" else label["step_labels"])
-    assert train_prm.make_example("orm", right)[1] == "Yes" and train_prm.make_example("orm", wrong)[1] == "No"
-    assert train_prm.make_example("prm_cot", labels[2])[1] == right["text"]
+    assert train_prm.training_texts("orm", right)[1] == "Yes" and train_prm.training_texts("orm", wrong)[1] == "No"
+    assert train_prm.training_texts("prm_cot", labels[2])[1] == right["text"]
     sequences, counts = train_prm.encode_labels("policy", labels, tokenizer, tokenizer.eos_token_id, 1000)
     responses = [tokenizer.decode(targets[targets.count(-1) - 1 : -2]) for _, targets in sequences]
     assert responses == [render_response(label["steps"], label["answer"]) for label in (right, labels[2])]
     assert counts == {"dropped": 1, "unused": 2, "too_long": 0}  # unused: judged wrong, and without an answer
     boxed = make_label(1, steps=["1+1=2", r"so it is $\boxed{\frac{4}{2}}$"], answer=r"\frac{4}{2}")
-    _, response = train_prm.make_example("policy", boxed)
+    _, response = train_prm.training_texts("policy", boxed)
     assert response == render_response(["1+1=2", r"so it is $\frac{4}{2}$"], r"\frac{4}{2}")
     assert format_valid(response, "strict") and all(format_valid(text, "strict") for text in responses)
-    assert train_prm.make_example("policy", make_label(1, steps=["a <answer> in", "b"])) is None
+    assert train_prm.training_texts("policy", make_label(1, steps=["a <answer> in", "b"])) is None
     longest = max(len(ids) for ids, _ in sequences)
     assert train_prm.encode_labels("policy", labels, tokenizer, 0, longest - 1)[1]["too_long"] > 0
 
