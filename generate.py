@@ -1,16 +1,13 @@
 """Stage I, first half: a generator writes M solutions per problem (SPARK, arXiv 2512.03244, Sec. 3.1).
 
-    problems.jsonl -> generate.py -> solutions.jsonl       (fields: see "Files" in the README)
+    problems.jsonl -> generate.py -> solutions.jsonl       (fields: data/README.md)
 
     python generate.py                                     # the tiny world, on a CPU, in seconds
     python generate.py --model Qwen/Qwen2.5-14B-Instruct --problems problems.jsonl --out runs/solutions.jsonl
     torchrun --nproc_per_node 8 generate.py --model ... --problems ... --out ...       # sharded by problem
 
-In this order: the solver prompt; reading and writing solutions as text; the chat template; the engine, that is a model
-with its tokenizer and sampler; Stage I itself, `generate_solutions`. The later stages import most of it.
-
-What differs from the paper: nothing in the method. The released script queries an inference server; here the sampler,
-kernels/sampler.py, is part of the code to read. Answers in the problems file are never used.
+Answers in the problems file are never used. The later stages import the text format, the chat template and the engine,
+that is a model with its tokenizer and sampler.
 """
 
 import argparse
@@ -27,7 +24,7 @@ from data import records
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sample, Sampler, with_progress
-from kernels.transformer import Config, load_model, read_config
+from kernels.transformer import load_model
 
 import torch
 from transformers import AutoTokenizer
@@ -53,10 +50,13 @@ SOLVE_PROMPT = r"""Solve the problem step by step. Write your reasoning as <thin
 
 Problem: {problem}"""
 
-# (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost pair matches.
+# "<step>2 + 3 = 5</step>". (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost
+# pair matches.
 STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
-# Each run of blanks is matched by exactly one character class; overlapping classes backtrack quadratically.
+# In these two each run of blanks is matched by exactly one character class; overlapping classes backtrack quadratically.
+# "## Step 2: " and "**Step 2:** "
 STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+(\d+)[ \t*]*[:.)]\**[ \t]*")
+# "Answer: 5" and "**Final answer:** 5"
 ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
 
@@ -227,15 +227,6 @@ def find_model(name: str, flag: str = "--model") -> Path:
         raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
 
 
-def open_config(name: str, flag: str = "--model") -> Config:
-    """The configuration of a Hugging Face directory or hub name. Raises InputError if it is missing or not supported."""
-    path = find_model(name, flag)
-    try:
-        return read_config(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"{flag} {name}: {error}") from None
-
-
 def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
     """(model, tokenizer, stop ids) of a Hugging Face directory or hub name. Raises InputError if it can't be used."""
     path = find_model(name, flag)
@@ -244,7 +235,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = 
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
     tokenizer, stop_ids = open_tokenizer(path, flag)
-    # Embeddings are padded to more rows than there are tokens; an id without a token, if sampled, would decode to nothing.
+    # Embeddings are padded to more rows than there are tokens; the rows beyond them must not be sampled.
     model.vocabulary = min(model.vocabulary, max(tokenizer.get_vocab().values()) + 1)
     return model, tokenizer, stop_ids
 
@@ -272,7 +263,7 @@ def open_tokenizer(path: Path, flag: str = "--model"):
 
 @dataclass
 class Engine:
-    """A model with its tokenizer and sampler: it encodes prompts, samples answers and decodes them."""
+    """A model with its tokenizer and sampler: it encodes prompts, samples outputs and decodes them."""
 
     sampler: Sampler
     tokenizer: Any  # from transformers, with a chat template
@@ -280,7 +271,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The most tokens that a prompt and its answer may have together."""
+        """The most tokens that a prompt and its output may have together."""
         return self.sampler.model.config.max_positions
 
     def encode(self, user: str) -> list[int]:
