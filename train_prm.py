@@ -595,7 +595,7 @@ def main() -> None:
     parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "labels", "out")
     records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
     records.check_numbers(args, "lr", least=0)

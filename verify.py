@@ -657,7 +657,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--max_new_tokens", type=int, default=8192, help="per verification, thinking included")
     group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     if METHODS[args.method].reads_answers and args.answers is None:
