@@ -19,8 +19,7 @@
 | reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
 
 Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else.
-`parse_verification` reads the form that the prompts above it ask for. What it cannot parse is *unparsed*: it is counted
-and never becomes a vote, a label or a reward.
+What `parse_verification` cannot read is *unparsed*: it is counted and never becomes a vote, a label or a reward.
 """
 
 import argparse
@@ -68,7 +67,7 @@ class Verification:
 
 # --------------------------------------------------------------------------- verification: prompt and parser
 
-# What both prompts ask for, and the parser below reads.
+# What both prompts ask for, and `parse_verification` reads.
 FORM = """A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
 
 For each step k of the student's solution write one section:
@@ -252,8 +251,8 @@ NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # of a solution with
 
 
 def keep_parsed(verifications: list[dict]) -> list[dict]:
-    """The verifications that vote: those with both fields parsed. A half-parsed one doesn't vote: it may have miscounted
-    the steps, and couldn't be the training text."""
+    """The verifications that vote: those with both fields parsed. A half-parsed one doesn't vote: it may have
+    miscounted the steps, and couldn't be the training text."""
     return [v for v in verifications if v["step_verdicts"] is not None and v["verdict"] is not None]
 
 
@@ -279,12 +278,8 @@ def count_votes(voters: list[dict]) -> list[list[int]]:
     return [[sum(votes), len(votes) - sum(votes)] for votes in votes_by_step(voters)]
 
 
-# Three of the methods in the table at the top; the others begin with one of these. Each gets the verifications of one
-# solution, in order.
-
-
 def single(verifications: list[dict], rng: random.Random) -> Label:
-    """The method single. It doesn't use rng; all methods have the same signature."""
+    """The label of the first parsed verification. rng is unused; all methods have the same signature."""
     voters = keep_parsed(verifications)
     if not voters:
         return NO_VOTES
@@ -293,7 +288,7 @@ def single(verifications: list[dict], rng: random.Random) -> Label:
 
 
 def outcome_consistency(verifications: list[dict], rng: random.Random) -> Label:
-    """The method outcome_consistency. The step labels are those of the chosen text, not majorities."""
+    """A vote on the outcome alone: the step labels are those of the chosen text."""
     voters = keep_parsed(verifications)
     if not voters:
         return NO_VOTES
@@ -305,10 +300,11 @@ def outcome_consistency(verifications: list[dict], rng: random.Random) -> Label:
 
 
 def step_consistency(verifications: list[dict], rng: random.Random) -> Label:
-    """The method step_consistency: label_i = majority of the verdicts on step i, outcome = majority of the verdicts."""
+    """label_i = majority of the verdicts on step i, outcome = majority of the final verdicts."""
     voters = keep_parsed(verifications)
     if not voters:
         return NO_VOTES
+
     # 1. Each step is put to the vote on its own, and so is the outcome.
     steps = votes_by_step(voters)
     verdicts = [voter["verdict"] for voter in voters]
@@ -318,8 +314,8 @@ def step_consistency(verifications: list[dict], rng: random.Random) -> Label:
     votes = count_votes(voters)
 
     # 2. Each majority has its own voters, so possibly no verification agrees with every majority. Then the solution is
-    #    dropped: a text put together from several, or one that contradicts its labels, would teach errors. It is dropped
-    #    for every kind of reward model, even those that don't train on the text.
+    #    dropped, even for kinds of reward models that don't train on the text: a text put together from several, or one
+    #    that contradicts its labels, would teach errors.
     matching = [voter for voter in voters if voter["step_verdicts"] == step_labels and voter["verdict"] == outcome]
     if not matching:
         return Label(step_labels, outcome, None, votes, "no_match", ties)
