@@ -467,7 +467,7 @@ def heldout_accuracy(
     groups: list[list[dict]] = [[] for _ in mine]
     for i, samples in stream:  # in the order in which they are finished
         for sample in samples:
-            text = engine.text(sample)
+            text = engine.text(sample.ids)
             solution = {"problem_id": mine[i]["id"], "text": text, "answer": extract_answer(text)}
             groups[i].append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
     return grade_samples(distributed.gather(groups), gold, seed)

@@ -53,19 +53,18 @@ Problem: {problem}"""
 # "<step>2 + 3 = 5</step>". (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost
 # pair matches.
 STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
-# In these two each run of blanks is matched by exactly one character class; overlapping classes backtrack quadratically.
-# "## Step 2: " and "**Step 2:** "
+# "## Step 2: " and "**Step 2:** "; below, "Answer: 5" and "**Final answer:** 5". Each run of blanks is matched by exactly
+# one character class; overlapping classes backtrack quadratically.
 STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+(\d+)[ \t*]*[:.)]\**[ \t]*")
-# "Answer: 5" and "**Final answer:** 5"
 ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
 
 def split_steps(text: str) -> list[str]:
     """The reasoning steps of a solution, in order, without the final answer.
 
-    Three layouts: `<step>…</step>` (the policy's format; contents kept verbatim), "Step 1: …" headings (instruct models;
-    headings removed), and paragraphs separated by blank lines (the fallback, and before a first heading that is not
-    Step 1). Empty steps are dropped.
+    Three layouts: `<step>…</step>` (the policy's format; contents kept verbatim), "Step 1: …" headings (instruct
+    models; headings removed), and paragraphs separated by blank lines (the fallback, and before a first heading that is
+    not Step 1). Empty steps are dropped.
     """
     steps = STEP_TAG.findall(text)
     if not steps:
@@ -102,7 +101,7 @@ def render_response(steps: list[str], answer: str) -> str:
 
 
 def find_boxes(text: str) -> list[tuple[int, int]]:
-    r"""(start, end) of the contents of each closed `\boxed{…}`, by start. Braces nest; `\{` and `\}` don't count. O(len)."""
+    r"""(start, end) of the contents of each closed `\boxed{…}`, by start. Braces nest; `\{` and `\}` don't count."""
     boxes = []
     open_braces = []  # for each: where its contents start, and whether it belongs to a box
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, flags=re.DOTALL):
@@ -134,7 +133,7 @@ def unwrap_boxes(text: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line. None if there is none or it is empty."""
+    r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line; None if missing or empty."""
     boxes = find_boxes(text)
     if boxes:
         start, end = boxes[-1]
@@ -241,8 +240,8 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = 
 
 
 def open_tokenizer(path: Path, flag: str = "--model"):
-    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's end-of-sequence
-    token and those of generation_config.json. Raises InputError if there is no tokenizer with a chat template."""
+    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's
+    end-of-sequence token and those of generation_config.json. Raises InputError without a chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -286,9 +285,8 @@ class Engine:
         """`Sampler.stream`, each sample ending at one of the model's stop ids."""
         return self.sampler.stream(prompts, stop_ids=self.stop_ids, **settings)
 
-    def text(self, sample: Sample | list[int]) -> str:
-        """The text of a sample, or of token ids, without special tokens."""
-        ids = sample.ids if isinstance(sample, Sample) else sample
+    def text(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -349,7 +347,7 @@ def generate_solutions(
         problem = incomplete[i]
         solutions = []
         for k, sample in enumerate(samples):
-            text = engine.text(sample)
+            text = engine.text(sample.ids)
             solution = {
                 "id": f"{problem['id']}/{k}",
                 "problem_id": problem["id"],

@@ -455,7 +455,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
                     prompt=p["prompt"],
                     ids=sample.ids,
                     logprobs=sample.logprobs,
-                    text=engine.text(sample),
+                    text=engine.text(sample.ids),
                     finish=sample.finish,
                     certainty=sample.certainty,
                 )

@@ -391,7 +391,7 @@ def find_unverified(solutions: list[dict], num_verifications: int, output: recor
             verification_id = f"{solution['id']}/{j}"
             if verification_id in output.done:
                 done += 1
-                earlier = output.done[verification_id]  # digest of what was judged; None where another engine left it out
+                earlier = output.done[verification_id]  # what was judged; None where another engine left it out
                 if earlier is not None and earlier != digest:
                     reason = f"{solution['id']} was another solution when it was judged"
                     raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
@@ -575,7 +575,7 @@ def write_critiques(
 
 
 def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> tuple[list[Label], int]:
-    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges before them)."""
+    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges)."""
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
         return labels, 0  # all were dropped before
