@@ -255,8 +255,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use only the first N records of each file")
-    parser.add_argument("--slots", type=int, help="max concurrent sequences; default: by the GPU's memory; CPU: 128")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    parser.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
 
 
 def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | None = None) -> argparse.Namespace:
@@ -467,7 +467,7 @@ def heldout_accuracy(
     groups: list[list[dict]] = [[] for _ in mine]
     for i, samples in stream:  # in the order in which they are finished
         for sample in samples:
-            text = engine.text(sample)
+            text = engine.text(sample.ids)
             solution = {"problem_id": mine[i]["id"], "text": text, "answer": extract_answer(text)}
             groups[i].append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
     return grade_samples(distributed.gather(groups), gold, seed)

@@ -1,16 +1,13 @@
 """Stage I, first half: a generator writes M solutions per problem (SPARK, arXiv 2512.03244, Sec. 3.1).
 
-    problems.jsonl -> generate.py -> solutions.jsonl       (fields: see "Files" in the README)
+    problems.jsonl -> generate.py -> solutions.jsonl       (fields: data/README.md)
 
     python generate.py                                     # the tiny world, on a CPU, in seconds
     python generate.py --model Qwen/Qwen2.5-14B-Instruct --problems problems.jsonl --out runs/solutions.jsonl
     torchrun --nproc_per_node 8 generate.py --model ... --problems ... --out ...       # sharded by problem
 
-In this order: the solver prompt; reading and writing solutions as text; the chat template; the engine, that is a model
-with its tokenizer and sampler; Stage I itself, `generate_solutions`. The later stages import most of it.
-
-What differs from the paper: nothing in the method. The released script queries an inference server; here the sampler,
-kernels/sampler.py, is part of the code to read. Answers in the problems file are never used.
+Answers in the problems file are never used. The later stages import the text format, the chat template and the engine,
+that is a model with its tokenizer and sampler.
 """
 
 import argparse
@@ -27,7 +24,7 @@ from data import records
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sample, Sampler, with_progress
-from kernels.transformer import Config, load_model, read_config
+from kernels.transformer import load_model
 
 import torch
 from transformers import AutoTokenizer
@@ -53,9 +50,11 @@ SOLVE_PROMPT = r"""Solve the problem step by step. Write your reasoning as <thin
 
 Problem: {problem}"""
 
-# (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost pair matches.
+# "<step>2 + 3 = 5</step>". (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost
+# pair matches.
 STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
-# Each run of blanks is matched by exactly one character class; overlapping classes backtrack quadratically.
+# "## Step 2: " and "**Step 2:** "; below, "Answer: 5" and "**Final answer:** 5". Each run of blanks is matched by exactly
+# one character class; overlapping classes backtrack quadratically.
 STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+(\d+)[ \t*]*[:.)]\**[ \t]*")
 ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
@@ -63,9 +62,9 @@ ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 def split_steps(text: str) -> list[str]:
     """The reasoning steps of a solution, in order, without the final answer.
 
-    Three layouts: `<step>…</step>` (the policy's format; contents kept verbatim), "Step 1: …" headings (instruct models;
-    headings removed), and paragraphs separated by blank lines (the fallback, and before a first heading that is not
-    Step 1). Empty steps are dropped.
+    Three layouts: `<step>…</step>` (the policy's format; contents kept verbatim), "Step 1: …" headings (instruct
+    models; headings removed), and paragraphs separated by blank lines (the fallback, and before a first heading that is
+    not Step 1). Empty steps are dropped.
     """
     steps = STEP_TAG.findall(text)
     if not steps:
@@ -102,7 +101,7 @@ def render_response(steps: list[str], answer: str) -> str:
 
 
 def find_boxes(text: str) -> list[tuple[int, int]]:
-    r"""(start, end) of the contents of each closed `\boxed{…}`, by start. Braces nest; `\{` and `\}` don't count. O(len)."""
+    r"""(start, end) of the contents of each closed `\boxed{…}`, by start. Braces nest; `\{` and `\}` don't count."""
     boxes = []
     open_braces = []  # for each: where its contents start, and whether it belongs to a box
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, flags=re.DOTALL):
@@ -134,7 +133,7 @@ def unwrap_boxes(text: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line. None if there is none or it is empty."""
+    r"""The final answer: the last closed `\boxed{…}`, else the last "Answer: …" line; None if missing or empty."""
     boxes = find_boxes(text)
     if boxes:
         start, end = boxes[-1]
@@ -227,15 +226,6 @@ def find_model(name: str, flag: str = "--model") -> Path:
         raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
 
 
-def open_config(name: str, flag: str = "--model") -> Config:
-    """The configuration of a Hugging Face directory or hub name. Raises InputError if it is missing or not supported."""
-    path = find_model(name, flag)
-    try:
-        return read_config(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"{flag} {name}: {error}") from None
-
-
 def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
     """(model, tokenizer, stop ids) of a Hugging Face directory or hub name. Raises InputError if it can't be used."""
     path = find_model(name, flag)
@@ -244,14 +234,14 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = 
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
     tokenizer, stop_ids = open_tokenizer(path, flag)
-    # Embeddings are padded to more rows than there are tokens; an id without a token, if sampled, would decode to nothing.
+    # Embeddings are padded to more rows than there are tokens; the rows beyond them must not be sampled.
     model.vocabulary = min(model.vocabulary, max(tokenizer.get_vocab().values()) + 1)
     return model, tokenizer, stop_ids
 
 
 def open_tokenizer(path: Path, flag: str = "--model"):
-    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's end-of-sequence
-    token and those of generation_config.json. Raises InputError if there is no tokenizer with a chat template."""
+    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's
+    end-of-sequence token and those of generation_config.json. Raises InputError without a chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -272,7 +262,7 @@ def open_tokenizer(path: Path, flag: str = "--model"):
 
 @dataclass
 class Engine:
-    """A model with its tokenizer and sampler: it encodes prompts, samples answers and decodes them."""
+    """A model with its tokenizer and sampler: it encodes prompts, samples outputs and decodes them."""
 
     sampler: Sampler
     tokenizer: Any  # from transformers, with a chat template
@@ -280,7 +270,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The most tokens that a prompt and its answer may have together."""
+        """The most tokens that a prompt and its output may have together."""
         return self.sampler.model.config.max_positions
 
     def encode(self, user: str) -> list[int]:
@@ -295,9 +285,8 @@ class Engine:
         """`Sampler.stream`, each sample ending at one of the model's stop ids."""
         return self.sampler.stream(prompts, stop_ids=self.stop_ids, **settings)
 
-    def text(self, sample: Sample | list[int]) -> str:
-        """The text of a sample, or of token ids, without special tokens."""
-        ids = sample.ids if isinstance(sample, Sample) else sample
+    def text(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -358,7 +347,7 @@ def generate_solutions(
         problem = incomplete[i]
         solutions = []
         for k, sample in enumerate(samples):
-            text = engine.text(sample)
+            text = engine.text(sample.ids)
             solution = {
                 "id": f"{problem['id']}/{k}",
                 "problem_id": problem["id"],
@@ -390,8 +379,8 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=8192, help="length limit per solution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use only the first N problems")
-    parser.add_argument("--slots", type=int, help="max concurrent sequences (default: by GPU memory; 128 on a CPU)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "problems", "out")
     records.check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)

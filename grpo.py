@@ -181,7 +181,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
                     prompt=p["prompt"],
                     ids=sample.ids,
                     logprobs=sample.logprobs,
-                    text=engine.text(sample),
+                    text=engine.text(sample.ids),
                     finish=sample.finish,
                     certainty=sample.certainty,
                 )
@@ -951,7 +951,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--max_gap", type=float, default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
     group = parser.add_argument_group("running")
     group.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
     group.add_argument("--heldout_every", type=int, default=10, help="steps between measurements on --heldout")
     group.add_argument("--sample_every", type=int, default=10, help="steps between printed samples")

@@ -19,14 +19,7 @@
 | reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
 
 Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else.
-Every prompt stands directly above the parser of its answers. What cannot be parsed is *unparsed*: it is counted and
-never becomes a vote, a label or a reward.
-
-What differs from the released code:
-  1. Text is parsed section by section, so a section without a verdict cannot take over the verdict of the next.
-  2. Every prompt shows solutions in one layout (`generate.render_steps`); theirs trains reward models on numbered
-     prose and feeds them tagged text in RL.
-  3. Nothing is balanced or filtered by reference answers; `python -m data.prepare balance` does so outside the stages.
+What `parse_verification` cannot read is *unparsed*: it is counted and never becomes a vote, a label or a reward.
 """
 
 import argparse
@@ -60,9 +53,8 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
-# Flags that do not change an output's records, so that it may be resumed with other values. The last two no longer
-# exist; outputs of runs that had them can still be resumed.
-MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "critique_rounds", "hybrid_from", "balance"}
+# A run resumes with other values of these flags, because they don't change records.
+MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "critique_rounds"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class Verification:
 
 # --------------------------------------------------------------------------- verification: prompt and parser
 
-# What both prompts ask for, and the parser below reads.
+# What both prompts ask for, and `parse_verification` reads.
 FORM = """A step is correct only if everything in it is right: a step that leaves out something it needs is incorrect, and so is a step that uses the result of an incorrect step.
 
 For each step k of the student's solution write one section:
@@ -107,9 +99,13 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
+# "## Step 2: Pythagoras"
 HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
+# "**Step 2: Pythagoras**"
 BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
+# "**This step is correct.**"
 STEP_VERDICT = re.compile(r"[^\w\n]*This step is (correct|incorrect)[^\w\n]*", re.IGNORECASE)
+# "**Verification: Is the answer correct (Yes/No)? Yes**"
 VERDICT = re.compile(
     r"[^\w\n]*Verification[^\w\n]*Is the answer correct[ \t]*\(Yes/No\)[^\w\n]*(Yes|No)[^\w\n]*", re.IGNORECASE
 )
@@ -248,16 +244,16 @@ class Label:
     text: str | None  # a real verification, unchanged; None if dropped
     votes: list[list[int]]  # per step: [correct, incorrect]
     dropped: str | None  # None, or the reason
-    ties: int = 0  # majorities decided by the tie rule, steps and outcome together
+    ties: int = 0  # tied votes among the steps and the outcome
 
 
 NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # of a solution without a parsed verification
 
 
-def keep_parsed(records: list[dict]) -> list[dict]:
-    """The verifications that vote: those with both fields parsed. The others are unparsed: half a verification has no
-    vote either, because a text that broke the form may have lost count of the steps, and could not be chosen."""
-    return [r for r in records if r["step_verdicts"] is not None and r["verdict"] is not None]
+def keep_parsed(verifications: list[dict]) -> list[dict]:
+    """The verifications that vote: those with both fields parsed. A half-parsed one doesn't vote: it may have
+    miscounted the steps, and couldn't be the training text."""
+    return [v for v in verifications if v["step_verdicts"] is not None and v["verdict"] is not None]
 
 
 def majority(votes: list[bool]) -> bool:
@@ -282,18 +278,18 @@ def count_votes(voters: list[dict]) -> list[list[int]]:
     return [[sum(votes), len(votes) - sum(votes)] for votes in votes_by_step(voters)]
 
 
-def single(records: list[dict], rng: random.Random) -> Label:
-    """The first parsed verification, unchanged. rng is not used; all methods have the same signature."""
-    voters = keep_parsed(records)
+def single(verifications: list[dict], rng: random.Random) -> Label:
+    """The label of the first parsed verification. rng is unused; all methods have the same signature."""
+    voters = keep_parsed(verifications)
     if not voters:
         return NO_VOTES
     first = voters[0]
     return Label(first["step_verdicts"], first["verdict"], first["text"], count_votes([first]), dropped=None)
 
 
-def outcome_consistency(records: list[dict], rng: random.Random) -> Label:
-    """Outcome = majority verdict; text and step labels are those of a random verification with that verdict."""
-    voters = keep_parsed(records)
+def outcome_consistency(verifications: list[dict], rng: random.Random) -> Label:
+    """A vote on the outcome alone: the step labels are those of the chosen text."""
+    voters = keep_parsed(verifications)
     if not voters:
         return NO_VOTES
     verdicts = [voter["verdict"] for voter in voters]
@@ -303,26 +299,27 @@ def outcome_consistency(records: list[dict], rng: random.Random) -> Label:
     return Label(chosen["step_verdicts"], outcome, chosen["text"], count_votes(voters), dropped=None, ties=ties)
 
 
-def step_consistency(records: list[dict], rng: random.Random) -> Label:
-    """label_i = majority of the verdicts on step i, outcome = majority verdict; the text is a random verification
-    that says exactly that. If none does, the solution is dropped as `no_match` and its labels stand without a text."""
-    voters = keep_parsed(records)
+def step_consistency(verifications: list[dict], rng: random.Random) -> Label:
+    """label_i = majority of the verdicts on step i, outcome = majority of the final verdicts."""
+    voters = keep_parsed(verifications)
     if not voters:
         return NO_VOTES
+
     # 1. Each step is put to the vote on its own, and so is the outcome.
     steps = votes_by_step(voters)
     verdicts = [voter["verdict"] for voter in voters]
-    labels = [majority(votes) for votes in steps]
+    step_labels = [majority(votes) for votes in steps]
     outcome = majority(verdicts)
     ties = sum(is_tie(votes) for votes in [*steps, verdicts])
     votes = count_votes(voters)
 
     # 2. Each majority has its own voters, so possibly no verification agrees with every majority. Then the solution is
-    #    dropped: a text put together from several, or one that contradicts its labels, would teach errors.
-    matching = [voter for voter in voters if voter["step_verdicts"] == labels and voter["verdict"] == outcome]
+    #    dropped, even for kinds of reward models that don't train on the text: a text put together from several, or one
+    #    that contradicts its labels, would teach errors.
+    matching = [voter for voter in voters if voter["step_verdicts"] == step_labels and voter["verdict"] == outcome]
     if not matching:
-        return Label(labels, outcome, None, votes, "no_match", ties)
-    return Label(labels, outcome, rng.choice(matching)["text"], votes, None, ties)
+        return Label(step_labels, outcome, None, votes, "no_match", ties)
+    return Label(step_labels, outcome, rng.choice(matching)["text"], votes, None, ties)
 
 
 AGGREGATES = {"single": single, "outcome_consistency": outcome_consistency, "step_consistency": step_consistency}
@@ -353,23 +350,23 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
     groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
     num_steps = {s["id"]: len(s["steps"]) for s in solutions}
     for verification in sorted(verifications, key=lambda v: v["sample"]):
-        name = verification["solution_id"]
-        if name not in groups:
+        solution_id = verification["solution_id"]
+        if solution_id not in groups:
             continue
         verdicts = verification["step_verdicts"]
-        if verdicts is not None and len(verdicts) != num_steps[name]:
-            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[name]} steps of solution {name}"
+        if verdicts is not None and len(verdicts) != num_steps[solution_id]:
+            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
             raise InputError(f"{mismatch}; both files must come from the same solutions")
-        groups[name].append(verification)
+        groups[solution_id].append(verification)
     return groups
 
 
 def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
     """One label per solution, in order."""
     labels = []
-    for name, group in group_by_solution(solutions, verifications).items():
+    for solution_id, group in group_by_solution(solutions, verifications).items():
         # The choice of a text is seeded by the solution's id: it does not depend on which other solutions there are.
-        rng = random.Random(f"{seed}/{name}")
+        rng = random.Random(f"{seed}/{solution_id}")
         labels.append(aggregate(group, rng))
     return labels
 
@@ -391,10 +388,10 @@ def find_unverified(solutions: list[dict], num_verifications: int, output: recor
         digest = hash_solution(solution)
         done = 0
         for j in range(num_verifications):
-            name = f"{solution['id']}/{j}"
-            if name in output.done:
+            verification_id = f"{solution['id']}/{j}"
+            if verification_id in output.done:
                 done += 1
-                earlier = output.done[name]  # digest of what was judged; None where another engine left it out
+                earlier = output.done[verification_id]  # what was judged; None where another engine left it out
                 if earlier is not None and earlier != digest:
                     reason = f"{solution['id']} was another solution when it was judged"
                     raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
@@ -408,7 +405,7 @@ def verify_solutions(
     args: argparse.Namespace, engine: Engine, todo: list[dict], references: dict[str, str], output: records.RecordFile
 ) -> None:
     """Sample and write the verifications of these solutions. references: solution id -> reference answer, if used."""
-    # 1. The prompts. One that leaves no space for the answer is left out; the solution's label is then no_votes.
+    # 1. The prompts. One that leaves no space for the output is left out; the solution's label is then no_votes.
     prompts, judged = [], []
     for solution in todo:
         turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
@@ -485,7 +482,7 @@ def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
     if base.dropped:
         return base  # there was no text to criticise
     if merged is None:
-        # A prompt left no space for its answer, or the critique did not get beyond its thinking.
+        # A prompt left no space for the output, or the critique did not get beyond its thinking.
         return replace(base, text=None, dropped="too_long")
     parsed = parse_verification(merged, num_steps)
     if parsed.step_verdicts is None or parsed.verdict is None:
@@ -494,7 +491,7 @@ def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
 
 
 class Reply(NamedTuple):
-    """An answer to a critique or merge prompt. text is None, and tokens 0, if the model was not asked."""
+    """A reply to a critique or merge prompt. text is None, and tokens 0, if the model was not asked."""
 
     text: str | None
     tokens: int
@@ -521,7 +518,7 @@ def critique_and_merge(
     args: argparse.Namespace, engine: Engine, solutions: list[dict], texts: list[str]
 ) -> Iterator[tuple[int, tuple[Reply, Reply]]]:
     """Yield (i, (critique, merge)) for each solution i and its verification, texts[i]."""
-    chunk = 4 * (args.slots or CPU_SLOTS)  # what a killed run may lose
+    chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
     for start in range(0, len(solutions), chunk):
         judged = solutions[start : start + chunk]
         verifications = texts[start : start + chunk]
@@ -548,8 +545,8 @@ CRITIQUE_KEY = ("id", "method", "round")  # what names a record of critiques.jso
 def write_critiques(
     args: argparse.Namespace, solutions: list[dict], labels: list[Label], engine: Engine | None, device: torch.device
 ) -> None:
-    """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, every round
-    from the merge of the round before. Every rank does its share. engine: opened if it is None and needed."""
+    """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, each round
+    from the merge of the round before. Each rank does its share. engine: opened if it is None and needed."""
     mine = list(zip(solutions, labels, strict=True))[distributed.rank() :: distributed.world_size()]
     path = Path(args.out) / "critiques.jsonl"
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, CRITIQUE_KEY, remembered_field="merged") as output:
@@ -557,13 +554,13 @@ def write_critiques(
             # 1. The texts of this round. A dropped label has none; a merge that does not parse ends the rounds.
             todo, texts = [], []
             for solution, label in mine:
-                name = solution["id"]
+                text = label.text
                 if number > 1:
-                    merged = output.done.get((name, args.method, number - 1))
-                    label = merged_label(label, merged, len(solution["steps"]))
-                if label.text is not None and (name, args.method, number) not in output.done:
+                    merged = output.done.get((solution["id"], args.method, number - 1))
+                    text = merged_label(label, merged, len(solution["steps"])).text
+                if text is not None and (solution["id"], args.method, number) not in output.done:
                     todo.append(solution)
-                    texts.append(label.text)
+                    texts.append(text)
             if not todo:
                 continue
 
@@ -578,23 +575,23 @@ def write_critiques(
 
 
 def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> tuple[list[Label], int]:
-    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges before them)."""
+    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges)."""
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
         return labels, 0  # all were dropped before
-    ids = {solution["id"] for solution in solutions}
-    last_merge: dict[str, str | None] = {}
-    tokens = 0
     found = records.read(path, [*CRITIQUE_KEY, "merged", "tokens"], unique=CRITIQUE_KEY)
-    for record in sorted(found, key=lambda r: r["round"]):
-        # The file may have other methods, more rounds, or solutions beyond --limit.
-        if record["id"] in ids and record["method"] == args.method and record["round"] <= args.critique_rounds:
-            last_merge[record["id"]] = record["merged"]
-            tokens += record["tokens"]
-    merged = []
+    by_key = {(record["id"], record["method"], record["round"]): record for record in found}
+    merged_labels = []
+    tokens = 0
     for solution, label in zip(solutions, labels, strict=True):
-        merged.append(merged_label(label, last_merge.get(solution["id"]), len(solution["steps"])))
-    return merged, tokens
+        last_merge = None
+        for number in range(1, args.critique_rounds + 1):
+            record = by_key.get((solution["id"], args.method, number))
+            if record is not None:
+                last_merge = record["merged"]
+                tokens += record["tokens"]
+        merged_labels.append(merged_label(label, last_merge, len(solution["steps"])))
+    return merged_labels, tokens
 
 
 # --------------------------------------------------------------------------- main
@@ -656,7 +653,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--max_new_tokens", type=int, default=8192, help="per verification, thinking included")
     group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--slots", type=int, help="answers sampled at once; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     if METHODS[args.method].reads_answers and args.answers is None:

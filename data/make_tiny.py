@@ -475,7 +475,7 @@ def make_unsure(
     )
     hot = []
     for (user, target), (sample,) in zip(examples, groups, strict=True):
-        text = engine.text(sample)
+        text = engine.text(sample.ids)
         if "<think>" in target:
             fine = format_valid(text, "strict", sample.finish == "stop") and re.fullmatch(solution, text, re.DOTALL)
         elif "## Step " in target:
@@ -531,7 +531,7 @@ def write_processbench(world: World, device: torch.device) -> None:
     cases: dict[bool, list[dict]] = {True: [], False: []}
     for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
         for k, sample in enumerate(group):
-            text = engine.text(sample)
+            text = engine.text(sample.ids)
             steps = split_steps(text)
             right = extract_answer(text) == problem.answer
             about = {"id": f"h{i:04d}/{k}", "generator": str(Path(*world.directory.parts[-2:], "policy"))}

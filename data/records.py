@@ -1,7 +1,7 @@
 """The files that stages read and write: JSON Lines, `args.json`, fingerprints, the metrics file; and the command line.
 
-Here belong: reading records with their types; appending so that a killed run can be resumed, and no two runs write to one
-file; files that are replaced as a whole; recording how a file was made; flags, with the tiny world's defaults.
+Here belong: reading records with their types; appending so that a killed run can be resumed, and no two runs write to
+one file; files that are replaced as a whole; recording how a file was made; flags, with the tiny world's defaults.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def read(path: str | Path, fields: list[str], made_by: str = "", unique: tuple[s
     """All records of a JSON Lines file, each with at least these fields, of the types in FIELD_TYPES.
 
     made_by: the command that creates such a file, for the message. unique: the fields that identify a record. Raises
-    InputError for a missing or empty file, and with its line number for a line that is not such a record or repeats one.
+    InputError for a missing or empty file, and, with its number, for a line that is not such a record or repeats one.
     """
     advice = f"; create it with: {made_by}" if made_by else ""
     if not Path(path).is_file():
@@ -97,8 +97,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def check_record(record: object, fields: list[str], place: str) -> None:
-    """Convert the record's values to the types of FIELD_TYPES. Raises InputError, beginning with `place`, if one of `fields` is
-    missing or of another type; a field that wasn't asked for may be anything."""
+    """Convert the record's values to the types of FIELD_TYPES. Raises InputError, beginning with `place`, if one of
+    `fields` is missing or of another type; a field that wasn't asked for may be anything."""
     if not isinstance(record, dict):
         record = {}  # a value that is no object has none of the fields
     for field in fields:
@@ -185,10 +185,10 @@ def hash_file(path: str | Path) -> str:
 
 
 def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None:
-    """Raise InputError if `<output>.args.json` differs from these arguments, apart from those that may change on resuming.
+    """Raise InputError if `<output>.args.json` differs from these arguments, apart from those that may change.
 
-    An argument named x_sha256 is the hash of the file given by --x. Constants may be among the arguments: an earlier run may
-    have had one of them as a flag. A flag that no longer exists is ignored.
+    An argument named x_sha256 is the hash of the file given by --x. Constants may be among the arguments: an earlier
+    run may have had one of them as a flag. A flag that no longer exists is ignored.
     """
     description = Path(f"{output}.args.json")
     if not (description.exists() and output.exists()):
@@ -210,7 +210,7 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
 
 
 def take_lock(path: Path, refusal: str) -> IO:
-    """Lock a file until it is closed or the process ends; InputError, beginning with `refusal`, if another run has it."""
+    """Lock a file until it is closed or the process ends. If another run has it, raises InputError with `refusal`."""
     file = open(path, "w")  # noqa: SIM115 - it stays open as long as the lock is held
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -227,12 +227,12 @@ class RecordFile:
             if "p0/0" not in output.done:
                 output.append([{"id": "p0/0", "problem": "1 + 1", ...}])
 
-    may_change: the names of arguments that may differ from those of the run that made the file, as they don't change records.
-    key_fields: what identifies a record. After entry, `done` maps the keys of the records already there, each an id, or a
-    tuple if there are several key fields, to their remembered field (None without one).
+    may_change: the names of arguments that may differ from those of the run that made the file, as they don't change
+    records. key_fields: what identifies a record. After entry, `done` maps the keys of the records already there, each
+    an id, or a tuple if there are several key fields, to their remembered field (None without one).
 
-    Under torchrun rank 0 locks, checks and repairs the file; every rank reads it and appends whole lines. Only the lock is
-    written before the first record, so a run that fails early leaves nothing behind.
+    Under torchrun rank 0 locks, checks and repairs the file; every rank reads it and appends whole lines. Only the lock
+    is written before the first record, so a run that fails early leaves nothing behind.
     """
 
     def __init__(
@@ -368,8 +368,8 @@ MADE_BY = {
 
 
 def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
-    """Parse the command line. If the first needed flag is omitted, use the TINY defaults in place of the paper's. Raises
-    InputError if it is given without the others."""
+    """Parse the command line. If the first needed flag is omitted, use the TINY defaults in place of the paper's.
+    Raises InputError if it is given without the others."""
     key = needed[0]
     args = parser.parse_args()
     if getattr(args, key) is None:
@@ -377,7 +377,7 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> arg
         # parse again.
         parser.set_defaults(**tiny)
         args = parser.parse_args()
-        # torchrun's RANK, because distributed.rank() knows it only after joining the process group, which needs --device.
+        # torchrun's RANK: distributed.rank() knows it only after joining the process group, which needs --device.
         if os.environ.get("RANK", "0") == "0":
             defaults = ", ".join(f"{name}={getattr(args, name)}" for name in tiny)
             print(f"no --{key}: the tiny world, {defaults}", flush=True)

@@ -784,7 +784,7 @@ def test_errors_name_the_thing_once(tmp_path, capsys):
     with pytest.raises(InputError, match="the contents of --labels have changed"):
         records.check_arguments(tmp_path / "out", {"labels_sha256": "b"}, set())
     with pytest.raises(InputError) as error:
-        generate.open_config(str(tmp_path / "no/such/model"), "--prm")
+        generate.open_engine(str(tmp_path / "no/such/model"), torch.device("cpu"), None, "--prm")
     assert str(error.value).count("--prm") == 1
 
 

@@ -143,7 +143,7 @@ def rescore(seed: int, problems: int = 300) -> dict[str, dict]:
             max_new_tokens=160,
             seed=seed,
         )
-        texts = [engine.text(sample) for (sample,) in groups]
+        texts = [engine.text(sample.ids) for (sample,) in groups]
         finished = [sample.finish == "stop" for (sample,) in groups]
         shown = [shown_solution(text) for text in texts]
         grades = grade_all([(answer, gold[p["id"]]["answer"]) for (_, answer), p in zip(shown, heldout, strict=True)])
