@@ -27,7 +27,6 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,12 +347,8 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         subsets[name] = read_cases(path)[: args.limit]
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-    settings = {
-        "votes": args.votes,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    fields = ("model", "kind", "votes", "temperature", "seed", "max_new_tokens")
+    settings = {field: getattr(args, field) for field in fields}
     rows = []
     for subset, cases in subsets.items():
         started = time.time()
@@ -363,8 +358,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
         tokens = sum(judgement.tokens for judgement in judgements)
-        described = {"model": args.model, "kind": args.kind, **settings}
-        rows += result_rows("processbench", subset, metrics, described, time.time() - started, tokens)
+        rows += result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
     headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
     publish(rows + average_rows("processbench", rows, headline), args)
 
@@ -385,7 +379,7 @@ class Graded:
     high: float
 
 
-def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
+def require_answers(problem_ids: list[str], gold: dict[str, str]) -> None:
     """Raise InputError for the first problem without a reference answer."""
     for problem_id in problem_ids:
         if problem_id not in gold:
@@ -578,8 +572,8 @@ def sample_benchmarks(
 ) -> list[Benchmark]:
     """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an
     earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
-    settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
-                "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
+    fields = ("num_samples", "temperature", "top_p", "max_new_tokens", "seed")
+    settings = {field: getattr(args, field) for field in fields}
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
@@ -616,8 +610,7 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         others["greedy"] = benchmark.greedy.correct.mean(axis=1)
         tokens += benchmark.greedy.tokens
     if judge:
-        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes,
-                     "prm_max_new_tokens": args.prm_max_new_tokens}  # fmt: skip
+        settings |= {field: getattr(args, field) for field in ("prm", "kind", "votes", "prm_max_new_tokens")}
         judgements = judge_samples(judge, graded.samples, args.seed, f"{benchmark.name}, judged")  # P lists of k
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
         others |= best_of_k(graded.correct, answers, judgements)
@@ -656,8 +649,9 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
         best@j/RULE    the one of j that a reward model chooses is right (--prm); the RULE is the best
                        outcome score (verdict), mean step score (mean), worst step's score (min), or
                        sum of outcome scores over equal answers (vote)
+        unparsed       judgements without a verdict (--prm)
         unknown        answers that can't be graded
-        truncated      solutions cut off at --max_new_tokens
+        truncated      solutions cut off at the limit of tokens
 
     Several models are each compared with the last, problem by problem. The samples are kept beside --out as solutions
     files, so a killed run resumes."""
