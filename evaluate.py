@@ -278,8 +278,6 @@ def read_cases(path: str) -> list[dict]:
             raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
     else:
         cases = records.read(path, fields, "python -m data.make_tiny")
-    if not cases:
-        raise InputError(f"{path}: the file is empty; fetch it again")
     for number, case in enumerate(cases):
         if any(field not in case for field in fields):
             raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
@@ -706,7 +704,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
 
 # --------------------------------------------------------------------------- the labels of Stage I
 
-# The fractions that are right: of the steps' labels, of the solutions in every step, of the first errors, of the outcomes.
+# Accuracy of: a step, a solution labelled right in every step (exact), the first wrong step, the outcome.
 LABEL_METRICS = ("step", "exact", "first_error", "outcome")
 PREFIXES = (1, 2, 4, 8, 16, 32)
 Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a solution, each None where not known
@@ -853,8 +851,8 @@ def vote_rows(
         parsed = keep_parsed(first)
         num_parsed += len(parsed)
         if parsed:
-            counts = [count_right(v["step_verdicts"], v["verdict"], gold[solution_id]) for v in parsed]
-            singles[solution_id] = average_counts(counts)
+            several = [count_right(v["step_verdicts"], v["verdict"], gold[solution_id]) for v in parsed]
+            singles[solution_id] = average_counts(several)
 
     cost = {"verifications": len(used), "unparsed": len(used) - num_parsed, "tokens": sum(v["tokens"] for v in used)}
     rows = []
@@ -886,7 +884,8 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
 
 def file_row(method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict], gold: dict) -> dict:
     """The row of a labels file, with the tokens that its method took: of the verifications it reads and its critiques."""
-    only_first = method in [name for name, known in METHODS.items() if known.aggregate is single]
+    of_one_verification = [name for name, known in METHODS.items() if known.aggregate is single]
+    only_first = method in of_one_verification
     tokens = sum(critique["tokens"] for critique in critiques if critique["method"] == method)
     for verification in verifications:
         if verification["solution_id"] in labels and (verification["sample"] == 0 or not only_first):
@@ -907,7 +906,9 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
     files = [records.read(path, fields, "python verify.py") for path in args.labels]
-    solutions = {label["id"]: label for file in files for label in file}
+    solutions = {}
+    for file in files:
+        solutions.update({label["id"]: label for label in file})
     fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
     verifications = records.read(args.verifications, fields, "python verify.py")
     others = {}  # sampled by other methods, if their files lie beside the verifications
