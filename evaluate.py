@@ -345,8 +345,8 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         subsets[name] = read_cases(path)[: args.limit]
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-    fields = ("model", "kind", "votes", "temperature", "seed", "max_new_tokens")
-    settings = {field: getattr(args, field) for field in fields}
+    settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
+                "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
     rows = []
     for subset, cases in subsets.items():
         started = time.time()
@@ -570,8 +570,8 @@ def sample_benchmarks(
 ) -> list[Benchmark]:
     """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an
     earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
-    fields = ("num_samples", "temperature", "top_p", "max_new_tokens", "seed")
-    settings = {field: getattr(args, field) for field in fields}
+    settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
+                "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
@@ -608,7 +608,8 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         others["greedy"] = benchmark.greedy.correct.mean(axis=1)
         tokens += benchmark.greedy.tokens
     if judge:
-        settings |= {field: getattr(args, field) for field in ("prm", "kind", "votes", "prm_max_new_tokens")}
+        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes}
+        settings["prm_max_new_tokens"] = args.prm_max_new_tokens
         judgements = judge_samples(judge, graded.samples, args.seed, f"{benchmark.name}, judged")  # P lists of k
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
         others |= best_of_k(graded.correct, answers, judgements)
