@@ -963,16 +963,6 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     print(f"{args.out}: {len(panels)} panels, {len(names)} runs")
 
 
-def count_outcome_votes(label: dict, verifications: list[dict]) -> tuple[int, int] | None:
-    """(correct, incorrect): the verdicts of a solution's verifications; None if its label isn't their vote."""
-    verdicts = [v["verdict"] for v in keep_parsed(verifications) if v["solution_id"] == label["id"]]
-    # Each step has as many votes as voters. Another number than that of these verifications means that the label comes
-    # from one of them (single), or from others (reference_guided).
-    if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
-        return None
-    return sum(verdicts), len(verdicts) - sum(verdicts)
-
-
 def run_show(parser: argparse.ArgumentParser) -> None:
     """One problem's way through the stages: each solution with the votes on its steps, the label and the verification
     chosen for it; then the responses of GRPO's steps (grpo.py --dump_rollouts), each with the reward model's judgement,
@@ -990,8 +980,7 @@ def run_show(parser: argparse.ArgumentParser) -> None:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
     path = Path(args.labels).with_name("verifications.jsonl")
     verifications = records.read(path, ["solution_id", "step_verdicts", "verdict"]) if path.exists() else []
-    outcome_votes = [count_outcome_votes(label, verifications) for label in found]
-    report.print_problem(found, outcome_votes, rollouts)
+    report.print_problem(found, keep_parsed(verifications), rollouts)
 
 
 # --------------------------------------------------------------------------- main

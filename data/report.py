@@ -1,6 +1,6 @@
-"""Drawing, and nothing else: tables, curves, and one problem's way through the stages on the terminal.
+"""Drawing and printing: tables, curves, and one problem's way through the stages on the terminal.
 
-What is drawn is computed elsewhere; here it becomes text and pictures.
+The numbers are computed elsewhere; here they become text and pictures.
 """
 
 import math
@@ -266,6 +266,16 @@ def read_rollouts(directory: Path, problem_id: str) -> list[tuple[int, dict]]:
     return rollouts
 
 
+def count_outcome_votes(label: dict, voters: list[dict]) -> tuple[int, int] | None:
+    """(correct, incorrect): the verdicts of a solution's parsed verifications; None if its label isn't their vote."""
+    verdicts = [voter["verdict"] for voter in voters if voter["solution_id"] == label["id"]]
+    # Each step has as many votes as voters. Another number than that of these verifications means that the label comes
+    # from one of them (single), or from others (reference_guided).
+    if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
+        return None
+    return sum(verdicts), len(verdicts) - sum(verdicts)
+
+
 def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
     """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification
     that was chosen for it."""
@@ -297,15 +307,13 @@ def show_rollout(rollout: dict) -> str:
     return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement["text"]])
 
 
-def print_problem(
-    labels: list[dict], outcome_votes: list[tuple[int, int] | None], rollouts: list[tuple[int, dict]]
-) -> None:
-    """Print a problem's labelled solutions, then the (step, response) pairs of GRPO."""
+def print_problem(labels: list[dict], voters: list[dict], rollouts: list[tuple[int, dict]]) -> None:
+    """Print a problem's labelled solutions, then GRPO's (step, response) pairs. voters: parsed verifications."""
     parts = []
     if labels:
         parts.append(labels[0]["problem"])
-    for label, votes in zip(labels, outcome_votes, strict=True):
-        parts.append("\n" + show_label(label, votes))
+    for label in labels:
+        parts.append("\n" + show_label(label, count_outcome_votes(label, voters)))
     for step, rollout in rollouts:
         parts.append(f"\nGRPO step {step}\n" + show_rollout(rollout))
     try:
