@@ -1,4 +1,4 @@
-"""Everything that is measured (SPARK, arXiv 2512.03244, Sec. 4): five commands.
+"""Three commands that measure, two that show (SPARK, arXiv 2512.03244, Sec. 4).
 
     python evaluate.py processbench   # does a reward model find the first wrong step?  -> runs/tiny/processbench.jsonl
     python evaluate.py benchmark      # does a policy solve problems it hasn't seen?    -> runs/tiny/benchmark.jsonl
@@ -6,16 +6,16 @@
     python evaluate.py plot           # the curves of GRPO runs, and of studies         -> runs/tiny/curves.png
     python evaluate.py show t0003     # one problem's way through all stages            -> the terminal
 
-Each runs on the tiny world, after the stage that it measures. With one's own models, also under torchrun (sharded):
+Each runs on the tiny world, after the stage that it measures. With your own models, also under torchrun (sharded):
 
     python evaluate.py processbench --model runs/prm_cot --data gsm8k.json math.json --out runs/processbench.jsonl
     python evaluate.py benchmark --model runs/grpo Qwen/Qwen2.5-Math-7B --problems math500.jsonl aime24.jsonl \\
         --gold gold.jsonl --num_samples 16 --greedy --out runs/benchmark.jsonl
     python evaluate.py benchmark --solutions runs/solutions.jsonl --gold gold.jsonl --prm runs/prm_cot \\
-        --out runs/best.jsonl   # does a reward model choose well among anybody's samples?
+        --out runs/best.jsonl   # does a reward model choose well among samples from any source?
 
-Answers are opened here, after the fact: nothing feeds back into reference-free training. What can't be judged is
-counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
+Reference answers are read here, after the fact: nothing feeds back into reference-free training. What can't be judged
+is counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
 `unknown`. What the paper doesn't have: intervals, and a report on the labels themselves.
 """
 
@@ -27,10 +27,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +38,7 @@ from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import with_progress
 from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
-from verify import AGGREGATES, group_by_solution, keep_parsed, label_solutions
+from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
 
 import numpy as np
 import torch
@@ -62,22 +60,17 @@ TINY = {
         "gold": "data/tiny/gold.jsonl", "out": "runs/tiny/labels.json",
     },
     "plot": {"runs": ["runs/tiny/grpo"], "out": "runs/tiny/curves.png"},
-    "show": {"labels": "runs/tiny/verify/labels_step_consistency.jsonl", "rollouts": "runs/tiny/grpo/rollouts"},
+    "show": {"labels": "runs/tiny/verify/labels_step_consistency.jsonl"},
 }  # fmt: skip
 RESAMPLES = 2000  # of every bootstrap
-PAPER = {  # in percent
-    "processbench": "Paper (not run here), average F1: PRM 67.5, PRM-CoT 65.7, reference-guided PRM 66.4, GPT-4o 61.9",
-    "benchmark": "Paper (not run here), Qwen2.5-Math-7B after RL with PRM-CoT: MATH-500 85.4, AIME24 30.0, "
-    "AIME25 20.0, AMC23 66.3, Olympiad 42.7, Minerva 40.1, average 47.4; average with PRM 44.1, with RLVR 43.9",
-}
 
 # --------------------------------------------------------------------------- grading answers
 
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
-    crashed. Both are LaTeX, with or without `\boxed{…}`; a prediction may have 4.5e33 for `4.5 \times 10^{33}`; no
-    answer (None, "") is False. timeout: seconds of CPU time, at most twice that if the prediction is read again.
+    crashed. Both are LaTeX, with or without `\boxed{…}`; no answer (None, "") is False. timeout: seconds of CPU time
+    per reading; a number like 4.5e33 is tried in two readings, so it takes at most twice that.
 
     A worker process does the algebra; it starts when first needed and stays. Equal strings and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
@@ -154,14 +147,14 @@ def majority_answer(answers: list[str | None]) -> str | None:
     return winner
 
 
-def powers_of_two(n: int) -> list[int]:
+def sizes_up_to(n: int) -> list[int]:
     """2, 4, 8, ... below n, and n."""
-    powers = []
+    sizes = []
     k = 2
     while k < n:
-        powers.append(k)
+        sizes.append(k)
         k *= 2
-    return [*powers, n]
+    return [*sizes, n]
 
 
 def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
@@ -228,22 +221,8 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
 
 
 def publish(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print the results, a line for each model and subset with the paper's numbers below, and write their file."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    lines: dict[tuple, dict[str, dict]] = {}  # (model, benchmark, subset) -> metric -> row
-    for row in rows:
-        name = (row["settings"]["model"], row["benchmark"], row["subset"])
-        lines.setdefault(name, {})[row["metric"]] = row
-    table = []
-    for name, line in lines.items():
-        cells = []
-        for metric in metrics:
-            row = line.get(metric, {"value": None, "interval": None})
-            cells.append(report.percent(row["value"], row["interval"]))
-        first = next(iter(line.values()))  # these three are the same in all rows of a line
-        table.append([*name, first["n"], *cells, first["tokens"], first["seconds"]])
-    report.print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
-    distributed.log(PAPER[args.command])
+    """Print the results and write their file."""
+    report.print_results(rows)
     if distributed.rank() == 0:
         records.write_records(Path(args.out), rows, args)
 
@@ -297,10 +276,10 @@ def read_cases(path: str) -> list[dict]:
             cases = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+        if not cases:
+            raise InputError(f"{path}: an empty array, no cases; fetch the file again")
     else:
         cases = records.read(path, fields, "python -m data.make_tiny")
-    if not cases:
-        raise InputError(f"{path}: the file is empty; fetch it again")
     for number, case in enumerate(cases):
         if any(field not in case for field in fields):
             raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
@@ -368,12 +347,8 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         subsets[name] = read_cases(path)[: args.limit]
     engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
     judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-    settings = {
-        "votes": args.votes,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
+                "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
     rows = []
     for subset, cases in subsets.items():
         started = time.time()
@@ -383,8 +358,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
         tokens = sum(judgement.tokens for judgement in judgements)
-        described = {"model": args.model, "kind": args.kind, **settings}
-        rows += result_rows("processbench", subset, metrics, described, time.time() - started, tokens)
+        rows += result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
     headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
     publish(rows + average_rows("processbench", rows, headline), args)
 
@@ -405,11 +379,11 @@ class Graded:
     high: float
 
 
-def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
+def require_answers(problem_ids: list[str], gold: dict[str, str]) -> None:
     """Raise InputError for the first problem without a reference answer."""
-    for name in problem_ids:
-        if name not in gold:
-            raise InputError(f"problem {name}: no gold answer; --gold must have one for every problem")
+    for problem_id in problem_ids:
+        if problem_id not in gold:
+            raise InputError(f"problem {problem_id}: no gold answer; --gold must have one for every problem")
 
 
 def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) -> Graded:
@@ -477,7 +451,7 @@ def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) 
     """avg@k, pass@j for j = 2, 4, ... k, and maj@k of graded samples; others: further metrics' values (P,)."""
     P, k = graded.correct.shape
     per_problem = {f"avg@{k}": graded.correct.mean(axis=1)}  # (P,) each
-    for j in powers_of_two(k):
+    for j in sizes_up_to(k):
         counts = graded.correct.sum(axis=1)  # (P,)
         per_problem[f"pass@{j}"] = np.array([pass_at_k(k, int(c), j) for c in counts])
     majority = np.zeros(P)
@@ -505,9 +479,15 @@ def best_of_k(
 ) -> dict[str, np.ndarray]:
     """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0.
 
-    correct (P, n), k = 2, 4, 8, ... and n. Four rules choose the greatest: the score of the outcome (verdict); the mean
-    and the least of the steps' scores (mean, min); the sum of the outcome scores of all samples with the same answer
-    (vote). Equal scores: the earliest sample. An unparsed judgement scores 0.
+    correct is (P, n), and k = 2, 4, 8, ... and n. The sample with the greatest score is chosen, the earliest of equals.
+    The rules differ in what they score:
+
+        verdict   the outcome
+        mean      the steps, by their mean
+        min       the steps, by the worst of them
+        vote      the answer, by the sum of the outcome scores of all samples with this answer
+
+    An unparsed judgement scores 0.
     """
     P, n = correct.shape
     verdict = np.zeros((P, n))
@@ -520,7 +500,7 @@ def best_of_k(
             mean[p, i] = np.mean(step_scores)
             least[p, i] = min(step_scores)
     found = {}
-    for k in powers_of_two(n):
+    for k in sizes_up_to(n):
         rules = {"verdict": verdict, "mean": mean, "min": least, "vote": sum_by_answer(answers, verdict, k)}
         for rule, scores in rules.items():
             chosen = scores[:, :k].argmax(axis=1)  # (P,) the first of equals
@@ -533,12 +513,9 @@ def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -
     Answers are compared as strings; a sample without one gets 0."""
     sums = np.zeros((len(answers), k))
     for p, group in enumerate(answers):
-        of_answer: dict[str, float] = {}
         for i in range(k):
             if group[i] is not None:
-                of_answer[group[i]] = of_answer.get(group[i], 0.0) + scores[p, i]
-        for i in range(k):
-            sums[p, i] = of_answer.get(group[i], 0.0)
+                sums[p, i] = sum(scores[p, j] for j in range(k) if group[j] == group[i])
     return sums
 
 
@@ -556,11 +533,11 @@ def judge_samples(judge: Judge, samples: list[list[dict]], seed: int, title: str
 
 @dataclass
 class Benchmark:
-    """What there is to measure: one model's solutions to the problems of one file."""
+    """One model's solutions to the problems of one file."""
 
     model: str
     name: str
-    settings: dict  # of sampling, as far as they are known
+    settings: dict  # of sampling, as far as known
     graded: Graded
     greedy: Graded | None
     seconds: float  # of sampling and grading
@@ -578,7 +555,7 @@ def read_samples(path: str | Path) -> dict[str, list[dict]]:
 
 
 def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benchmark]:
-    """Anybody's samples, one benchmark per solutions file."""
+    """Samples from any source, one benchmark per solutions file."""
     benchmarks = []
     for name, path in name_files("solutions", args.solutions).items():
         started = time.time()
@@ -633,8 +610,8 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         others["greedy"] = benchmark.greedy.correct.mean(axis=1)
         tokens += benchmark.greedy.tokens
     if judge:
-        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes,
-                     "prm_max_new_tokens": args.prm_max_new_tokens}  # fmt: skip
+        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes}
+        settings["prm_max_new_tokens"] = args.prm_max_new_tokens
         judgements = judge_samples(judge, graded.samples, args.seed, f"{benchmark.name}, judged")  # P lists of k
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
         others |= best_of_k(graded.correct, answers, judgements)
@@ -664,12 +641,21 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
-    """Benchmarks: k solutions per problem, graded. avg@k: mean accuracy; pass@k: one of k is right; maj@k: the most
-    frequent answer is. Brackets: 95 % intervals over problems. Several models are compared with the last, in pairs.
+    """Benchmarks: k solutions per problem, graded; 95 % intervals over problems in brackets.
 
-    The samples are kept beside --out as solutions files, so a killed run resumes; --solutions measures anybody's.
-    With --prm a reward model chooses among them. best@k/verdict, mean, min: the sample whose outcome, steps' mean or
-    worst step scores best is right; best@k/vote: the answer with the greatest sum of outcome scores is."""
+        avg@k          mean accuracy
+        pass@j         one of j is right
+        maj@k          the most frequent answer is right
+        greedy         the greedy solution is right (--greedy)
+        best@j/RULE    the one of j that a reward model chooses is right (--prm); the RULE is the best
+                       outcome score (verdict), mean step score (mean), worst step's score (min), or
+                       sum of outcome scores over equal answers (vote)
+        unparsed       judgements without a verdict (--prm)
+        unknown        answers that can't be graded
+        truncated      solutions cut off at the limit of tokens
+
+    Several models are each compared with the last, problem by problem. The samples are kept beside --out as solutions
+    files, so a killed run resumes."""
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
     parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
@@ -721,10 +707,11 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
 
 # --------------------------------------------------------------------------- the labels of Stage I
 
-LABEL_METRICS = ("step", "exact", "first_error", "outcome")  # each step, all of them, the first wrong one, the outcome
+# Accuracy of: a step, a solution labelled right in every step (exact), the first wrong step, the outcome.
+LABEL_METRICS = ("step", "exact", "first_error", "outcome")
 PREFIXES = (1, 2, 4, 8, 16, 32)
 Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a solution, each None where not known
-Score = dict[str, tuple[float, int]]  # metric -> (how many are right, of how many), where gold is known
+Counts = dict[str, tuple[float, int]]  # metric -> (how many are right, of how many), where gold is known
 
 
 def problem_of(solution_id: str) -> str:
@@ -753,81 +740,78 @@ def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     gold: dict[str, Gold] = {}
     ungraded: dict[str, tuple[str | None, str]] = {}  # solution id -> (its answer, the reference answer)
     for solution in solutions:
-        name = solution["id"]
+        solution_id = solution["id"]
         steps = solution["steps"]
-        problem = known.get(problem_of(name))
-        if name in known:
-            labels = known[name].get("step_labels")
+        own = known.get(solution_id)
+        problem = known.get(problem_of(solution_id))
+        if own:
+            labels = own.get("step_labels")
             if labels is not None and len(labels) != len(steps):
-                raise InputError(f"{path}: {name} has {len(labels)} step_labels and {len(steps)} steps; fix the record")
-            gold[name] = (labels, known[name].get("outcome"))
+                found = f"{len(labels)} step_labels and {len(steps)} steps"
+                raise InputError(f"{path}: {solution_id} has {found}; fix the record")
+            gold[solution_id] = (labels, own.get("outcome"))
         elif problem:
             labels = gold_labels(steps, problem["steps"]) if problem.get("steps") else None
-            gold[name] = (labels, None)
+            gold[solution_id] = (labels, None)
             if problem.get("answer") is not None:
-                ungraded[name] = (solution["answer"], str(problem["answer"]))
+                ungraded[solution_id] = (solution["answer"], str(problem["answer"]))
     outcomes = grade_all(list(ungraded.values()))
-    for name, outcome in zip(ungraded, outcomes, strict=True):
-        labels, _ = gold[name]
-        gold[name] = (labels, outcome)
+    for solution_id, outcome in zip(ungraded, outcomes, strict=True):
+        labels, _ = gold[solution_id]
+        gold[solution_id] = (labels, outcome)
     if not gold:
-        raise InputError(
-            f"{path}: no record for any of {len(solutions)} solutions; expected their ids or their problems'"
-        )
+        raise InputError(f"{path}: no record for any of {len(solutions)} solutions, by their ids or their problems'")
     return gold
 
 
-def score_label(step_labels: list[bool], outcome: bool, gold: Gold) -> Score:
-    """What of a label is right: of the steps each, all together and the first wrong one; the outcome."""
+def count_right(step_labels: list[bool], outcome: bool, gold: Gold) -> Counts:
+    """What is right in the label of one solution."""
     gold_steps, gold_outcome = gold
-    score: Score = {}
+    counts: Counts = {}
     if gold_steps is not None:
         right = sum(ours == theirs for ours, theirs in zip(step_labels, gold_steps, strict=True))
-        score["step"] = (right, len(gold_steps))
-        score["exact"] = (int(step_labels == gold_steps), 1)
-        score["first_error"] = (int(first_error(step_labels) == first_error(gold_steps)), 1)
+        counts["step"] = (right, len(gold_steps))
+        counts["exact"] = (int(step_labels == gold_steps), 1)
+        counts["first_error"] = (int(first_error(step_labels) == first_error(gold_steps)), 1)
     if gold_outcome is not None:
-        score["outcome"] = (int(outcome == gold_outcome), 1)
-    return score
+        counts["outcome"] = (int(outcome == gold_outcome), 1)
+    return counts
 
 
-def average_score(scores: list[Score]) -> Score:
-    """What one of several labels of the same solution is worth on average."""
-    average: Score = {}
-    for metric, (_, of) in scores[0].items():
-        right = sum(score[metric][0] for score in scores)
-        average[metric] = (right / len(scores), of)
+def average_counts(several: list[Counts]) -> Counts:
+    """The mean over several labels of the same solution."""
+    average: Counts = {}
+    for metric, (_, of) in several[0].items():
+        right = sum(counts[metric][0] for counts in several)
+        average[metric] = (right / len(several), of)
     return average
 
 
-def summarize(scores: dict[str, Score], num_labels: int) -> dict:
-    """How many of num_labels solutions have a score, and the accuracy of each metric, None where nothing is known."""
-    summary = {"solutions": len(scores), "yield": len(scores) / num_labels}
+def summarize(counts: dict[str, Counts], num_labels: int) -> dict:
+    """How many of num_labels solutions are counted, and the accuracy by each metric, None where nothing is known."""
+    summary = {"solutions": len(counts), "yield": len(counts) / num_labels}
     for metric in LABEL_METRICS:
-        right = 0.0
-        of = 0
-        for score in scores.values():
-            if metric in score:
-                right += score[metric][0]
-                of += score[metric][1]
+        known = [each[metric] for each in counts.values() if metric in each]
+        right = sum(right for right, _ in known)
+        of = sum(of for _, of in known)
         summary[metric] = right / of if of else None
     return summary
 
 
-def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, Score]]:
-    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and each solution's score.
+def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, Counts]]:
+    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and each solution's counts.
 
     The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the
     hard ones can't pass for accuracy.
     """
-    everything: dict[str, Score] = {}
-    kept: dict[str, Score] = {}
-    for name, label in labels.items():
+    everything: dict[str, Counts] = {}
+    kept: dict[str, Counts] = {}
+    for solution_id, label in labels.items():
         if label["step_labels"] is None:  # nothing voted
             continue
-        everything[name] = score_label(label["step_labels"], label["outcome"], gold[name])
+        everything[solution_id] = count_right(label["step_labels"], label["outcome"], gold[solution_id])
         if label["dropped"] is None:
-            kept[name] = everything[name]
+            kept[solution_id] = everything[solution_id]
     row = {
         **about,
         "ties": sum(label.get("ties", 0) for label in labels.values()),
@@ -838,21 +822,19 @@ def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tu
     return row, everything
 
 
-def paired_gain(scores: dict[str, Score], base: dict[str, Score], seed: int) -> dict[str, list[float]]:
-    """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems,
-    since the solutions of one problem aren't independent of each other."""
-    numbers: dict[str, int] = {}  # problem id -> its row
-    for name in base:
-        numbers.setdefault(problem_of(name), len(numbers))
+def paired_gain(counts: dict[str, Counts], base: dict[str, Counts], seed: int) -> dict[str, list[float]]:
+    """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems."""
+    problem_ids = list(dict.fromkeys(problem_of(solution_id) for solution_id in base))
+    row_of = {problem_id: p for p, problem_id in enumerate(problem_ids)}
     found = {}
     for metric in LABEL_METRICS:
-        gains = np.zeros(len(numbers))  # (P,) how many more are right
-        sizes = np.zeros(len(numbers))  # (P,) of how many
-        for name in base:
-            if metric in base[name]:
-                p = numbers[problem_of(name)]
-                gains[p] += scores[name][metric][0] - base[name][metric][0]
-                sizes[p] += base[name][metric][1]
+        gains = np.zeros(len(row_of))  # (P,) how many more are right
+        sizes = np.zeros(len(row_of))  # (P,) of how many
+        for solution_id in base:
+            if metric in base[solution_id]:
+                p = row_of[problem_of(solution_id)]
+                gains[p] += counts[solution_id][metric][0] - base[solution_id][metric][0]
+                sizes[p] += base[solution_id][metric][1]
         if sizes.any():
             low, high = interval95(bootstrap(gains, seed, sizes))
             found[metric] = [float(gains.sum() / sizes.sum()), low, high]
@@ -864,37 +846,36 @@ def vote_rows(
 ) -> list[dict]:
     """A row for each way of voting, from the first N verifications of each solution."""
     used = []  # the verifications
-    singles: dict[str, Score] = {}  # what one of a solution's parsed verifications is worth on average
+    singles: dict[str, Counts] = {}
     num_parsed = 0
-    for name, verifications in by_solution.items():
+    for solution_id, verifications in by_solution.items():
         first = [v for v in verifications if v["sample"] < N]
         used += first
         parsed = keep_parsed(first)
         num_parsed += len(parsed)
         if parsed:
-            singles[name] = average_score([score_label(v["step_verdicts"], v["verdict"], gold[name]) for v in parsed])
+            several = [count_right(v["step_verdicts"], v["verdict"], gold[solution_id]) for v in parsed]
+            singles[solution_id] = average_counts(several)
 
     cost = {"verifications": len(used), "unparsed": len(used) - num_parsed, "tokens": sum(v["tokens"] for v in used)}
     rows = []
     for method, aggregate in AGGREGATES.items():
         labels = {}
-        for name, label in zip(by_solution, label_solutions(solutions, used, aggregate, seed), strict=True):
-            labels[name] = vars(label)
-        row, scores = label_row({"method": method, "N": N, **cost}, labels, gold)
+        for solution_id, label in zip(by_solution, label_solutions(solutions, used, aggregate, seed), strict=True):
+            labels[solution_id] = vars(label)
+        row, counts = label_row({"method": method, "N": N, **cost}, labels, gold)
         if method == "single":
+            # Which verification came first is chance; the average over all parsed ones is a steadier measure of one.
             row["all"] = summarize(singles, len(labels))
         elif singles:
-            row["all"]["minus_single"] = paired_gain(scores, singles, seed)
+            row["all"]["minus_single"] = paired_gain(counts, singles, seed)
         rows.append(row)
     return rows
 
 
 def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int) -> list[dict]:
-    """What voting buys: rows for single, outcome-level and step-level labels from the first 1, 2, 4, ... verifications.
-
-    On `all`, `single` is what one of the parsed verifications is worth on average, and voted rows have `minus_single`,
-    the paired gain over it. On `kept`, `single` is the label: the first verification that parsed.
-    """
+    """What voting buys: rows for single, outcome-level and step-level labels from the first 1, 2, 4, ... verifications;
+    `minus_single` of a voted row is its paired gain over one verification."""
     by_solution = group_by_solution(solutions, verifications)
     most = max((group[-1]["sample"] + 1 for group in by_solution.values() if group), default=0)  # they are in order
     rows = []
@@ -904,59 +885,20 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
     return rows
 
 
-def tokens_of_method(method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict]) -> int:
-    """The tokens that labels by this method took: of the verifications that it looks at, and of its critiques."""
-    only_first = method in ("single", "meta_critique", "reference_guided")
-    tokens = 0
+def file_row(method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict], gold: dict) -> dict:
+    """The row of a labels file, with the tokens that its method took: of the verifications it reads and its critiques."""
+    of_one_verification = [name for name, known in METHODS.items() if known.aggregate is single]
+    only_first = method in of_one_verification
+    tokens = sum(critique["tokens"] for critique in critiques if critique["method"] == method)
     for verification in verifications:
-        if verification["solution_id"] in labels and not (only_first and verification["sample"] > 0):
+        if verification["solution_id"] in labels and (verification["sample"] == 0 or not only_first):
             tokens += verification["tokens"]
-    for critique in critiques:
-        if critique["method"] == method:
-            tokens += critique["tokens"]
-    return tokens
-
-
-def print_label_report(rows: list[dict]) -> None:
-    """The report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and cost."""
-    table = []
-    for row in rows:
-        kept = row["kept"]
-        everything = row["all"]
-        cells = [row["method"], row["N"] or "", everything["solutions"]]
-        cells += [report.percent(everything[metric]) for metric in LABEL_METRICS]
-        cells += [report.percent(kept["yield"]), report.percent(kept["exact"])]
-        gains = everything.get("minus_single", {})
-        for metric in ("step", "exact"):
-            gain = ""
-            if metric in gains:
-                difference, low, high = gains[metric]
-                gain = report.percent(difference, (low, high))
-            cells.append(gain)
-        cells.append(", ".join(f"{reason} {count}" for reason, count in row["dropped"].items()))
-        cells += [row.get("unparsed", ""), row["tokens"]]
-        table.append(cells)
-    header = ["method", "N", "solutions", *LABEL_METRICS, "yield", "exact of kept", "step - single", "exact - single"]
-    report.print_table([*header, "dropped", "unparsed", "tokens"], table)
-
-
-def label_curves(rows: list[dict]) -> list[dict]:
-    """Accuracy of whole label vectors against the tokens spent, a curve for each way of voting, a dot for each file."""
-    axes = {"xlabel": "tokens of verifications and critiques", "xscale": "log"}
-    curves: dict[str, dict] = {}
-    for row in rows:
-        method = row["method"]
-        empty = {"panel": "whole label vectors right, percent", "curve": method, **axes, "x": [], "y": []}
-        curve = curves.setdefault(method, empty)
-        if row["all"]["exact"] is not None:
-            curve["x"].append(row["tokens"])
-            curve["y"].append(100 * row["all"]["exact"])
-    return list(curves.values())
+    row, _ = label_row({"method": f"{method} (file)", "N": None, "tokens": tokens}, labels, gold)
+    return row
 
 
 def run_labels(parser: argparse.ArgumentParser) -> None:
-    """The label report: are Stage I's labels right, and what does voting buy? The accuracy `of kept` is over the
-    solutions that a method keeps, the other over all with a vote: dropping hard ones can't pass for accuracy."""
+    """The label report: are Stage I's labels right, and what does voting buy?"""
     parser.add_argument("--labels", nargs="+", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--verifications", help="verifications.jsonl of verify.py")
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
@@ -978,17 +920,15 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
         others[name] = records.read(path, ["tokens"]) if path.exists() else []
     gold = read_gold(args.gold, list(solutions.values()))
 
-    # 2. Score the files as they are, then what each way of voting makes of the verifications.
+    # 2. Measure the files as they are, then what each way of voting makes of the verifications.
     rows = []
     for file in files:
         labels = {label["id"]: label for label in file if label["id"] in gold}
         method = file[0]["method"]
+        judged = others["verifications_reference"] if method == "reference_guided" else verifications
         if labels:
-            judged = others["verifications_reference"] if method == "reference_guided" else verifications
-            tokens = tokens_of_method(method, labels, judged, others["critiques"])
-            row, _ = label_row({"method": f"{method} (file)", "N": None, "tokens": tokens}, labels, gold)
-            rows.append(row)
-    known = [solution for name, solution in solutions.items() if name in gold]
+            rows.append(file_row(method, labels, judged, others["critiques"], gold))
+    known = [solution for solution_id, solution in solutions.items() if solution_id in gold]
     rows += vote_report(known, verifications, gold, args.seed)
     counts = {
         "solutions": len(gold),
@@ -999,12 +939,12 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     # 3. Write, print and draw.
     records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
     records.write_json(Path(args.out), {**counts, "rows": rows})
-    print_label_report(rows)
-    report.draw_curves(label_curves(rows), Path(args.out).with_suffix(".png"))
+    report.print_label_report(rows, LABEL_METRICS)
+    report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 
-# --------------------------------------------------------------------------- curves
+# --------------------------------------------------------------------------- what only shows
 
 
 def run_plot(parser: argparse.ArgumentParser) -> None:
@@ -1016,43 +956,13 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="PNG to write")
     parser.add_argument("--keys", nargs="+", default=list(report.PANELS), help="metrics to draw, where a run has them")
     args = parse_command(parser, "runs")
-    curves = []
-    for pattern in args.runs:
-        for run in sorted(glob(pattern)) or [pattern]:
-            if run.endswith(".jsonl"):
-                curves += records.read(run, ["panel", "curve", "x", "y"])
-            else:
-                curves += report.run_curves(run, pattern, args.keys)
+    curves = report.read_curves(args.runs, args.keys)
     if not curves:
         raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
     report.draw_curves(curves, Path(args.out))
     panels = {curve["panel"] for curve in curves}
     names = {curve["curve"] for curve in curves}
     print(f"{args.out}: {len(panels)} panels, {len(names)} runs")
-
-
-# --------------------------------------------------------------------------- one problem
-
-
-def read_rollouts(paths: list[Path], problem_id: str) -> list[tuple[int, dict]]:
-    """(step, response) of the responses to a problem in files that grpo.py --dump_rollouts wrote."""
-    fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
-    rollouts = []
-    for path in paths:
-        step = int(path.stem.removeprefix("step_"))
-        for response in records.read(path, fields, "python grpo.py --dump_rollouts"):
-            if response["problem_id"] == problem_id:
-                rollouts.append((step, response))
-    return rollouts
-
-
-def count_outcome_votes(label: dict, verifications: list[dict]) -> tuple[int, int] | None:
-    """How many of a solution's verifications call its answer correct, and incorrect; None if the label isn't their
-    vote, but comes from one of them or from others."""
-    verdicts = [v["verdict"] for v in keep_parsed(verifications) if v["solution_id"] == label["id"]]
-    if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
-        return None
-    return sum(verdicts), len(verdicts) - sum(verdicts)
 
 
 def run_show(parser: argparse.ArgumentParser) -> None:
@@ -1067,29 +977,12 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     labels = records.read(args.labels, fields, "python verify.py")
     wanted = args.id or problem_of(labels[0]["id"])
     found = [label for label in labels if wanted in (label["id"], problem_of(label["id"]))]
-    path = Path(args.labels).with_name("verifications.jsonl")
-    fields = ["solution_id", "step_verdicts", "verdict"]
-    verifications = records.read(path, fields) if found and path.exists() else []
-    paths = sorted(Path(args.rollouts).glob("step_*.jsonl")) if args.rollouts else []
-    rollouts = read_rollouts(paths, wanted)
+    rollouts = report.read_rollouts(Path(args.rollouts), wanted) if args.rollouts else []
     if not found and not rollouts:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
-
-    parts = []
-    if args.rollouts and not paths:
-        parts.append(f"{args.rollouts}: no responses of GRPO there; python grpo.py --dump_rollouts writes them\n")
-    if found:
-        parts.append(found[0]["problem"])
-    for label in found:
-        parts.append("\n" + report.show_label(label, count_outcome_votes(label, verifications)))
-    for step, rollout in rollouts:
-        parts.append(f"\nGRPO step {step}\n" + report.show_rollout(rollout))
-    try:
-        print("\n".join(parts), flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as in `show | head`
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python would complain when it flushes at exit
+    path = Path(args.labels).with_name("verifications.jsonl")
+    verifications = records.read(path, ["solution_id", "step_verdicts", "verdict"]) if path.exists() else []
+    report.print_problem(found, keep_parsed(verifications), rollouts)
 
 
 # --------------------------------------------------------------------------- main

@@ -1,15 +1,17 @@
-"""Drawing, and nothing else: tables, curves, and one problem's way through the stages on the terminal.
+"""Drawing and printing: tables, curves, and one problem's way through the stages on the terminal.
 
-What is drawn is computed elsewhere; here it becomes text and pictures.
+The numbers are computed elsewhere; here they become text and pictures.
 """
 
 import math
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 from data import records
 from kernels import distributed
+from kernels.distributed import InputError
 
 import numpy as np
 
@@ -36,6 +38,47 @@ def print_table(header: list[str], rows: list[list]) -> None:
     for row in cells:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         distributed.log("  ".join(padded).rstrip())
+
+
+def print_results(rows: list[dict]) -> None:
+    """The rows of a results file as a table: a line for each model, benchmark and subset, a column for each metric."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    lines: dict[tuple, dict[str, dict]] = {}  # (model, benchmark, subset) -> metric -> row
+    for row in rows:
+        name = (row["settings"]["model"], row["benchmark"], row["subset"])
+        lines.setdefault(name, {})[row["metric"]] = row
+    table = []
+    for name, line in lines.items():
+        cells = []
+        for metric in metrics:
+            row = line.get(metric, {"value": None, "interval": None})
+            cells.append(percent(row["value"], row["interval"]))
+        first = next(iter(line.values()))  # these three are the same in all rows of a line
+        table.append([*name, first["n"], *cells, first["tokens"], first["seconds"]])
+    print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
+
+
+def print_label_report(rows: list[dict], metrics: tuple[str, ...]) -> None:
+    """The label report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and cost."""
+    table = []
+    for row in rows:
+        kept = row["kept"]
+        everything = row["all"]
+        cells = [row["method"], row["N"] or "", everything["solutions"]]
+        cells += [percent(everything[metric]) for metric in metrics]
+        cells += [percent(kept["yield"]), percent(kept["exact"])]
+        gains = everything.get("minus_single", {})
+        for metric in ("step", "exact"):
+            gain = ""
+            if metric in gains:
+                difference, low, high = gains[metric]
+                gain = percent(difference, (low, high))
+            cells.append(gain)
+        cells.append(", ".join(f"{reason} {count}" for reason, count in row["dropped"].items()))
+        cells += [row.get("unparsed", ""), row["tokens"]]
+        table.append(cells)
+    header = ["method", "N", "solutions", *metrics, "yield", "exact of kept", "step - single", "exact - single"]
+    print_table([*header, "dropped", "unparsed", "tokens"], table)
 
 
 # --------------------------------------------------------------------------- curves
@@ -86,6 +129,31 @@ def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
                 curve[end] = [known.get(step, value) for step, value in points.items()]
         curves.append(curve)
     return curves
+
+
+def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
+    """The curves of files of curves and of runs; all runs that a pattern finds have its name, as seeds of one."""
+    curves = []
+    for pattern in patterns:
+        for run in sorted(glob(pattern)) or [pattern]:
+            if run.endswith(".jsonl"):
+                curves += records.read(run, ["panel", "curve", "x", "y"])
+            else:
+                curves += run_curves(run, pattern, keys)
+    return curves
+
+
+def label_curves(rows: list[dict]) -> list[dict]:
+    """The label report as curves: accuracy against the tokens spent, a curve for each method."""
+    panel = {"panel": "solutions labelled right in every step, percent", "xscale": "log"}
+    panel["xlabel"] = "tokens of verifications and critiques"
+    curves: dict[str, dict] = {}
+    for row in rows:
+        if row["all"]["exact"] is not None:
+            curve = curves.setdefault(row["method"], {**panel, "curve": row["method"], "x": [], "y": []})
+            curve["x"].append(row["tokens"])
+            curve["y"].append(100 * row["all"]["exact"])
+    return list(curves.values())
 
 
 def draw_curves(curves: list[dict], out: Path) -> None:
@@ -183,6 +251,31 @@ def paint(text: str, right: bool | None) -> str:
     return f"\033[{colour}m{text}\033[0m"
 
 
+def read_rollouts(directory: Path, problem_id: str) -> list[tuple[int, dict]]:
+    """(step, response) of the responses to a problem in files that grpo.py --dump_rollouts wrote."""
+    paths = sorted(directory.glob("step_*.jsonl"))
+    if not paths:
+        raise InputError(f"{directory}: no responses of GRPO there; python grpo.py --dump_rollouts writes them")
+    fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
+    rollouts = []
+    for path in paths:
+        step = int(path.stem.removeprefix("step_"))
+        for response in records.read(path, fields):
+            if response["problem_id"] == problem_id:
+                rollouts.append((step, response))
+    return rollouts
+
+
+def count_outcome_votes(label: dict, voters: list[dict]) -> tuple[int, int] | None:
+    """(correct, incorrect): the verdicts of a solution's parsed verifications; None if its label isn't their vote."""
+    verdicts = [voter["verdict"] for voter in voters if voter["solution_id"] == label["id"]]
+    # Each step has as many votes as voters. Another number than that of these verifications means that the label comes
+    # from one of them (single), or from others (reference_guided).
+    if not label["votes"] or sum(label["votes"][0]) != len(verdicts):
+        return None
+    return sum(verdicts), len(verdicts) - sum(verdicts)
+
+
 def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
     """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification
     that was chosen for it."""
@@ -212,3 +305,18 @@ def show_rollout(rollout: dict) -> str:
         f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement['verdict']}"
     )
     return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement["text"]])
+
+
+def print_problem(labels: list[dict], voters: list[dict], rollouts: list[tuple[int, dict]]) -> None:
+    """Print a problem's labelled solutions, then GRPO's (step, response) pairs. voters: parsed verifications."""
+    parts = []
+    if labels:
+        parts.append(labels[0]["problem"])
+    for label in labels:
+        parts.append("\n" + show_label(label, count_outcome_votes(label, voters)))
+    for step, rollout in rollouts:
+        parts.append(f"\nGRPO step {step}\n" + show_rollout(rollout))
+    try:
+        print("\n".join(parts), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `show | head`
+        os._exit(0)  # at an ordinary exit Python would flush once more, and complain

@@ -194,6 +194,9 @@ def test_every_flag_is_read(command):
     stage, *more = command.split()
     main = evaluate.COMMANDS[more[0]].__name__ if more else "main"
     parts = {node.name: node for node in TREES[stage].body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in TREES[stage].body:  # a table of functions leads to all of them
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            parts[node.targets[0].id] = node
     reached, waiting = {}, [main]
     while waiting:
         name = waiting.pop()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import records
 from data.results.claims import over_seeds, read_results
-from evaluate import read_gold, score_label, vote_report
+from evaluate import count_right, read_gold, vote_report
 from verify import keep_parsed
 
 import numpy as np
@@ -55,9 +55,9 @@ def collect(seed: str) -> dict:
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
         directory, labels = file.parent, [r for r in records.read(file, ["id"]) if r["dropped"] is None]
-        right = [score_label(r["step_labels"], r["outcome"], gold[r["id"]])["exact"][0] for r in labels]
+        right = [count_right(r["step_labels"], r["outcome"], gold[r["id"]])["exact"][0] for r in labels]
         one = [first[r["id"]] for r in labels]
-        base = [score_label(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])["exact"][0] for r in one]
+        base = [count_right(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])["exact"][0] for r in one]
         tokens = sum(r["tokens"] for r in records.read(directory / "critiques.jsonl", ["tokens"]))
         tokens += sum(r["tokens"] for r in verifications if r["sample"] == 0)
         of = {
