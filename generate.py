@@ -53,9 +53,10 @@ Problem: {problem}"""
 # "<step>2 + 3 = 5</step>". (?:(?!<step>).)*? is text in which no other <step> opens, so of nested tags the innermost
 # pair matches.
 STEP_TAG = re.compile(r"<step>((?:(?!<step>).)*?)</step>", re.DOTALL)
-# "## Step 2: " and "**Step 2:** "; below, "Answer: 5" and "**Final answer:** 5". Each run of blanks is matched by exactly
-# one character class; overlapping classes backtrack quadratically.
+# "## Step 2: " and "**Step 2:** ". Here and below each run of blanks is matched by exactly one character class;
+# overlapping classes backtrack quadratically.
 STEP_HEADING = re.compile(r"(?mi)^[ \t#*]*Step[ \t]+(\d+)[ \t*]*[:.)]\**[ \t]*")
+# "Answer: 5" and "**Final answer:** 5"
 ANSWER_LINE = re.compile(r"(?mi)^[ \t#*]*(?:final[ \t]+)?answer[ \t*]*:(.*)$")
 
 
