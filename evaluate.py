@@ -885,8 +885,11 @@ def vote_report(solutions: list[dict], verifications: list[dict], gold: dict[str
     return rows
 
 
-def file_row(method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict], gold: dict) -> dict:
-    """The row of a labels file, with the tokens that its method took: of the verifications it reads and its critiques."""
+def file_row(
+    method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict], gold: dict
+) -> dict:
+    """The row of a labels file, with the tokens that its method took: of the verifications it reads and its
+    critiques."""
     of_one_verification = [name for name, known in METHODS.items() if known.aggregate is single]
     only_first = method in of_one_verification
     tokens = sum(critique["tokens"] for critique in critiques if critique["method"] == method)

@@ -28,8 +28,8 @@ V: the format is valid; y: the reward model's verdict; k of n steps judged corre
 What is left out of PPO, and why:
 - no critic: the group's mean is the baseline;
 - no GAE: there is one reward, at the end;
-- no pass of an old policy: with one update per batch it is the current one. The loss is then nearly 0 in value, although
-  its gradient isn't.
+- no pass of an old policy: with one update per batch it is the current one. The loss is then nearly 0 in value,
+  although its gradient isn't.
 
 Shapes: B responses of a global batch, G responses of a group, N response tokens packed one behind the other.
 """
@@ -136,8 +136,8 @@ class Rollout:
 
     @property
     def judged_steps(self) -> list[tuple[bool, tuple[int, int]]]:
-        """(verdict, token range) of each step, for the step designs. [] where the verdicts don't match the steps, and where
-        their number is penalised, so that a step bonus can't undo the penalty."""
+        """(verdict, token range) of each step, for the step designs. [] where the verdicts don't match the steps, and
+        where their number is penalised, so that a step bonus can't undo the penalty."""
         if self.wrong_step_count or not self.step_spans:
             return []
         return list(zip(self.step_verdicts, self.step_spans, strict=True))
@@ -193,8 +193,8 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
 
 
 def shown_solution(response: str) -> tuple[list[str], str | None]:
-    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`; where there are tags,
-    what stands in them and nothing else.
+    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`; where there are
+    tags, what stands in them and nothing else.
 
     Under the constraint `none` this includes whatever was appended to a first solution; if it were cut away, appending
     could never be rewarded, and could not be studied.
@@ -377,8 +377,8 @@ def grpo_loss(
         loss = sum_t w_t [ -min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t) + beta k_t ]
         rho = exp(logp - old),   k = exp(ref - logp) - (ref - logp) - 1
 
-    The estimator k, called k3, has KL(policy || ref) as its expected value. What the loss uses is its gradient, and that
-    is another matter: with samples of the current policy, its expected value is the gradient of KL(ref || policy).
+    The estimator k, called k3, has KL(policy || ref) as its expected value. What the loss uses is its gradient, and
+    that is another matter: with samples of the current policy, its expected value is the gradient of KL(ref || policy).
 
     stats: weighted sums over these tokens of k3, of the clipped fraction, and of the surrogate.
     """
@@ -449,8 +449,8 @@ def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[list[Rol
 
 
 def fill_micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[list[Rollout]]:
-    """Micro-batches of at most max_tokens packed tokens (single longer responses excepted), filled group by group. A group
-    that doesn't fit continues in the next one, with its prompt again.
+    """Micro-batches of at most max_tokens packed tokens (single longer responses excepted), filled group by group. A
+    group that doesn't fit continues in the next one, with its prompt again.
 
     Two groups a and b of three responses with 40 tokens each, to prompts of 1 + 100 tokens; max_tokens 200:
 
@@ -475,8 +475,8 @@ def fill_micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[lis
 
 
 def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """This rank's share of the global batch, in as many micro-batches as every other rank has: FSDP needs all of them in
-    each. What is missing runs one token that predicts nothing, without a gradient."""
+    """This rank's share of the global batch, in as many micro-batches as every other rank has: FSDP needs all of them
+    in each. What is missing runs one token that predicts nothing, without a gradient."""
     groups = deal_groups(rollouts, distributed.rank(), distributed.world_size())
     batches = fill_micro_batches(groups, max_tokens)
     most = distributed.max_over_ranks(len(batches))  # a collective: every rank must get here
@@ -505,8 +505,8 @@ def micro_batch_loss(
     if ref_logprobs is None:
         ref_logprobs = current  # the KL to itself is zero
 
-    # 2. Old log-probs are those of the policy before the first update of this batch. In that update they are the current
-    # ones: the ratio is 1 in value and carries the gradient.
+    # 2. Old log-probs are those of the policy before the first update of this batch. In that update they are the
+    # current ones: the ratio is 1 in value and carries the gradient.
     for r, values in zip(batch, current.split([len(r.ids) for r in batch]), strict=True):
         if r.old_logprobs is None:
             r.old_logprobs = values
@@ -530,8 +530,8 @@ def micro_batch_loss(
 def update_policy(
     model, optimizer, reference, rollouts: list[Rollout], advantages: list[Tensor], args
 ) -> dict[str, float]:
-    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and their token
-    advantages, (T_i,) each, and trains on its share."""
+    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and their
+    token advantages, (T_i,) each, and trains on its share."""
     # 1. What each token brings into the loss.
     lengths = [len(r.ids) for r in rollouts]
     weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens)  # (N,)
@@ -646,11 +646,12 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
             raise SystemExit(143)
 
 
-# --------------------------------------------------------------------------- rewards for steps, and the table of rewards
+# --------------------------------------------------------------------------- rewards for steps, and all rewards
 
 
 def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
-    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the text.
+    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the
+    text.
 
     The ids decode to `text`; nothing is encoded again. Six tokens, and two steps in tags:
 
@@ -664,7 +665,8 @@ def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list
     """
 
     def characters(count: int) -> int:
-        """How many characters the first `count` tokens decode to; one split over several tokens counts from its last."""
+        """How many characters the first `count` tokens decode to; one split over several tokens counts from its
+        last."""
         return len(tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
 
     counts = range(len(ids) + 1)
@@ -816,8 +818,8 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 def heldout_metrics(
     engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
 ) -> dict[str, float]:
-    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper`. With a reward model also
-    the reward: where it goes up and the accuracy doesn't, it is being gamed."""
+    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper`. With a reward model
+    also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
     result = heldout_accuracy(
         engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
@@ -907,7 +909,8 @@ def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: 
     if step % args.sample_every == 0:
         print_sample(rollouts[0], advantages[0].item(), step + 1)
     speed = f"{record['time/tokens_per_second']:,.0f} tok/s"
-    bar.set_postfix_str(f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}, {speed}", refresh=False)
+    reward = f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}"
+    bar.set_postfix_str(f"{reward}, {speed}", refresh=False)
 
 
 # --------------------------------------------------------------------------- set-up
@@ -931,8 +934,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--prm_votes", type=int, default=1, help="judgements per response; 1: a greedy one")
     group.add_argument("--selective_discount", type=float, default=0.0, help="0.5 halves what is 0 in the paper")
     group.add_argument("--min_steps", type=int,
-                       help="responses with fewer steps get reward 0; default: 4 (selective), 3 (global_step)")  # fmt: skip
-    group.add_argument("--max_steps", type=int, default=20, help="so do responses with more, under these two rewards")
+                       help="fewer steps: reward 0; default: 4 (selective), 3 (global_step)")  # fmt: skip
+    group.add_argument("--max_steps", type=int, default=20, help="more steps: reward 0, under these two rewards")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=int, default=300, help="batches of responses")
     group.add_argument("--batch_size", type=int, default=256, help="problems per step")
@@ -973,7 +976,7 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--policy also needs --prm with this --reward")
     if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:
         raise InputError(
-            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; take process_aware"
+            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; use process_aware"
         )
     if args.min_steps > args.max_steps:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
@@ -985,8 +988,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, for two uses only: --reward rlvr, a baseline, and the accuracy on --heldout. To check:
-    delete the gold file; no other reward changes (a test does that).
+    """Reference answers by problem id, for two uses only: --reward rlvr, a baseline, and the accuracy on --heldout. To
+    check: delete the gold file; no other reward changes (a test does that).
 
     Only for rlvr, answers in the problems file count, too, and InputError is raised if a problem has none. Of the gold
     files only the tiny world's may be missing.
@@ -1023,8 +1026,8 @@ def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
 
 
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
-    """Read the data, load the models and the newest checkpoint. Models are loaded one after another, because each of them
-    is whole on every rank for a moment."""
+    """Read the data, load the models and the newest checkpoint. Models are loaded one after another, because each of
+    them is whole on every rank for a moment."""
     out = Path(args.out)
     # 1. The data.
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
@@ -1066,8 +1069,9 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     distributed.copy_weights(inference, model)
     distributed.log(
-        f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), {args.batch_size} x {args.group_size} "
-        f"responses per step, reward {args.reward}, constraints {args.format_constraints}"
+        f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
+        f"{args.batch_size} x {args.group_size} responses per step, "
+        f"reward {args.reward}, constraints {args.format_constraints}"
         + (f", resumed after step {start}" if start else "")
         + ("" if gold else ", no gold file: held-out accuracy isn't measured")
     )

@@ -75,7 +75,7 @@ CONSTANTS = {"warmup": WARMUP, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MA
 
 MAY_CHANGE_ON_RESUME = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}
 
-# --------------------------------------------------------------------------- reward models: what each is asked and must answer
+# --------------------------------------------------------------------------- reward models: asked what, must answer what
 
 # ORM: the outcome alone.
 
@@ -192,10 +192,11 @@ class Judge:
 def score_solutions(
     judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
 ) -> list[Judgement]:
-    """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows progress.
+    """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows
+    progress.
 
-    A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises InputError
-    for several votes of a discriminative PRM.
+    A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises
+    InputError for several votes of a discriminative PRM.
     """
     engine = judge.engine
     model = REWARD_MODELS[judge.kind]
@@ -288,8 +289,8 @@ def training_texts(kind: str, label: dict) -> tuple[str, str] | None:
 
 
 def policy_texts(label: dict) -> tuple[str, str] | None:
-    """(solver prompt, a solution that the votes call correct, in the policy's format); None if the votes don't, or if it has
-    no answer or can't be written in that format."""
+    """(solver prompt, a solution that the votes call correct, in the policy's format); None if the votes don't, or if
+    it has no answer or can't be written in that format."""
     if not label["outcome"] or label["answer"] is None:
         return None
     # Instruct models often box the answer in the last step, too, but the format allows one box.
@@ -363,8 +364,8 @@ DUMMY = Example(ids=[0], targets=[NO_TARGET])
 
 
 def rank_share(lengths: list[int]) -> list[int]:
-    """Indices of this rank's share of a global batch, dealt out by length, so that ranks have similar work. (grpo.py deals
-    whole groups, because their prompt is shared.)
+    """Indices of this rank's share of a global batch, dealt out by length, so that ranks have similar work. (grpo.py
+    deals whole groups, because their prompt is shared.)
 
     A batch of five examples on two ranks:
 
@@ -379,7 +380,8 @@ def rank_share(lengths: list[int]) -> list[int]:
 
 
 def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its own."""
+    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its
+    own."""
     groups: list[list[int]] = []
     tokens = 0  # in the last group
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -392,7 +394,8 @@ def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """`group_by_length` for this rank's share of a batch, and empty groups up to the largest number on a rank. A collective.
+    """`group_by_length` for this rank's share of a batch, and empty groups up to the largest number on a rank. A
+    collective.
 
     The shares above at max_tokens 8, as indices in each share:
 
@@ -407,7 +410,8 @@ def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def pack(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Examples one behind the other, without padding: (ids (N,), lengths (S,), targets (N,)), S examples of N tokens."""
+    """Examples one behind the other, without padding: (ids (N,), lengths (S,), targets (N,)), S examples of N
+    tokens."""
     ids, lengths, targets = [], [], []
     for example in examples:
         ids += example.ids
@@ -424,8 +428,8 @@ def sft_batch_loss(model: Transformer, batch: list[Example], micro_tokens: int, 
 
     The targets are those of `targets_after_prompt` (or `discriminative_example`); no other position counts.
     """
-    # The denominator is the number of targets in the whole batch, which every rank counts for itself. Means per micro-batch
-    # or per rank would weigh a token by what it happens to be packed with.
+    # The denominator is the number of targets in the whole batch, which every rank counts for itself. Means per
+    # micro-batch or per rank would weigh a token by what it happens to be packed with.
     num_targets = 0
     for example in batch:
         num_targets += sum(target != NO_TARGET for target in example.targets)
@@ -521,14 +525,16 @@ def set_up(args: argparse.Namespace) -> Setup:
 
     tokens = sum(len(example.ids) for example in examples) / len(examples)
     resumed = f", resumed after step {start}" if start else ""
-    distributed.log(f"{args.kind}: {len(examples)} sequences of {tokens:.0f} tokens, {len(held_out)} held out, {counts}, "
-                    f"{steps} steps{resumed}")  # fmt: skip
+    distributed.log(
+        f"{args.kind}: {len(examples)} sequences of {tokens:.0f} tokens, {len(held_out)} held out, {counts}, "
+        f"{steps} steps{resumed}"
+    )
     return Setup(model, optimizer, examples, held_out, steps, start)
 
 
 def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: int) -> list[Example]:
-    """The global batch of a step: every epoch a new order; a function of (step, seed), so that a resumed run sees what an
-    uninterrupted one would have seen. The last batch of an epoch may be smaller."""
+    """The global batch of a step: every epoch a new order; a function of (step, seed), so that a resumed run sees what
+    an uninterrupted one would have seen. The last batch of an epoch may be smaller."""
     steps_per_epoch = math.ceil(len(examples) / batch_size)
     epoch = step // steps_per_epoch
     order = list(range(len(examples)))
@@ -578,7 +584,8 @@ def train(run: Setup, args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------- a discriminative PRM, for comparison
 
-# A discriminative PRM writes nothing. Its verdict on a step is whether it expects Yes or No after the step's last token.
+# A discriminative PRM writes nothing. Its verdict on a step is whether it expects Yes or No after the step's last
+# token.
 
 
 def yes_no_ids(tokenizer) -> tuple[int, int]:
@@ -591,8 +598,8 @@ def yes_no_ids(tokenizer) -> tuple[int, int]:
 
 
 def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """(token ids of the prompt, the n + 1 positions where verdicts are read): the last token of each of the n steps, and for
-    the outcome the last token of the prompt.
+    """(token ids of the prompt, the n + 1 positions where verdicts are read): the last token of each of the n steps,
+    and for the outcome the last token of the prompt.
 
     A step's last token is the last one that begins before the step's end. The steps "ab." and "cd.":
 
@@ -617,8 +624,8 @@ def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]
 
 
 def discriminative_example(label: dict, tokenizer) -> Example:
-    """The prompt alone. The last token of each step has the target Yes or No in place of the token that follows in the text,
-    and so has the prompt's last token, for the outcome. No other position has a target."""
+    """The prompt alone. The last token of each step has the target Yes or No in place of the token that follows in the
+    text, and so has the prompt's last token, for the outcome. No other position has a target."""
     ids, positions = step_end_positions(tokenizer, label)
     yes, no = yes_no_ids(tokenizer)
     targets = [NO_TARGET] * len(ids)

@@ -6,15 +6,15 @@
 
 A problem is a row of digits. Each step of a solution exchanges the first two neighbours that stand in the wrong order,
 written `4132>1432`, until all are in order; then it says "done". Right and wrong solutions all say "done", so neither a
-reference answer nor a vote over answers can tell one from another. What is right is defined by the steps alone: each does
-what the rule says with the row that the one before has left, and the last leaves the digits in order.
+reference answer nor a vote over answers can tell one from another. What is right is defined by the steps alone: each
+does what the rule says with the row that the one before has left, and the last leaves the digits in order.
 
 The rule is `sort` below. The checkpoints learn it from examples; stages I to III never call it. `check` writes what it
 says of solutions, as gold for `evaluate.py labels`, and prints how many are right.
 
-Policy and verifier go on from the tiny verifier, with its tokenizer: prompts and formats are the same. The policy is then
-made unsure as in data/make_tiny.py; the verifier is unsure enough. `blind` is a verifier that has never seen a step too
-many: what will a policy make of that?
+Policy and verifier go on from the tiny verifier, with its tokenizer: prompts and formats are the same. The policy is
+then made unsure as in data/make_tiny.py; the verifier is unsure enough. `blind` is a verifier that has never seen a
+step too many: what will a policy make of that?
 """
 
 import argparse
@@ -148,8 +148,8 @@ def make_model(name: str) -> None:
 
 
 def check(solutions: str, out: str, cases: str | None) -> None:
-    """Write {id, step_labels, outcome} for each solution, and if asked for the same as cases in ProcessBench's form; print
-    how many are right."""
+    """Write {id, step_labels, outcome} for each solution, and if asked for the same as cases in ProcessBench's form;
+    print how many are right."""
     rows, benchmark = [], []
     for s in records.read(solutions, ["id", "problem", "steps", "answer"]):
         labels, sorts = judge(s["problem"].split()[1], s["steps"])

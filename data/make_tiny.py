@@ -5,10 +5,10 @@
     python -m data.make_tiny tokenizer  # the tokenizer only: needed again when a prompt changes
     python -m data.make_tiny --world hard --device cuda  # a harder one of 14 million parameters, into runs/hard/
 
-A problem starts from a number and changes it three to five times, always within 0..99 (in the harder world four to eight
-times, within 0..999, in more words, and with numbers that don't matter in between). It has one canonical
-solution, one equation a step, and that makes exact gold labels possible: a step is correct if it is the
-canonical step of its position and everything before it is correct (errors propagate).
+A problem starts from a number and changes it three to five times, always within 0..99 (in the harder world four to
+eight times, within 0..999, in more words, and with numbers that don't matter in between). It has one canonical
+solution, one equation a step, and that makes exact gold labels possible: a step is correct if it is the canonical step
+of its position and everything before it is correct (errors propagate).
 
 There are three disjoint sets: a pool for making the checkpoints (never written, remade from the seed),
 `problems.jsonl` for Stages I to III, `heldout.jsonl` for measuring. `gold.jsonl` has the answers of the last
@@ -443,7 +443,8 @@ def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate
 
 
 def draw_from(make: Callable[..., tuple[str, str]], tasks: dict[str, float], pool: list) -> Draw:
-    """A function that draws a training example of one of the tasks, about one of the problems: make(task, problem, rng)."""
+    """A function that draws a training example of one of the tasks, about one of the problems: make(task, problem,
+    rng)."""
     names, shares = list(tasks), list(tasks.values())
     return lambda rng: make(rng.choices(names, shares)[0], rng.choice(pool), rng)
 
@@ -507,8 +508,8 @@ def make_models(world: World, device: torch.device) -> None:
 
 
 def make_case(about: dict, steps: list[str], labels: list[bool], right: bool) -> dict | None:
-    """A case in ProcessBench's form: id, generator and problem, and what is known of a solution. None where the steps are
-    flawless and the solution isn't: a beginning without the end has no first wrong step."""
+    """A case in ProcessBench's form: id, generator and problem, and what is known of a solution. None where the steps
+    are flawless and the solution isn't: a beginning without the end has no first wrong step."""
     label = first_error(labels)
     if not steps or (label == -1 and not right):
         return None

@@ -262,8 +262,8 @@ MOST_OF_A_KIND = 3  # correct and incorrect solutions of a problem, at most; fro
 def balance_solutions(solutions: list[dict], grades: list[bool | None], seed: int) -> list[dict]:
     """As many correct as incorrect solutions of each problem, at most MOST_OF_A_KIND of either, chosen at random.
 
-    grades: for each solution, whether its answer is correct; None (unknown) leaves it out. A problem whose solutions are
-    all correct or all incorrect keeps none. The order stays. Source: the released code's data preparation.
+    grades: for each solution, whether its answer is correct; None (unknown) leaves it out. A problem whose solutions
+    are all correct or all incorrect keeps none. The order stays. Source: the released code's data preparation.
 
         grades of a problem's 8 solutions    T F T T F T T T     2 are incorrect, so 2 of the 6 correct ones are kept
                                              F F F F F F F F     none is kept

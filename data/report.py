@@ -59,7 +59,8 @@ def print_results(rows: list[dict]) -> None:
 
 
 def print_label_report(rows: list[dict], metrics: tuple[str, ...]) -> None:
-    """The label report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and cost."""
+    """The label report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and
+    cost."""
     table = []
     for row in rows:
         kept = row["kept"]

@@ -1,7 +1,7 @@
 """What a reader may skip who thinks of a single process: errors and signals, ranks and their collectives, FSDP2.
 
-Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals); the processes that torchrun started, their
-numbers, their shares of the work and collectives; a model's weights across them: sharding, checkpoints, copies.
+Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals); the processes that torchrun started,
+their numbers, their shares of the work and collectives; a model's weights across them: sharding, checkpoints, copies.
 """
 
 import os
@@ -113,8 +113,8 @@ def log(*values: object) -> None:
 
 
 def stop_on_signal() -> list[int]:
-    """Record SIGTERM and Ctrl-C in the returned list instead of ending the process, so that the loop that reads the list
-    can finish its step, save and stop; the same command resumes from there."""
+    """Record SIGTERM and Ctrl-C in the returned list instead of ending the process, so that the loop that reads the
+    list can finish its step, save and stop; the same command resumes from there."""
     signals: list[int] = []
 
     def note(number: int, _) -> None:
@@ -131,8 +131,8 @@ def stop_on_signal() -> list[int]:
 def work_queue(count: int, name: str) -> Iterator[list[int]]:
     """Shared work queue: each rank repeatedly takes a batch of the indices 0 ... count - 1, until none are left.
 
-    A batch is half of an equal share of what is left, so that the ranks come back seldom at first and finish at about the
-    same time. 10 indices, 2 ranks, in the order in which batches are taken, by whichever rank:
+    A batch is half of an equal share of what is left, so that the ranks come back seldom at first and finish at about
+    the same time. 10 indices, 2 ranks, in the order in which batches are taken, by whichever rank:
 
         left    10    8     6   5   4   3   2   1
         batch   0 1   2 3   4   5   6   7   8   9
@@ -178,8 +178,9 @@ def gather(mine: list) -> list:
 
 
 def free_cached_memory() -> None:
-    """Give a GPU's cached memory back after the samplers' caches have been freed. If PyTorch kept it, the optimizer's state
-    would come to lie in between, and the next caches, of another size, might find no piece that is large enough."""
+    """Give a GPU's cached memory back after the samplers' caches have been freed. If PyTorch kept it, the optimizer's
+    state would come to lie in between, and the next caches, of another size, might find no piece that is large
+    enough."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
@@ -232,7 +233,8 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
     if model.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
-    # 3. Each layer is gathered when its turn comes and sharded again after it; the root has the rest, embedding and head.
+    # 3. Each layer is gathered when its turn comes and sharded again after it; the root has the rest, embedding and
+    # head.
     for block in model.model["layers"]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     reshard_root = None  # FSDP's default: the root stays gathered until its backward pass, which needs it first

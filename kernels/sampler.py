@@ -111,7 +111,8 @@ def slots_that_fit(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a new cache may take on a GPU: what is free, and what PyTorch keeps for its own use. None elsewhere."""
+    """Bytes that a new cache may take on a GPU: what is free, and what PyTorch keeps for its own use. None
+    elsewhere."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -225,8 +226,8 @@ class Sampler:
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all prompts, or one for each.
-        batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for when
-        slots are free (`distributed.work_queue`); None: all of them.
+        batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
+        when slots are free (`distributed.work_queue`); None: all of them.
 
         A sample is a function of (seed, key of its prompt, sample number): these seed its random numbers, so neither
         the slots nor the order matter (except for ties within rounding, which other batch shapes may break otherwise).
@@ -345,7 +346,7 @@ class Sampler:
             prompt_tokens = 0 if call.shared else len(call.prompts[prompt])
             rows.append(Row(prompt, number, prompt_tokens, call.limits[prompt], rng))
         uniform = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
-        drawn = [values[None].tolist() for values in call.choose(logits, uniform)]  # one step of rows, as `_note` expects
+        drawn = [values[None].tolist() for values in call.choose(logits, uniform)]  # one step, as `_note` expects
         call.rows += rows
         self._note(rows, drawn, call.stop_ids)
         if call.shared:
@@ -414,8 +415,8 @@ class Sampler:
     # ------------------------------------------------------------------- sizes
 
     def _shares_prompts(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
-        """Whether prompts are kept once for all their samples. That takes a second call of attention; it pays if it saves
-        reading more than a quarter of the keys of a row halfway to its limit."""
+        """Whether prompts are kept once for all their samples. That takes a second call of attention; it pays if it
+        saves reading more than a quarter of the keys of a row halfway to its limit."""
         if self.share_prompts is not None:
             return self.share_prompts and bool(prompts)
         if not prompts or num_samples < 2:
@@ -425,8 +426,8 @@ class Sampler:
         return prompt * (1 - 1 / num_samples) > (prompt + own) / 4
 
     def _needs_new_cache(self, call: Call) -> bool:
-        """Whether there is no cache yet, or memory decides how many slots there are and the next sample, thus every later one,
-        needs at most two thirds of a slot."""
+        """Whether there is no cache yet, or memory decides how many slots there are and the next sample, thus every
+        later one, needs at most two thirds of a slot."""
         if call.cache is None:
             return True
         if self.slots is not None or free_memory(self.model.device) is None:
@@ -459,7 +460,8 @@ class Sampler:
         if not call.shared:
             call.cache = SlotCache(self.model, slots, call.slot_tokens, call.choose, **settings)
             return
-        # Four times as many places for prompts as full groups would need: a prompt keeps its place until its last sample ends.
+        # Four times as many places for prompts as full groups would need: a prompt keeps its place until its last
+        # sample ends.
         places = min(len(rest), slots, 4 * slots // call.num_samples + 1)
         settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.num_samples, slots)}
         call.cache = SlotCache(self.model, slots, max(limits), call.choose, **settings)

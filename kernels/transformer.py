@@ -155,8 +155,8 @@ def packed_attention(lengths: Tensor, layout: Tensor | None = None) -> tuple[Ten
 
     @functools.cache  # for all layers, and only where attention is padded
     def padded_tables() -> tuple[list[Tensor], Tensor]:
-        """For each group of similar sequences a table (R, T) of where their tokens stand in the packed row; and where each
-        packed token is in all tables one behind the other, (N,)."""
+        """For each group of similar sequences a table (R, T) of where their tokens stand in the packed row; and where
+        each packed token is in all tables one behind the other, (N,)."""
         pieces = layout.split(sizes)
         tables = []
         offset_of = {}  # sequence -> where its row begins in the tables
@@ -324,8 +324,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        # Rows of the head that count. Whoever knows the tokenizer lowers it where the vocabulary is padded: the rows beyond
-        # are then never drawn and get no probability, in the sampler and in training alike.
+        # Rows of the head that count. Whoever knows the tokenizer lowers it where the vocabulary is padded: the rows
+        # beyond are then never drawn and get no probability, in the sampler and in training alike.
         self.vocabulary = config.vocab_size
         self.checkpointing = False  # recompute each block's activations in the backward pass
         self.model = nn.ModuleDict(
@@ -339,8 +339,8 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The (V, D) output weight, without the rows of a padded vocabulary that no token has; the embedding itself where
-        the two are tied. Under FSDP it is whole within `forward` only."""
+        """The (V, D) output weight, without the rows of a padded vocabulary that no token has; the embedding itself
+        where the two are tied. Under FSDP it is whole within `forward` only."""
         weight = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
         if self.vocabulary == len(weight):
             return weight

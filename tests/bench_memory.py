@@ -80,7 +80,8 @@ def kept_per_token(c: Config, checkpointing: bool) -> int:
 
 
 def cache_bytes(c: Config, slots: int, longest: int, size: int = 2) -> int:
-    """Keys and values of so many slots, and of the prompts that have just been run, twice while they are put together."""
+    """Keys and values of so many slots, and of the prompts that have just been run, twice while they are put
+    together."""
     tokens = slots * min(longest, c.max_positions) + 2 * PREFILL_TOKENS
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * size
 

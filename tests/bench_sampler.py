@@ -75,8 +75,8 @@ def make_model(workload: str) -> Transformer:
 
 
 def run_ours(model: Transformer, queue: Queue, rows: int, samples: int, **flags) -> None:
-    """Our sampler with as many slots as rows. Lengths are forced per prompt, so every sample is a prompt of its own; but
-    not where prompts are to be shared, whose samples then have to be equally long."""
+    """Our sampler with as many slots as rows. Lengths are forced per prompt, so every sample is a prompt of its own;
+    but not where prompts are to be shared, whose samples then have to be equally long."""
     count = samples if flags.get("share_prompts") else 1
     queue = queue[::count]
     prompts, limits = (list(column) for column in zip(*queue, strict=True))

@@ -11,9 +11,9 @@ nothing can be saved by raggedness.
 
 The lengths are forced on both. For us every answer is a prompt of its own with a limit of its own, and nothing stops it
 earlier. In TRL a logits processor, one `masked_fill` a token, forbids the end token until an answer is due, and then
-everything else. Steps are whole ones, from prompts to new weights, metrics included: ours is that of `grpo.train`, TRL's
-lies between its trainer's `on_step_begin` and `on_step_end`. They take turns in one process with the same threads,
-after one of each to warm up; the ratio is the median over the pairs.
+everything else. Steps are whole ones, from prompts to new weights, metrics included: ours is that of `grpo.train`,
+TRL's lies between its trainer's `on_step_begin` and `on_step_end`. They take turns in one process with the same
+threads, after one of each to warm up; the ratio is the median over the pairs.
 
 TRL's settings are those that suit it here: all 64 answers in one batch, neither gradient checkpointing nor bf16 (its
 defaults), no log entries, checkpoints or progress bar. `use_bias_correction_kl` is off, because it makes another loss;
@@ -81,7 +81,8 @@ class ForcedSampler(Sampler):
 
 
 def make_step(lengths: list[int], group_size: int = GROUP):
-    """A function that makes one whole step of ours, as `grpo.train` does, and returns seconds of (sampling, all of it)."""
+    """A function that makes one whole step of ours, as `grpo.train` does, and returns seconds of (sampling, all of
+    it)."""
     device = torch.device("cpu")
     model, tokenizer, stop_ids = open_model(POLICY, device, torch.float32)
     reference = load_model(POLICY, device).requires_grad_(False)

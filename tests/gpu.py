@@ -303,7 +303,8 @@ def packed() -> None:
 
 
 def graphs() -> None:
-    """Graphs and single steps draw the same, but for ties within rounding; what is recorded is what the trainer sees."""
+    """Graphs and single steps draw the same, but for ties within rounding; what is recorded is what the trainer
+    sees."""
     model = random_model(TWO_LAYERS, std=0.05)
     with torch.no_grad():
         model.head.mul_(2.7 if GPU else 20)  # logits of std 8, so that a nucleus is small
@@ -381,7 +382,8 @@ def train() -> None:
 
 
 def head_seconds(model: Transformer, tokens: int) -> float:
-    """Seconds that an update spends on the log-probs of so many tokens: policy forward and backward, reference forward."""
+    """Seconds that an update spends on the log-probs of so many tokens: policy forward and backward, reference
+    forward."""
     rows = 16384
     hidden = torch.randn(rows, model.config.hidden_size, device=DEVICE, dtype=DTYPE).requires_grad_()
     weight = torch.randn(model.vocabulary, model.config.hidden_size, device=DEVICE, dtype=DTYPE).requires_grad_()

@@ -181,7 +181,8 @@ def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monk
 
 
 def test_the_worker_sees_nothing_of_the_current_directory(fresh_workers, monkeypatch, tmp_path):
-    """Guards against a file that lies where the user works, or beside the worker, taken for a library of the same name."""
+    """Guards against a file that lies where the user works, or beside the worker, taken for a library of the same
+    name."""
     for name in ("math_verify", "sympy", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
@@ -637,8 +638,8 @@ def test_plot_command(tmp_path, monkeypatch):
 
 
 def test_plot_of_seeds(tmp_path, monkeypatch):
-    """Guards against a mean over seeds at points that one of them has not reached, a band that isn't theirs, and another
-    run's colour: the runs of a pattern are seeds, and so are the lines of one name in a file of curves."""
+    """Guards against a mean over seeds at points that one of them has not reached, a band that isn't theirs, and
+    another run's colour: the runs of a pattern are seeds, and so are the lines of one name in a file of curves."""
     for seed, steps in (("0", 5), ("1", 3)):
         (tmp_path / seed / "grpo").mkdir(parents=True)
         records = [{"step": s, "reward/mean": s + 2.0 * int(seed)} for s in range(steps)]

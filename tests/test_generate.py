@@ -165,8 +165,8 @@ def test_sample_is_a_function_of_seed_key_and_index(models):
 
 
 def test_each_distinct_prompt_is_run_once(models, monkeypatch):
-    """Guards: a prefill per sample, or again for a prompt whose text is there under another key; a prompt that waits and
-    keeps everything that was run with it in memory."""
+    """Guards: a prefill per sample, or again for a prompt whose text is there under another key; a prompt that waits
+    and keeps everything that was run with it in memory."""
     runs, original = [], decode.prefill
     monkeypatch.setattr(
         "kernels.sampler.prefill",
@@ -224,8 +224,8 @@ def test_one_long_row_among_short_ones(models, mode):
 
 
 def test_padded_vocabulary(models):
-    """Guards: ids that the tokenizer doesn't have, drawn from the rows that pad an embedding, which vanish in the text; a
-    sampler and a trainer that don't leave out the same ones."""
+    """Guards: ids that the tokenizer doesn't have, drawn from the rows that pad an embedding, which vanish in the text;
+    a sampler and a trainer that don't leave out the same ones."""
     model = copy.copy(models["Qwen2"][0])
     model.vocabulary = 40
     prompts = make_prompts(6)
@@ -459,7 +459,8 @@ def test_a_rank_that_is_done_early_takes_more(tmp_path):
 
 
 def test_work_queue_example(monkeypatch):
-    """Guards: the example in the docstring; an index beyond the last one; an empty batch, which would end a rank's work."""
+    """Guards: the example in the docstring; an index beyond the last one; an empty batch, which would end a rank's
+    work."""
     store = dist.HashStore()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
@@ -626,7 +627,8 @@ def test_find_boxes():
 
 
 def test_unwrap_boxes():
-    """Guards: nested boxes of which one stays, an unclosed box that is opened, braces and text around boxes that change."""
+    """Guards: nested boxes of which one stays, an unclosed box that is opened, braces and text around boxes that
+    change."""
     text = r"a \boxed{1 \boxed {b\}}} {c} \boxed{} \boxed{d"
     assert unwrap_boxes(text) == r"a 1 b\} {c}  \boxed{d"
 
@@ -710,8 +712,8 @@ def open_output(path: Path, **changes) -> records.RecordFile:
 
 
 def test_record_file_goes_on_where_a_killed_run_stopped(tmp_path):
-    """Guards: a torn line that swallows the next record, a whole last line that is taken for a torn one, records twice, a
-    second writer, and lines cut at U+2028."""
+    """Guards: a torn line that swallows the next record, a whole last line that is taken for a torn one, records twice,
+    a second writer, and lines cut at U+2028."""
     path = tmp_path / "deep" / "out.jsonl"
     written = [{"id": str(i), "text": "line\u2028\x85 one\r\n“two”"} for i in range(4)]
     with open_output(path) as output:
@@ -769,8 +771,8 @@ def test_read_records_names_what_is_wrong(tmp_path, content, message):
 
 
 def test_errors_name_the_thing_once(tmp_path, capsys):
-    """Guards: a read-only disk as a traceback, a checksum in the place of the flag whose file has changed, and a flag named
-    twice."""
+    """Guards: a read-only disk as a traceback, a checksum in the place of the flag whose file has changed, and a flag
+    named twice."""
 
     def write() -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out.jsonl")

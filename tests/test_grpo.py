@@ -154,7 +154,8 @@ def test_random_reward_sees_nothing_but_the_format():
 
 
 def test_verifiable_reward_needs_every_answer(tmp_path, monkeypatch):
-    """Guards: a KeyError in the middle of a run; answers of the problems file read by a reward that mustn't see them."""
+    """Guards: a KeyError in the middle of a run; answers of the problems file read by a reward that mustn't see
+    them."""
     problems = [{"id": "a", "problem": "", "answer": "1"}, {"id": "b", "problem": ""}]
     with pytest.raises(InputError, match="problem b"):
         grpo.load_gold(make_args(reward="rlvr", gold=None), problems)
@@ -298,8 +299,8 @@ def test_out_of_bounds_is_penalised_before_the_group_statistics():
 
 
 def test_kl_gradients_over_a_whole_vocabulary():
-    """Guards: the folklore that k3 in the loss descends KL(policy || ref). Summed exactly over five tokens, its expected
-    gradient at the sampling policy is that of KL(ref || policy)."""
+    """Guards: the folklore that k3 in the loss descends KL(policy || ref). Summed exactly over five tokens, its
+    expected gradient at the sampling policy is that of KL(ref || policy)."""
     torch.manual_seed(0)
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
@@ -469,7 +470,8 @@ def test_update_gives_every_token_its_own_advantage(model_path, monkeypatch, nor
 
 
 def test_every_epoch_has_every_problem_once():
-    """Guards: problems dropped where an epoch ends within a batch; two draws of one problem that get the same samples."""
+    """Guards: problems dropped where an epoch ends within a batch; two draws of one problem that get the same
+    samples."""
     problems = [{"id": i, "prompt": [1]} for i in range(7)]
     drawn = [p for step in range(7) for p in grpo.batch_for_step(step, problems, 3, seed=5)]
     epochs = [[p["id"] for p in drawn[k : k + 7]] for k in (0, 7, 14)]
@@ -548,8 +550,8 @@ def test_two_ranks_train_as_one(world):
 
 
 def test_micro_batches_take_whole_groups():
-    """Guards: a prompt packed again and again because its responses are dealt and filled by length; a response that is lost
-    or in two micro-batches; ranks that have not the same work; a micro-batch with more tokens than it may have."""
+    """Guards: a prompt packed again and again because its responses are dealt and filled by length; a response that is
+    lost or in two micro-batches; ranks that have not the same work; a micro-batch with more tokens than it may have."""
     a, b = [7] * 101, [8] * 101
     rollouts = [grpo.Rollout("", prompt, [0] * 40, [], "", "") for prompt in (a, a, a, b, b, b)]
     batches = grpo.fill_micro_batches(grpo.deal_groups(rollouts, 0, 1), 200)

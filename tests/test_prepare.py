@@ -1,4 +1,5 @@
-"""Tests of data/prepare.py: every public set that is at hand, the checks of its files, the overlap of two files, balancing."""
+"""Tests of data/prepare.py: every public set that is at hand, the checks of its files, the overlap of two files,
+balancing."""
 
 import json
 import sys
@@ -243,8 +244,8 @@ def solutions_of(problem: str, answers: list[str | None]) -> list[dict]:
 
 
 def test_balance_solutions_counted_by_hand():
-    """Guards against a balance over all problems in place of each, more than three of a kind, an unknown grade that counts
-    as incorrect, and a choice that other problems or the order of the file change."""
+    """Guards against a balance over all problems in place of each, more than three of a kind, an unknown grade that
+    counts as incorrect, and a choice that other problems or the order of the file change."""
     grades = {
         "few wrong": [True, False, True, True, False, True],
         "many": [True] * 5 + [False] * 4,
@@ -274,8 +275,8 @@ def test_balance_solutions_counted_by_hand():
 
 
 def test_balance(tmp_path, monkeypatch, capsys):
-    """Guards against answers that are compared as text, solutions without a reference answer or without steps, and fields
-    that get lost."""
+    """Guards against answers that are compared as text, solutions without a reference answer or without steps, and
+    fields that get lost."""
     answers = {"a": ["0.5", r"\frac{1}{2}", "2", None, "none"], "b": ["7", "7"], "c": ["none", "9"]}
     solutions = [s for problem, found in answers.items() for s in solutions_of(problem, found)]
     gold = [{"id": "a", "answer": "1/2"}, {"id": "b", "answer": "7"}, {"id": "c", "answer": "9"}]

@@ -40,7 +40,8 @@ def read_jsonl(name: str) -> list[dict]:
 
 # --------------------------------------------------------------------------- imports
 
-# Each file may import what stands before it, and of other people's packages those beside it (the standard library is free).
+# Each file may import what stands before it, and of other people's packages those beside it (the standard library is
+# free).
 LADDER = {
     "kernels/__init__": "",
     "kernels/logprob": "torch",
@@ -72,7 +73,8 @@ def imports(tree: ast.AST) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("name", TREES)
 def test_import_ladder(name):
-    """Guards: a file that reaches upwards, or for somebody else's training or sampling engine; a new file in kernels/."""
+    """Guards: a file that reaches upwards, or for somebody else's training or sampling engine; a new file in
+    kernels/."""
     files = list(LADDER)
     if name in LADDER:
         before = [] if name in ALONE else files[: files.index(name)]
@@ -170,7 +172,8 @@ import {stage}
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_waiting_threads_sleep(stage):
-    """Guards: a stage that imports torch before OMP_WAIT_POLICY is set, which comes too late; a user's value overruled."""
+    """Guards: a stage that imports torch before OMP_WAIT_POLICY is set, which comes too late; a user's value
+    overruled."""
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
         program = [sys.executable, "-c", WAITS.format(root=str(ROOT), stage=stage)]
@@ -296,8 +299,8 @@ def anchor(heading: str) -> str:
 
 @pytest.mark.parametrize("path", READMES, ids=[path.relative_to(ROOT).as_posix() for path in READMES])
 def test_documents_lead_somewhere(path):
-    """Guards: a link to a file or to a section, or a file or a function that a README names, that has been renamed or is
-    gone."""
+    """Guards: a link to a file or to a section, or a file or a function that a README names, that has been renamed or
+    is gone."""
     text = FENCED.sub("", path.read_text())
     for target, section in re.findall(r"\]\(([^):#]*)#?([^):#]*)\)", text):
         assert (path.parent / target).exists(), target
@@ -396,8 +399,8 @@ def test_gold_answers_are_right():
 
 
 def test_harder_world(tmp_path, monkeypatch):
-    """Guards: a harder world that can't be made: problems that its own equations don't solve, a tokenizer or a context too
-    small for it, a model that doesn't take a training step."""
+    """Guards: a harder world that can't be made: problems that its own equations don't solve, a tokenizer or a context
+    too small for it, a model that doesn't take a training step."""
     world = dataclasses.replace(make_tiny.WORLDS["hard"], directory=tmp_path)
     pool, train, heldout = make_tiny.make_sets(world, pool=2000)
     problems = pool + train + heldout
@@ -425,8 +428,8 @@ def test_harder_world(tmp_path, monkeypatch):
 
 
 def test_sorting_rule():
-    """Guards: a rule that calls something right that isn't, or the other way round: it is the gold of the domain without
-    answers. Compared with a replay that knows of numbers only."""
+    """Guards: a rule that calls something right that isn't, or the other way round: it is the gold of the domain
+    without answers. Compared with a replay that knows of numbers only."""
     rng = random.Random(0)
     pool, train, heldout = map(set, make_sorting.make_sets())
     assert len(pool | train | heldout) == len(pool) + len(train) + len(heldout)
@@ -456,8 +459,8 @@ def test_sorting_rule():
 
 
 def test_turned_labels_say_so():
-    """Guards: label noise that the reward model doesn't see, since it learns from the text that goes with a label; a label
-    called dropped or changed elsewhere."""
+    """Guards: label noise that the reward model doesn't see, since it learns from the text that goes with a label; a
+    label called dropped or changed elsewhere."""
     texts = {True: "correct", False: "incorrect"}
     rng = random.Random(0)
     for steps, outcome in (([True, True, True], True), ([True, False, False], False), ([True, True], False)):

@@ -175,8 +175,8 @@ def test_the_verification_prompt_is_the_one_on_record(qwen):
 
 @pytest.mark.slow
 def test_a_model_of_half_a_billion_weights_goes_through_the_stages(tmp_path):
-    """Guards: a second copy of the weights or the whole logits in memory: Qwen2.5-0.5B's shape and tokenizer with random
-    weights through generate, verify (N = 2) and one SFT step in less than 10 GB."""
+    """Guards: a second copy of the weights or the whole logits in memory: Qwen2.5-0.5B's shape and tokenizer with
+    random weights through generate, verify (N = 2) and one SFT step in less than 10 GB."""
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896,
         "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151_936,

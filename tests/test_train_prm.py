@@ -166,7 +166,8 @@ def test_evaluation_problems_are_not_trained_on():
 
 
 def test_a_batch_is_shared_out_as_its_picture_says(monkeypatch):
-    """Guards: an example that two ranks have or none; a micro-batch too large; ranks with other numbers of micro-batches."""
+    """Guards: an example that two ranks have or none; a micro-batch too large; ranks with other numbers of
+    micro-batches."""
     lengths = [5, 2, 9, 4, 3]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "max_over_ranks", lambda value: 2)
@@ -204,8 +205,8 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run that nobody interrupted: 3 epochs of 3 batches, the last one of a single sequence. What is held out is unlike
-    the rest, so that the loss on it soon rises again."""
+    """A run that nobody interrupted: 3 epochs of 3 batches, the last one of a single sequence. What is held out is
+    unlike the rest, so that the loss on it soon rises again."""
     root = tmp_path_factory.mktemp("sft")
     labels = [make_label(i) for i in range(12)]
     for label in train_prm.split_by_problem(labels, 0.25)[1]:
@@ -242,7 +243,8 @@ def test_export_is_a_hugging_face_directory(world):
 @pytest.mark.parametrize("interruption", ["killed while saving", "torn checkpoint", "gradient not a number"])
 def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption):
     """Guards: an optimizer saved but not loaded; a batch seen twice; an unfinished checkpoint taken for a whole one;
-    metrics of lost steps left in the file; the best evaluation forgotten; a gradient that isn't a number reaching weights or checkpoint."""
+    metrics of lost steps left in the file; the best evaluation forgotten; a gradient that isn't a number reaching
+    weights or checkpoint."""
     root, flags = world
     out = tmp_path / "out"
     if interruption == "gradient not a number":
@@ -328,8 +330,8 @@ def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
 
 def test_two_ranks_train_as_one(world):
     """Guards: a token count per rank, an averaged gradient, sharded weights in the export, a rank without sequences
-    that misses a collective (the last batch has one sequence, and the ranks' micro-batches differ in number), recomputed
-    activations that differ."""
+    that misses a collective (the last batch has one sequence, and the ranks' micro-batches differ in number),
+    recomputed activations that differ."""
     root, flags = world
     torchrun("train_prm.py", *flags, "--out", root / "ranks", "--activation_checkpointing")
     for one, two in zip(read_metrics(root / "whole"), read_metrics(root / "ranks"), strict=True):
@@ -341,8 +343,8 @@ def test_two_ranks_train_as_one(world):
 
 
 def test_ranks_of_a_cpu_stay_on_the_cpu(world, monkeypatch):
-    """Guards: FSDP choosing its device by what PyTorch was built for, so that ranks on the CPU end with CUDA's error (or
-    meet on one GPU) wherever pip has installed a CUDA build, as it does on Linux."""
+    """Guards: FSDP choosing its device by what PyTorch was built for, so that ranks on the CPU end with CUDA's error
+    (or meet on one GPU) wherever pip has installed a CUDA build, as it does on Linux."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)  # a single one isn't sharded
     model = train_prm.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]

@@ -282,7 +282,8 @@ OTHER_OUTCOME = [vote("a", "++", "+"), vote("b", "++", "-"), vote("c", "+-", "-"
     ],
 )
 def test_aggregation_counted_by_hand(method, records, expected, texts):
-    """Guards: ties decided for Yes, votes of unparsed verifications, a text at odds with its labels, reasons mixed up."""
+    """Guards: ties decided for Yes, votes of unparsed verifications, a text at odds with its labels, reasons mixed
+    up."""
     labels = [asdict(method(records, random.Random(seed))) for seed in range(20)]
     assert {found.pop("text") for found in labels} == (set(texts) or {None})  # every candidate gets its turn
     assert all(found == {k: v for k, v in asdict(expected).items() if k != "text"} for found in labels)
@@ -481,7 +482,8 @@ def test_a_solution_cannot_end_its_judges_prompt():
 
 
 def test_a_thought_that_the_prompt_opens_is_a_thought():
-    """Guards: a draft that passes for a judgement, where the chat template opens the thought and the limit cuts it off."""
+    """Guards: a draft that passes for a judgement, where the chat template opens the thought and the limit cuts it
+    off."""
     _, tokenizer, _ = generate.open_model(str(ROOT / "data/tiny/verifier"), torch.device("cpu"), torch.float32)
     draft = tokenizer(f"## Step 1: a\n**This step is correct.**\n{YES}\nWait", add_special_tokens=False).input_ids
     for opening, expected in (
@@ -586,8 +588,8 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
 
 
 def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
-    """Guards: labels made from the verifications of other solutions; costs of solutions beyond --limit; an output that is
-    of no use any more because one solution doesn't fit the context."""
+    """Guards: labels made from the verifications of other solutions; costs of solutions beyond --limit; an output that
+    is of no use any more because one solution doesn't fit the context."""
     path, arguments = judged
     solutions = records.read(path / "solutions.jsonl", ["id"])[:2]
     mine = tmp_path / "solutions.jsonl"

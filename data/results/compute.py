@@ -1,5 +1,5 @@
-"""The tables of what labels cost, from data/results/compute.jsonl; with --collect, first that file, and the curves of the
-figure, from the runs of claims.sh, methods.sh and compute.sh.
+"""The tables of what labels cost, from data/results/compute.jsonl; with --collect, first that file, and the curves of
+the figure, from the runs of claims.sh, methods.sh and compute.sh.
 
     python -m data.results.compute
     python evaluate.py plot --runs data/results/compute_curves.jsonl --out data/results/compute.png
@@ -23,8 +23,8 @@ STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
 
 
 def collect(seed: str) -> dict:
-    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; voting by number of steps, and
-    by the verifier's temperature; F1 of the PRM-CoTs that learnt from N votes by step."""
+    """One seed: [tokens, share of right label vectors] of voting by N, of critique by rounds; voting by number of
+    steps, and by the verifier's temperature; F1 of the PRM-CoTs that learnt from N votes by step."""
     claims, most = CLAIMS / seed, RUNS / seed / "votes-32"
     files = claims / "solutions.jsonl", claims / "verify" / "verifications.jsonl", most / "verifications.jsonl"
     solutions, verifications, voters = (records.read(file, ["id"]) for file in files)
@@ -116,8 +116,8 @@ def print_tables(records: list[dict]) -> None:
 
 
 def make_curves(records: list[dict]) -> list[dict]:
-    """Right label vectors, and F1 of what learns from them, by tokens, of each seed; the tokens of a point are their mean
-    over seeds."""
+    """Right label vectors, and F1 of what learns from them, by tokens, of each seed; the tokens of a point are their
+    mean over seeds."""
     axes = {"panel": "whole label vectors right, %", "xscale": "log", "xlabel": "tokens for 800 solutions"}
     curves = []
     for method in METHODS:

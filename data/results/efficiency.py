@@ -1,6 +1,6 @@
-"""What each stage costs on this machine: seconds, tokens and peak memory against the number of solutions, of verifications,
-of rounds of critique, and the size of a group, and how each grows; and a GRPO step by its reward. Twelve minutes on two cores, with
-nothing beside it; one run each.
+"""What each stage costs on this machine: seconds, tokens and peak memory against the number of solutions, of
+verifications, of rounds of critique, and the size of a group, and how each grows; and a GRPO step by its reward. Twelve
+minutes on two cores, with nothing beside it; one run each.
 
     python -m data.results.efficiency --run     # runs/efficiency/..., data/results/efficiency.jsonl, its curves, the table
     python -m data.results.efficiency           # the table from data/results/efficiency.jsonl

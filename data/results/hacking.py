@@ -1,5 +1,5 @@
-"""The reward-hacking study of hacking.sh: its training data, the re-scoring of its policies, its table and the curves of its
-figure.
+"""The reward-hacking study of hacking.sh: its training data, the re-scoring of its policies, its table and the curves
+of its figure.
 
     python -m data.results.hacking                                        # the table, from hacking.jsonl
     python evaluate.py plot --runs data/results/hacking_curves.jsonl --out data/results/hacking.png
@@ -184,8 +184,8 @@ def print_table(records: list[dict]) -> None:
 
 
 def collect_curves(seed: int) -> list[dict]:
-    """One seed: a panel for each run, with the reward while training and the true accuracy on held-out problems, and on the
-    right two indicators, steps and answers per response."""
+    """One seed: a panel for each run, with the reward while training and the true accuracy on held-out problems, and on
+    the right two indicators, steps and answers per response."""
     curves = []
     for name, title in NAMES.items():
         for key, label in CURVES.items():

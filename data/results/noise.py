@@ -5,9 +5,9 @@
     python -m data.results.noise --collect                                                # first both files, from the runs
     python -m data.results.noise --turn 20 --seed 0 --labels labels.jsonl --out F.jsonl   # labels, 20 % turned over
 
-A label is turned over as a whole. Of a solution that it calls right, a step is called incorrect and with it all that follow,
-and the solution wrong; of one that it calls wrong, everything is called correct. The verification that goes with the label,
-from which a PRM-CoT learns, says the same: its reasons stay, its verdicts are turned.
+A label is turned over as a whole. Of a solution that it calls right, a step is called incorrect and with it all that
+follow, and the solution wrong; of one that it calls wrong, everything is called correct. The verification that goes
+with the label, from which a PRM-CoT learns, says the same: its reasons stay, its verdicts are turned.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def find_runs(seed: int) -> dict[int, Path]:
 
 
 def collect(seed: int) -> dict:
-    """One seed: share of labels turned over, in percent -> share of right outcomes among the labels, F1 of the reward model,
-    accuracy of the policy, reward of the last ten steps."""
+    """One seed: share of labels turned over, in percent -> share of right outcomes among the labels, F1 of the reward
+    model, accuracy of the policy, reward of the last ten steps."""
     found = {}
     for share, run in find_runs(seed).items():
         labels = run / "labels.jsonl" if share else run / "verify" / "labels_step_consistency.jsonl"

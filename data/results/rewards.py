@@ -1,4 +1,5 @@
-"""The tables of rewards, from data/results/rewards.jsonl and, for the held-out accuracy of every step, rewards_curves.jsonl; with
+"""The tables of rewards, from data/results/rewards.jsonl and, for the held-out accuracy of every step,
+rewards_curves.jsonl; with
 --collect, first these files from runs/rewards/<seed>/ and runs/claims/<seed>/.
 
     python -m data.results.rewards
@@ -74,8 +75,8 @@ def collect_curves(seed: str) -> list[dict]:
 
 
 def collect_votes(seed: str, runs: dict) -> dict:
-    """votes -> F1 of the seed's PRM-CoT on the tiny ProcessBench with so many votes, and tokens; avg@4 of the policy that
-    such votes have trained, where there is one."""
+    """votes -> F1 of the seed's PRM-CoT on the tiny ProcessBench with so many votes, and tokens; avg@4 of the policy
+    that such votes have trained, where there is one."""
     found = {}
     for votes in VOTES:
         row = read_results(RUNS / seed / f"votes-{votes}.jsonl")["f1"]

@@ -39,8 +39,8 @@ METHODS = ("single", "outcome_consistency", "step_consistency")
 
 
 def rescore(seed: int) -> dict[str, dict[str, float]]:
-    """policy -> what its solutions of held-out problems are: right, accepted by each of the seed's two PRM-CoTs under each
-    set of constraints, and shorter or longer than the right one; fractions."""
+    """policy -> what its solutions of held-out problems are: right, accepted by each of the seed's two PRM-CoTs under
+    each set of constraints, and shorter or longer than the right one; fractions."""
     out = RUNS / str(seed)
     judges = {name: open_engine(str(out / name / "prm_cot"), torch.device("cpu"), 256) for name in JUDGES}
     result = {}

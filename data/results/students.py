@@ -4,8 +4,8 @@ data/results/students.jsonl from runs/students/<seed>/.
     python -m data.results.students
     python -m data.results.students --make runs/students/start    # eight minutes on one core
 
-The start knows the form of a verification, and calls every step correct: the tiny policy after the first 250 steps of what
-makes a verifier (`data/make_tiny.py`: 450, from a better start, and then its own samples).
+The start knows the form of a verification, and calls every step correct: the tiny policy after the first 250 steps of
+what makes a verifier (`data/make_tiny.py`: 450, from a better start, and then its own samples).
 """
 
 import argparse
