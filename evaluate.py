@@ -610,7 +610,7 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         others["greedy"] = benchmark.greedy.correct.mean(axis=1)
         tokens += benchmark.greedy.tokens
     if judge:
-        settings |= {"prm": args.prm, "kind": args.kind, "votes": args.votes}
+        settings |= {"prm": args.prm, "kind": args.prm_kind, "votes": args.prm_votes}
         settings["prm_max_new_tokens"] = args.prm_max_new_tokens
         judgements = judge_samples(judge, graded.samples, args.seed, f"{benchmark.name}, judged")  # P lists of k
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
@@ -664,8 +664,8 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
     parser.add_argument("--solutions", nargs="+", help="measure these solutions files, one per benchmark, instead")
     parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
-    parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
-    parser.add_argument("--votes", type=int, default=1, help="of --prm; 1: greedy; K: scores are shares of K samples")
+    parser.add_argument("--prm_kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
+    parser.add_argument("--prm_votes", type=int, default=1, help="judgements per sample; 1: a greedy one")
     parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
     args = parse_command(parser, "model", "problems", "gold", unless="solutions")
@@ -692,7 +692,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     judge = None
     if args.prm:
         engine = open_engine(args.prm, device, args.slots, "--prm")
-        judge = Judge(engine, args.kind, args.prm_max_new_tokens, args.votes)
+        judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
     by_model: dict[str, list[dict]] = {}  # model -> rows
     for benchmark in benchmarks:
         by_model.setdefault(benchmark.model, []).extend(measure_benchmark(benchmark, judge, args))

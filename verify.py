@@ -322,9 +322,6 @@ def step_consistency(verifications: list[dict], rng: random.Random) -> Label:
     return Label(step_labels, outcome, rng.choice(matching)["text"], votes, None, ties)
 
 
-AGGREGATES = {"single": single, "outcome_consistency": outcome_consistency, "step_consistency": step_consistency}
-
-
 class Method(NamedTuple):
     """How labels are made."""
 
@@ -341,6 +338,10 @@ METHODS = {
     "hybrid": Method(step_consistency, needs_critique=True),
     "hybrid_outcome": Method(outcome_consistency, needs_critique=True),
     "reference_guided": Method(single, reads_answers=True),
+}
+# The ways of voting alone, which the label report compares.
+AGGREGATES = {
+    name: method.aggregate for name, method in METHODS.items() if not method.needs_critique and not method.reads_answers
 }
 
 
