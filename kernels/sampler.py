@@ -61,26 +61,26 @@ def choose_tokens(
         logprobs, tokens = full.max(-1)
         return tokens, logprobs, logprobs
     if top_p == 1 and top_k == 0:
-        tokens, _ = draw(full, uniform)  # (B, 1)
+        mass = full.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
+        tokens = draw(mass, mass[:, -1:], uniform)  # (B, 1)
         logprobs = full.gather(1, tokens)[:, 0]
         return tokens[:, 0], logprobs, logprobs
-    kept = min(top_k or NUCLEUS_TOKENS, full.shape[1])
-    ranked, token_of_place = full.topk(kept, dim=-1)  # (B, kept), likeliest first
-    mass = ranked.exp().cumsum(-1, dtype=torch.float64)
-    likelier = mass - ranked.exp()
+    ranked, token_of_place = full.topk(min(top_k or NUCLEUS_TOKENS, full.shape[1]), dim=-1)  # (B, C), likeliest first
+    probabilities = ranked.exp()
+    mass = probabilities.cumsum(-1, dtype=torch.float64)  # (B, C)
     enough = top_p * mass[:, -1:] if top_k else top_p
-    ranked = ranked.masked_fill(likelier >= enough, -torch.inf)
-    place, total = draw(ranked, uniform)  # (B, 1) each
+    kept = (mass - probabilities < enough).sum(-1, keepdim=True)  # (B, 1): how many of the likeliest
+    last = (kept - 1).clamp(min=0)  # none is kept where the logits are NaN
+    total = mass.gather(1, last)
+    place = draw(mass, total, uniform).minimum(last)  # the product of uniform and total may round up to the total
     full_logprobs = ranked.gather(1, place)[:, 0]
     return token_of_place.gather(1, place)[:, 0], full_logprobs - total[:, 0].log().float(), full_logprobs
 
 
-def draw(logprobs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative sum of exp(logprobs (B, C)) passes uniform (B,) times its total: (place, total), (B, 1)."""
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # (B, C)
-    total = cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, uniform.double()[:, None] * total, right=True)
-    return place.clamp(max=logprobs.shape[1] - 1), total  # it is beyond the last where the logits are NaN
+def draw(mass: Tensor, total: Tensor, uniform: Tensor) -> Tensor:
+    """(B, 1): the first place at which the cumulative mass (B, C) passes uniform (B,) times the total (B, 1)."""
+    place = torch.searchsorted(mass, uniform.double()[:, None] * total, right=True)
+    return place.clamp(max=mass.shape[1] - 1)  # it is beyond the last where the logits are NaN
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
