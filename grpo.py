@@ -916,7 +916,7 @@ def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: 
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked: what can't work is refused before anything is loaded."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data and models")
     group.add_argument("--policy", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
@@ -962,7 +962,12 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "policy", "problems", "out")
+    check_settings(args)
+    return args
 
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse what can't work before anything is loaded, by an InputError; set --min_steps if it wasn't given."""
     reward = REWARDS[args.reward]
     if args.min_steps is None:
         args.min_steps = reward.least_steps or 1
@@ -983,7 +988,6 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--temperature {args.temperature}: it must be positive, a greedy group has no advantage")
     if Path(args.out).resolve() == Path(args.policy).resolve():
         raise InputError(f"--out {args.out} is the policy itself, which the KL term needs as it is; choose another")
-    return args
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
