@@ -36,7 +36,6 @@ from data import grader, records, report
 from generate import SOLVE_PROMPT, Engine, extract_answer, find_incomplete, find_model, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import with_progress
 from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
 from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
 
@@ -354,7 +353,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         started = time.time()
         # ProcessBench has no separate answer, so an answer field of a case is ignored.
         solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
-        mine = solutions[distributed.rank() :: distributed.world_size()]
+        mine = distributed.my_part(solutions)
         judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
         tokens = sum(judgement.tokens for judgement in judgements)
@@ -390,7 +389,7 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
     """Grade P >= 1 lists of k samples against gold (problem id -> answer). Under torchrun every rank has all samples,
     grades its share, and returns the same."""
     pairs = []
-    for group in samples[distributed.rank() :: distributed.world_size()]:
+    for group in distributed.my_part(samples):
         for sample in group:
             pairs.append((sample["answer"], gold[sample["problem_id"]]))
     verdicts = grade_all(pairs)
@@ -416,19 +415,17 @@ def heldout_accuracy(
     top_p: float = 1.0,
     max_new_tokens: int,
     seed: int,
-    title: str | None = None,
 ) -> Graded:
     """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
 
     Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
-    rank calls it, does its share, and returns the same. A title shows progress. Raises InputError for a problem without
-    a gold answer or too long for the context.
+    rank calls it, does its share, and returns the same. Raises InputError for a problem without a gold answer or too
+    long for the context.
     """
     require_answers([problem["id"] for problem in problems], gold)
-    mine = problems[distributed.rank() :: distributed.world_size()]
-    prompts = [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in mine]
-    stream = engine.stream(
-        prompts,
+    mine = distributed.my_part(problems)
+    groups = engine.sample(
+        [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in mine],
         keys=[problem["id"] for problem in mine],
         num_samples=num_samples,
         temperature=temperature,
@@ -436,15 +433,15 @@ def heldout_accuracy(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    if title:
-        stream = with_progress(stream, engine.sampler, title, len(prompts), num_samples)
-    groups: list[list[dict]] = [[] for _ in mine]
-    for i, samples in stream:  # in the order in which they are finished
+    solutions = []
+    for problem, samples in zip(mine, groups, strict=True):
+        of_problem = []
         for sample in samples:
             text = engine.text(sample.ids)
-            solution = {"problem_id": mine[i]["id"], "text": text, "answer": extract_answer(text)}
-            groups[i].append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
-    return grade_samples(distributed.gather(groups), gold, seed)
+            solution = {"problem_id": problem["id"], "text": text, "answer": extract_answer(text)}
+            of_problem.append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
+        solutions.append(of_problem)
+    return grade_samples(distributed.gather(solutions), gold, seed)
 
 
 def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) -> dict[str, Metric]:
@@ -522,7 +519,7 @@ def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -
 def judge_samples(judge: Judge, samples: list[list[dict]], seed: int, title: str) -> list[list[Judgement]]:
     """A reward model's judgement of each of P lists of k samples; every rank judges its share."""
     solutions = [solution for group in samples for solution in group]
-    mine = solutions[distributed.rank() :: distributed.world_size()]
+    mine = distributed.my_part(solutions)
     judgements = distributed.gather(score_solutions(judge, mine, seed=seed, title=title))
     k = len(samples[0])
     return [judgements[i : i + k] for i in range(0, len(judgements), k)]

@@ -323,6 +323,17 @@ def find_incomplete(problems: list[dict], output: records.RecordFile, num_sample
     return incomplete
 
 
+def sample_from_queue(
+    engine: Engine, prompts: list[list[int]], title: str, queue: str, *, num_samples: int, **settings
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Yield (prompt index, its samples) as they are finished, with a progress bar of this title. The ranks share the
+    prompts by a work queue of this name; settings as for `Sampler.stream`."""
+    batches = distributed.work_queue(len(prompts), queue)
+    stream = engine.stream(prompts, num_samples=num_samples, batches=batches, **settings)
+    per_rank = math.ceil(len(prompts) / distributed.world_size())
+    return with_progress(stream, engine.sampler, title, per_rank, num_samples)
+
+
 def generate_solutions(
     engine: Engine, problems: list[dict], output: records.RecordFile, args: argparse.Namespace
 ) -> None:
@@ -333,18 +344,19 @@ def generate_solutions(
     """
     incomplete = find_incomplete(problems, output, args.num_samples)
     prompts = [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in incomplete]
-    stream = engine.stream(
+    stream = sample_from_queue(
+        engine,
         prompts,
+        "generate",
+        f"solutions of {output.path}",  # a benchmark fills several files in one run
         keys=[problem["id"] for problem in incomplete],
         num_samples=args.num_samples,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        batches=distributed.work_queue(len(prompts), f"solutions of {output.path}"),
     )
-    per_rank = math.ceil(len(prompts) / distributed.world_size())
-    for i, samples in with_progress(stream, engine.sampler, "generate", per_rank, args.num_samples):
+    for i, samples in stream:
         problem = incomplete[i]
         solutions = []
         for k, sample in enumerate(samples):

@@ -608,7 +608,7 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
         # 1. Sample a group of G responses to each problem of this step.
         with clock("sample"):
             problems = batch_for_step(step, run.problems, args.batch_size, args.seed)
-            mine = problems[distributed.rank() :: distributed.world_size()]
+            mine = distributed.my_part(problems)
             rollouts = sample_rollouts(run.policy, mine, args, step)
 
         # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
@@ -834,7 +834,7 @@ def heldout_metrics(
         for problem, (sample,) in zip(heldout, result.samples, strict=True):
             text, finish = sample["text"], sample["finish"]
             responses.append(Rollout(problem["id"], [], [], [], text, finish, problem=problem["problem"]))
-        mine = responses[distributed.rank() :: distributed.world_size()]
+        mine = distributed.my_part(responses)
         score_rollouts(mine, judge, engine.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
@@ -980,7 +980,8 @@ def check_settings(args: argparse.Namespace) -> None:
         raise InputError("--policy also needs --prm with this --reward")
     if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:
         raise InputError(
-            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; use process_aware"
+            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; "
+            "use process_aware"
         )
     if args.min_steps > args.max_steps:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")

@@ -75,7 +75,7 @@ CONSTANTS = {"warmup": WARMUP, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MA
 
 MAY_CHANGE_ON_RESUME = {"out", "device", "save_every", "micro_tokens", "activation_checkpointing"}
 
-# --------------------------------------------------------------------------- reward models: asked what, must answer what
+# --------------------------------------------------------------------------- reward models: question and answer
 
 # ORM: the outcome alone.
 
@@ -376,7 +376,7 @@ def rank_share(lengths: list[int]) -> list[int]:
         rank 1             4     0       (3 5)
     """
     shortest_first = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return shortest_first[distributed.rank() :: distributed.world_size()]
+    return distributed.my_part(shortest_first)
 
 
 def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:

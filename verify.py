@@ -25,7 +25,6 @@ What `parse_verification` cannot read is *unparsed*: it is counted and never bec
 import argparse
 import hashlib
 import json
-import math
 import random
 import re
 import time
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
-from generate import Engine, open_engine, render_steps
+from generate import Engine, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, with_progress
@@ -420,18 +419,19 @@ def verify_solutions(
         return  # everything that fits is already there
 
     # 2. The samples. A solution's verifications are written as soon as its last one ends.
-    stream = engine.stream(
+    stream = sample_from_queue(
+        engine,
         prompts,
+        "verify",
+        "verifications",
         keys=[solution["id"] for solution in judged],
         num_samples=args.num_verifications,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        batches=distributed.work_queue(len(prompts), "verify"),
     )
-    per_rank = math.ceil(len(prompts) / distributed.world_size())
-    for i, samples in with_progress(stream, engine.sampler, "verify", per_rank, args.num_verifications):
+    for i, samples in stream:
         solution = judged[i]
         digest = hash_solution(solution)
         verifications = []
@@ -548,7 +548,7 @@ def write_critiques(
 ) -> None:
     """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, each round
     from the merge of the round before. Each rank does its share. engine: opened if it is None and needed."""
-    mine = list(zip(solutions, labels, strict=True))[distributed.rank() :: distributed.world_size()]
+    mine = distributed.my_part(list(zip(solutions, labels, strict=True)))
     path = Path(args.out) / "critiques.jsonl"
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, CRITIQUE_KEY, remembered_field="merged") as output:
         for number in range(1, args.critique_rounds + 1):

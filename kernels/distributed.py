@@ -158,11 +158,16 @@ def work_queue(count: int, name: str) -> Iterator[list[int]]:
         yield list(range(start, min(end, count)))
 
 
+def my_part(everything: list) -> list:
+    """This rank's share of a list that all ranks have, every world_size-th of it; `gather` puts the shares together."""
+    return everything[rank() :: world_size()]
+
+
 # --------------------------------------------------------------------------- collectives: every rank must get here
 
 
 def gather(mine: list) -> list:
-    """All ranks' lists merged, on every rank: the inverse of `everything[rank()::world_size()]`. A collective.
+    """All ranks' lists merged, on every rank: the inverse of `my_part`. A collective.
 
     Rank 0 has [a c e], rank 1 has [b d]: every rank gets [a b c d e].
     """
@@ -175,14 +180,6 @@ def gather(mine: list) -> list:
         owner = i % world_size()
         everything.append(parts[owner][i // world_size()])
     return everything
-
-
-def free_cached_memory() -> None:
-    """Give a GPU's cached memory back after the samplers' caches have been freed. If PyTorch kept it, the optimizer's
-    state would come to lie in between, and the next caches, of another size, might find no piece that is large
-    enough."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def sum_over_ranks(*values: float) -> list[float]:
@@ -204,7 +201,7 @@ def _reduce(values: list[float], operation: dist.ReduceOp) -> list[float]:
     return reduced.tolist()
 
 
-# --------------------------------------------------------------------------- FSDP2, and the sampler's copy of the weights
+# --------------------------------------------------------------------------- FSDP2, and the sampler's copy of weights
 
 
 def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
@@ -256,6 +253,14 @@ def gather_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield name, whole(tensor)
 
 
+def free_cached_memory() -> None:
+    """Give a GPU's cached memory back after the samplers' caches have been freed. If PyTorch kept it, the optimizer's
+    state would come to lie in between, and the next caches, of another size, might find no piece that is large
+    enough."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def copy_weights(inference: Transformer, model: Transformer) -> None:
     """Copy the trained weights into the sampler's copy, in place (CUDA graphs keep its addresses). A collective.
 
@@ -265,14 +270,14 @@ def copy_weights(inference: Transformer, model: Transformer) -> None:
     if inference is model:
         return
     copies = inference.state_dict()
-    checksum = 0.0
+    checksum = torch.zeros((), dtype=torch.float64, device=inference.device)
     with torch.no_grad():
         for name, weight in gather_weights(model):
             copies[name].copy_(weight)
             # In blocks of rows, because a sum in fp64 makes an fp64 copy: 6 GB for an embedding of 152k x 5,120.
             for rows in copies[name].split(4096):
-                checksum += rows.sum(dtype=torch.float64).item()  # in fp64 one changed weight changes the sum
-    checksums = gather([checksum])
+                checksum += rows.sum(dtype=torch.float64)  # in fp64 one changed weight changes the sum
+    checksums = gather([checksum.item()])  # read once: each read waits for the device
     if len(set(checksums)) > 1:
         raise RuntimeError(f"the sampler's weights differ between ranks; their sums: {checksums}")
 
