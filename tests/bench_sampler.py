@@ -31,7 +31,7 @@ from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 Queue = list[tuple[list[int], int]]  # (prompt, tokens to sample), the samples of a prompt one behind the other
 
@@ -61,14 +61,14 @@ def make_queue(workload: str) -> tuple[Queue, int]:
     return [(text, length()) for text in texts for _ in range(samples)], samples
 
 
-def make_model(workload: str) -> Transformer:
-    """Random weights of the workload's shape."""
-    if workload == "tiny":
+def make_model(size: str) -> Transformer:
+    """Random weights of the shape."""
+    if size == "tiny":
         return new_model(vocab_size=512).eval()
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = Transformer(Config.from_dict(QWEN if workload == "small" else QWEN_7B))
+        model = Transformer(Config.from_dict(QWEN if size == "small" else QWEN_7B))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
     return model.to(torch.bfloat16 if on_gpu else torch.float32).eval()
@@ -156,63 +156,80 @@ def floor(model: Transformer, queue: Queue, rows: int, rates: tuple[float, float
     return prefill + max(steps * used * size / bandwidth, 2 * used * tokens / operations) + read / bandwidth
 
 
-def compare(workload: str, rows: int, runs: int) -> None:
-    """A table of the workload: tokens a second, the part of the floor, and the ratio to `generate`."""
-    ours, (queue, samples) = make_model(workload), make_queue(workload)
+def make_models(size: str) -> tuple[Transformer, PreTrainedModel]:
+    """The same random weights in our model and in that of `transformers`."""
+    ours = make_model(size)
     with tempfile.TemporaryDirectory() as directory:
         save_model(ours, f"{directory}/model")
-        theirs = (
-            AutoModelForCausalLM.from_pretrained(f"{directory}/model", dtype=ours.head.dtype).eval().to(ours.device)
-        )
-    tokens, rates = sum(length for _, length in queue), machine_rates(ours, rows)
+        theirs = AutoModelForCausalLM.from_pretrained(f"{directory}/model", dtype=ours.head.dtype)
+    return ours, theirs.eval().to(ours.device)
+
+
+def compare(workload: str, ours: Transformer, theirs: PreTrainedModel, rows: int, runs: int, batches: int) -> None:
+    """Prints a table of the workload: tokens a second, and how much of the time is the floor."""
+    queue, samples = make_queue(workload)
+    rates = machine_rates(ours, rows)
+    some = queue[: batches * rows] if batches else queue  # what `generate` samples
+    longest = {tuple(prompt): max(n for p, n in queue if p == prompt) for prompt, _ in queue}
+    equal = [(prompt, longest[tuple(prompt)]) for prompt, _ in queue]  # all samples of a prompt as long as its longest
+
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    parameters = sum(p.numel() for p in ours.parameters())
+    mean = sum(length for _, length in queue) / len(queue)
+    print(f"\n{workload}: {parameters:,} parameters, {str(ours.head.dtype)[6:]}, {rows} rows")
+    print(f"{len(queue)} samples of {mean:.0f} tokens on average, at most {max(n for _, n in queue)}")
     print(
-        f"\n{workload}: {sum(p.numel() for p in ours.parameters()):,} parameters, {str(ours.head.dtype)[6:]}, {rows} rows"
+        f"{machine}, torch {torch.__version__}: {rates[0] / 1e9:,.0f} GFLOP/s, {rates[1] / 1e9:,.1f} GB/s", flush=True
     )
-    print(f"{len(queue)} samples of {tokens / len(queue):.0f} tokens on average, at most {max(n for _, n in queue)}")
-    print(f"{machine}, torch {torch.__version__}: {rates[0] / 1e9:,.0f} GFLOP/s, {rates[1] / 1e9:,.1f} GB/s")
-    providers = {"generate": lambda: run_theirs(theirs, queue, rows)}
+
+    work = {
+        "ours": (queue, lambda: run_ours(ours, queue, rows, samples)),
+        "generate": (some, lambda: run_theirs(theirs, some, rows)),
+    }
     if torch.cuda.is_available():
-        providers["generate, static cache, compiled"] = lambda: run_theirs(
-            theirs, queue, rows, cache_implementation="static"
+        work["continuous batching"] = (queue, lambda: run_continuous(theirs, queue))
+    if torch.cuda.is_available() and workload == "A":  # compiling takes minutes, so only here
+        compiled = {"cache_implementation": "static"}
+        work["generate, static cache, compiled"] = (some, lambda: run_theirs(theirs, some, rows, **compiled))
+    if workload == "C":
+        work["ours, prompts copied, equal lengths"] = (
+            equal,
+            lambda: run_ours(ours, equal, rows, samples, share_prompts=False),
         )
-        providers["continuous batching"] = lambda: run_continuous(theirs, queue)
-        providers["ours, a look at every step"] = lambda: run_ours(ours, queue, rows, samples, steps=1)
-    providers["ours"] = lambda: run_ours(ours, queue, rows, samples)
-    if workload == "C":  # all samples of a prompt at the length of its longest, for both
-        longest = {tuple(prompt): max(n for p, n in queue if p == prompt) for prompt, _ in queue}
-        same = [(prompt, longest[tuple(prompt)]) for prompt, _ in queue]
-        for name, share in (
-            ("ours, prompts copied, equal lengths", False),
-            ("ours, prompts shared, equal lengths", True),
-        ):
-            providers[name] = lambda share=share: run_ours(ours, same, rows, samples, share_prompts=share)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in providers}
+        work["ours, prompts shared, equal lengths"] = (
+            equal,
+            lambda: run_ours(ours, equal, rows, samples, share_prompts=True),
+        )
+
+    # 1. Warm up: the first call of either pays for libraries, not for sampling.
+    few = [(prompt, 8) for prompt, _ in queue[:rows]]
+    run_ours(ours, few, rows, samples)
+    run_theirs(theirs, few, rows)
+    # 2. Measure in turns, so that a slow minute of the machine meets all of them.
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     problems: dict[str, str] = {}
     for _ in range(runs):
-        for name, work in providers.items():
+        for name, (drawn, call) in work.items():
+            if name in problems:
+                continue
             try:
-                if name not in problems:
-                    seconds[name].append(clocked(work))
+                seconds[name].append(clocked(call))
             except Exception as problem:  # another library's, or memory: its row says so
                 if name == "ours":
                     raise
                 problems[name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
-    print("| | tokens/s | per CPU second | of the floor | generate's time |\n|---|---|---|---|---|")
-    for name, problem in problems.items():
-        print(f"| {name} | not measured: {problem} | | | |")
-    done = {name: values for name, values in seconds.items() if name not in problems}
-    middle = {name: [statistics.median(x) for x in zip(*values, strict=True)] for name, values in done.items()}
-    for name, (clock, cpu) in middle.items():
-        drawn, least = (
-            (same, floor(ours, same, rows, rates)) if "equal" in name else (queue, floor(ours, queue, rows, rates))
-        )
+                continue
+            print(f"{name}: {len(drawn)} samples in {seconds[name][-1][0]:.1f} s", flush=True)
+    # 3. The table of medians.
+    print("| | tokens/s | per CPU second | of the floor |\n|---|---|---|---|")
+    for name, (drawn, _) in work.items():
+        if name in problems:
+            print(f"| {name} | not measured: {problems[name]} | | |")
+            continue
+        clock, cpu = (statistics.median(column) for column in zip(*seconds[name], strict=True))
         count = sum(length for _, length in drawn)
-        ratio = f"{middle['generate'][0] / clock:.2f}" if drawn is queue and "generate" in middle else "-"
-        print(
-            f"| {name} | {count / clock:,.0f} | {count / cpu:,.0f} | {100 * least / clock:.0f} % | {ratio} |",
-            flush=True,
-        )
+        least = floor(ours, drawn, rows, rates)
+        print(f"| {name} | {count / clock:,.0f} | {count / cpu:,.0f} | {100 * least / clock:.0f} % |", flush=True)
 
 
 def queue_cost(count: int = 100_000) -> None:
@@ -237,12 +254,19 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", default=["tiny"], choices=["tiny", "small", "A", "B", "C", "queue"])
     parser.add_argument("--rows", type=int, help="default: 64, 16 and 128")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batches", type=int, help="give `generate` only so many batches of the queue; default: all")
     args = parser.parse_args()
+    models: dict[str, tuple[Transformer, PreTrainedModel]] = {}
     for workload in args.workload:
         if workload == "queue":
             queue_cost()
-        else:
-            compare(workload, args.rows or {"tiny": 64, "small": 16}.get(workload, 128), args.runs)
+            continue
+        size = workload if workload in ("tiny", "small") else "7B"
+        if size not in models:
+            models[size] = make_models(size)
+        compare(
+            workload, *models[size], args.rows or {"tiny": 64, "small": 16, "7B": 128}[size], args.runs, args.batches
+        )
 
 
 if __name__ == "__main__":
