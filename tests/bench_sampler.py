@@ -31,7 +31,7 @@ from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Queue = list[tuple[list[int], int]]  # (prompt, tokens to sample), the samples of a prompt one behind the other
 
@@ -102,23 +102,6 @@ def run_theirs(model, queue: Queue, rows: int, **flags) -> None:
         assert out.shape == (len(prompts), width + max(limits))
 
 
-def run_continuous(model, queue: Queue) -> None:
-    """`transformers`' continuous batching, which decides itself how many rows run."""
-    manager = model.init_continuous_batching(generation_config=GenerationConfig(do_sample=True, eos_token_id=-1))
-    manager.start()
-    try:
-        for i, (prompt, limit) in enumerate(queue):
-            manager.add_request(prompt, request_id=str(i), max_new_tokens=limit)
-        finished, until = 0, time.time() + 600
-        while finished < len(queue):
-            result = manager.get_result(timeout=1)
-            finished += result is not None and result.is_finished()
-            if time.time() > until:
-                raise RuntimeError(f"{finished} of {len(queue)} requests in ten minutes")
-    finally:
-        manager.stop(block=True)
-
-
 def clocked(work) -> tuple[float, float]:
     """Seconds by the clock and of the processor."""
     clock, cpu = time.perf_counter(), time.process_time()
@@ -186,11 +169,6 @@ def compare(workload: str, ours: Transformer, theirs: PreTrainedModel, rows: int
         "ours": (queue, lambda: run_ours(ours, queue, rows, samples)),
         "generate": (some, lambda: run_theirs(theirs, some, rows)),
     }
-    if torch.cuda.is_available():
-        work["continuous batching"] = (queue, lambda: run_continuous(theirs, queue))
-    if torch.cuda.is_available() and workload == "A":  # compiling takes minutes, so only here
-        compiled = {"cache_implementation": "static"}
-        work["generate, static cache, compiled"] = (some, lambda: run_theirs(theirs, some, rows, **compiled))
     if workload == "C":
         work["ours, prompts copied, equal lengths"] = (
             equal,
@@ -207,25 +185,13 @@ def compare(workload: str, ours: Transformer, theirs: PreTrainedModel, rows: int
     run_theirs(theirs, few, rows)
     # 2. Measure in turns, so that a slow minute of the machine meets all of them.
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    problems: dict[str, str] = {}
     for _ in range(runs):
         for name, (drawn, call) in work.items():
-            if name in problems:
-                continue
-            try:
-                seconds[name].append(clocked(call))
-            except Exception as problem:  # another library's, or memory: its row says so
-                if name == "ours":
-                    raise
-                problems[name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
-                continue
+            seconds[name].append(clocked(call))
             print(f"{name}: {len(drawn)} samples in {seconds[name][-1][0]:.1f} s", flush=True)
     # 3. The table of medians.
     print("| | tokens/s | per CPU second | of the floor |\n|---|---|---|---|")
     for name, (drawn, _) in work.items():
-        if name in problems:
-            print(f"| {name} | not measured: {problems[name]} | | |")
-            continue
         clock, cpu = (statistics.median(column) for column in zip(*seconds[name], strict=True))
         count = sum(length for _, length in drawn)
         least = floor(ours, drawn, rows, rates)
