@@ -56,8 +56,8 @@ from verify import (
     majority,
     opens_thought,
     parse_verification,
-    plain,
     read_labels,
+    readable_lines,
     without_thinking,
 )
 
@@ -100,14 +100,14 @@ def write_orm_target(label: dict) -> str:
 
 def parse_orm(text: str, num_steps: int) -> Verification:
     """Parses `write_orm_target`: Yes or No and nothing else but thinking and emphasis."""
-    verdict = {"yes": True, "no": False}.get(plain(without_thinking(text)).strip())
+    verdict = {"yes": True, "no": False}.get("\n".join(readable_lines(text)))
     return Verification(step_verdicts=None, verdict=verdict)
 
 
 # PRM: every step and the outcome, without reasons.
 
 PRM_PROMPT = "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
-PRM_LINE = re.compile(r"step (\d{1,6}): (correct|incorrect)[ .]*")  # in a `plain` line
+PRM_LINE = re.compile(r"[# ]*step (\d{1,6}): (correct|incorrect)[ .]*")
 
 
 def write_prm_target(label: dict) -> str:
@@ -123,7 +123,7 @@ def parse_prm(text: str, num_steps: int) -> Verification:
     """Parses `write_prm_target`, behind thinking or not."""
     steps = []
     verdicts = []
-    for line in plain(without_thinking(text)).split("\n"):
+    for line in readable_lines(text):
         if match := PRM_LINE.fullmatch(line):
             steps.append((int(match.group(1)), match.group(2) == "correct"))
         elif match := VERDICT.fullmatch(line):
@@ -252,27 +252,20 @@ def score_solutions(
 def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Judgement:
     """One judgement from all votes on a solution: majorities, a tie counts as incorrect. As in Stage I
     (`verify.step_consistency`), but nothing is dropped. An ORM gives no steps; then the verdicts alone vote."""
-    # 1. Who votes?
-    if len(verifications) == 1:  # a greedy judgement counts as far as it was parsed
-        voters = verifications
-    else:  # as in Stage I: those parsed whole
+    # 1. Who votes? As in Stage I, those parsed whole; but a greedy judgement counts as far as it was parsed.
+    voters = verifications
+    if len(verifications) > 1:
         voters = [v for v in verifications if v.step_verdicts and v.verdict is not None]
 
     # 2. The steps, one after another.
-    step_verdicts = None
-    step_scores = None
-    step_votes = [voter.step_verdicts for voter in voters if voter.step_verdicts]
-    if step_votes:
-        votes_by_step = list(zip(*step_votes, strict=True))
-        step_verdicts = [majority(votes) for votes in votes_by_step]
-        step_scores = [sum(votes) / len(votes) for votes in votes_by_step]
+    votes_by_step = list(zip(*(voter.step_verdicts for voter in voters if voter.step_verdicts), strict=True))
+    step_verdicts = [majority(votes) for votes in votes_by_step] or None
+    step_scores = [sum(votes) / len(votes) for votes in votes_by_step] or None
 
     # 3. The outcome.
     verdict = None
     score = None
-    if not voters:
-        voters = verifications
-    verdicts = [voter.verdict for voter in voters if voter.verdict is not None]
+    verdicts = [voter.verdict for voter in voters or verifications if voter.verdict is not None]
     if verdicts:
         verdict = majority(verdicts)
         score = sum(verdicts) / len(verdicts)
@@ -281,14 +274,9 @@ def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Ju
 
 # --------------------------------------------------------------------------- examples
 
-# What an example is made from: in a label that is kept, none of these is null.
-SOURCES = {
-    "orm": ("outcome",),
-    "prm": ("step_labels", "outcome"),
-    "prm_cot": ("text",),
-    "disc_prm": ("step_labels", "outcome"),
-    "policy": ("outcome",),
-}
+# What an example is made from.
+SOURCES = {"orm": ["outcome"], "prm": ["step_labels", "outcome"], "prm_cot": ["text"],
+           "disc_prm": ["step_labels", "outcome"], "policy": ["outcome"]}  # fmt: skip
 NO_TARGET = -1  # a position that predicts nothing: `token_logprobs` ignores negative targets
 
 
@@ -297,17 +285,6 @@ class Example(NamedTuple):
 
     ids: list[int]
     targets: list[int]  # for each position the token that it is to predict, or NO_TARGET
-
-
-def read_training_labels(path: str, kind: str) -> list[dict]:
-    """The records of a labels file. Raises InputError for a label that a model of this kind can't be trained on."""
-    labels = read_labels(path, ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"])
-    for label in labels:
-        for field in SOURCES[kind]:
-            if label["dropped"] is None and label[field] is None:
-                raise InputError(f"{path}: label {label['id']} has no {field} (null), which --kind {kind} is trained "
-                                 "on; write one, or a reason into its field dropped")  # fmt: skip
-    return labels
 
 
 def training_texts(kind: str, label: dict) -> tuple[str, str] | None:
@@ -540,7 +517,8 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
     # 1. The device and the labels.
     device = distributed.init_distributed(args.device)
-    labels = read_training_labels(args.labels, args.kind)
+    labels = read_labels(args.labels, ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"],
+                         SOURCES[args.kind])  # fmt: skip
     args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
 
     # 2. The model, with fp32 weights.

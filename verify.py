@@ -98,55 +98,54 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-# "## Step 2: Pythagoras" and "**Step 2: Pythagoras**". The second group is there if the number is not that of one step:
-# "1.2" and "1a" are parts of a step, "1-3" are several.
-STEP_NUMBER = r"step[^\S\n]+(\d{1,6})([^\W_]|[.,/–-]\d)?"
-HEADING = re.compile(r"^[ \t]*#+[ \t*]*" + STEP_NUMBER, re.IGNORECASE | re.MULTILINE)
-BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=" + STEP_NUMBER + ")", re.IGNORECASE | re.MULTILINE)
-
-# Emphasis in Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
+# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
+HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([^\W_]|[.,/–-]\d)?")
+BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step[^\S\n]+\d)", re.MULTILINE)
+# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
 EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
-# "(yes/no)?", and on a later line the yes or no
+# A question whose yes or no stands on a later line.
 LATE_VERDICT = re.compile(r"(\(yes ?/ ?no\)[^\w\n]*)\n\s*(?=[^\w\n]*(?:yes|no)[^\w\n]*$)", re.MULTILINE)
-
-# The rest is matched in `plain` lines, whole. What is struck through (~) or put as a question is not a verdict.
-# "this step is correct."
+# A verdict is a whole line; what is struck through (~) or put as a question is none.
 STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
-# "verification: is the answer correct (yes/no)? yes"
 VERDICT = re.compile(
     r"[^\w~]*(?:final )?verification[^\w~]*is the answer correct[ ?]*\(yes ?/ ?no\)[^\w~]*(yes|no)[^\w~?？]*"
 )
+
+
+def readable_lines(text: str) -> list[str]:
+    """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
+    blanks. A late Yes or No joins its question's line."""
+    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
+    text = without_thinking(text).lower()
+    # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
+    if not any(HEADING.match(line) for line in text.split("\n")):
+        text = BOLD_HEADING.sub("# ", text)
+    lines = [" ".join(line.split()) for line in EMPHASIS.sub("", text).split("\n")]
+    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
 
 
 def parse_verification(text: str, num_steps: int) -> Verification:
     """Read the step verdicts and the final verdict of a verification; num_steps is the solution's number of steps.
 
     `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and none for any
-    other; so a verification that stops at the first error has none. `verdict` is None unless there is exactly one
-    Verification line. One field may be None without the other. Thinking is not read. Linear in len(text).
+    other; a verification that stops at the first error has none, by design. `verdict` is None unless there is exactly
+    one Verification line. One field may be None without the other. Thinking is not read. Linear in len(text).
 
-    The two sentences may be emphasised, in whole or in part, and have any blanks; the Yes or No may be in a box, or on
-    a later line. "(Yes / No)?" and "Final Verification:" are read as well. Other wording is not: a verdict is never a
-    guess.
+    The sentences are those of FORM, with any emphasis and blanks. "(Yes / No)?", "Final Verification:", `\\boxed{No}`,
+    and a Yes or No on the next line are read, too. Other wording is not: a verdict is never a guess.
     """
-    # 1. Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
-    text = without_thinking(text)
-    if not HEADING.search(text):
-        text = BOLD_HEADING.sub("# ", text)
-    lines = plain(text).split("\n")
-
-    # 2. Line by line: a heading opens the section of its step, and with it the analysis; the step's verdict, alone on
-    #    a line, closes the analysis.
+    # A heading opens the section of its step, and with it the analysis; the step's verdict closes the analysis.
     step = None  # whose section it is
     in_analysis = False
     step_verdicts: list[tuple[int, bool]] = []  # (number of the step, its verdict)
     verdicts: list[bool] = []
+    lines = readable_lines(text)
     for number, line in enumerate(lines, 1):
         is_last = number == len(lines)
         if match := HEADING.match(line):
             step = int(match.group(1))
             if match.group(2):
-                step = 0  # no step has this number, so a verdict here makes all step verdicts unparsed
+                step = 0  # no step has this number, so a verdict here leaves all steps unparsed
             in_analysis = True
         elif match := STEP_VERDICT.fullmatch(line):
             if step is not None:  # before the first heading, a verdict belongs to no step
@@ -156,14 +155,6 @@ def parse_verification(text: str, num_steps: int) -> Verification:
             # Inside an analysis it would be a quotation; but the last line counts even if its section has no verdict.
             verdicts.append(match.group(1) == "yes")
     return exactly_once(step_verdicts, verdicts, num_steps)
-
-
-def plain(text: str) -> str:
-    """The text in lower case, without emphasis, with single blanks, and with a late Yes or No beside its question."""
-    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
-    text = EMPHASIS.sub("", text.lower())
-    lines = [" ".join(line.split()) for line in text.split("\n")]
-    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines))
 
 
 def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
@@ -379,16 +370,19 @@ def complete_verification(verification: dict, num_steps: int) -> dict:
     return missing | verification
 
 
-def read_labels(path: str, fields: list[str]) -> list[dict]:
-    """The records of a labels file, with at least these fields, steps and step_labels among them. Raises InputError for
-    a label whose step_labels are not one for each step."""
+def read_labels(path: str, fields: list[str], needed: list[str] | None = None) -> list[dict]:
+    """The records of a labels file, with at least these fields. Raises InputError if step_labels or votes are not one
+    for each step, or if a field that is needed of the labels that were kept is null in one of them."""
     labels = records.read(path, fields, "python verify.py")
     for label in labels:
-        step_labels = label["step_labels"]
-        num_steps = len(label["steps"])
-        if step_labels is not None and len(step_labels) != num_steps:
-            mismatch = f"label {label['id']} has {len(step_labels)} step_labels for {num_steps} steps"
-            raise InputError(f"{path}: {mismatch}; write one for each step, or null")
+        place = f"{path}: label {label['id']}"
+        votes = label.get("votes") or None  # empty if nothing voted
+        for field, values in (("step_labels", label["step_labels"]), ("votes", votes)):
+            if values is not None and len(values) != len(label["steps"]):
+                raise InputError(f"{place}: {len(values)} {field} for {len(label['steps'])} steps; write one for each")
+        for field in needed or []:
+            if label[field] is None and label["dropped"] is None:
+                raise InputError(f"{place}: no {field}, which is needed here; write it, or why it is dropped")
     return labels
 
 
