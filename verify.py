@@ -100,7 +100,7 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
 
 # "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
 HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([^\W_]|[.,/–-]\d)?")
-BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step[^\S\n]+\d)", re.MULTILINE)
+BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
 # In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
 EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
 # A question whose yes or no stands on a later line.
