@@ -37,7 +37,7 @@ from generate import SOLVE_PROMPT, Engine, extract_answer, find_incomplete, find
 from kernels import distributed
 from kernels.distributed import InputError
 from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
-from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, read_labels, single
+from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
 
 import numpy as np
 import torch
@@ -908,7 +908,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
     # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
-    files = [read_labels(path, fields) for path in args.labels]
+    files = [records.read(path, fields, "python verify.py") for path in args.labels]
     solutions = {}
     for file in files:
         solutions.update({label["id"]: label for label in file})
@@ -974,7 +974,7 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
     args = parse_command(parser, "labels")
     fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
-    labels = read_labels(args.labels, fields)
+    labels = records.read(args.labels, fields, "python verify.py")
     wanted = args.id or problem_of(labels[0]["id"])
     found = [label for label in labels if wanted in (label["id"], problem_of(label["id"]))]
     rollouts = report.read_rollouts(Path(args.rollouts), wanted) if args.rollouts else []

@@ -56,7 +56,6 @@ from verify import (
     majority,
     opens_thought,
     parse_verification,
-    read_labels,
     readable_lines,
     without_thinking,
 )
@@ -274,7 +273,7 @@ def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Ju
 
 # --------------------------------------------------------------------------- examples
 
-# What an example is made from.
+# What an example is made from, beside the solution: these fields of a label are needed, the others may be missing.
 SOURCES = {"orm": ["outcome"], "prm": ["step_labels", "outcome"], "prm_cot": ["text"],
            "disc_prm": ["step_labels", "outcome"], "policy": ["outcome"]}  # fmt: skip
 NO_TARGET = -1  # a position that predicts nothing: `token_logprobs` ignores negative targets
@@ -517,8 +516,8 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
     # 1. The device and the labels.
     device = distributed.init_distributed(args.device)
-    labels = read_labels(args.labels, ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"],
-                         SOURCES[args.kind])  # fmt: skip
+    fields = ["id", "problem", "steps", "answer", "dropped", *SOURCES[args.kind]]
+    labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
 
     # 2. The model, with fp32 weights.

@@ -370,22 +370,6 @@ def complete_verification(verification: dict, num_steps: int) -> dict:
     return missing | verification
 
 
-def read_labels(path: str, fields: list[str], needed: list[str] | None = None) -> list[dict]:
-    """The records of a labels file, with at least these fields. Raises InputError if step_labels or votes are not one
-    for each step, or if a field that is needed of the labels that were kept is null in one of them."""
-    labels = records.read(path, fields, "python verify.py")
-    for label in labels:
-        place = f"{path}: label {label['id']}"
-        votes = label.get("votes") or None  # empty if nothing voted
-        for field, values in (("step_labels", label["step_labels"]), ("votes", votes)):
-            if values is not None and len(values) != len(label["steps"]):
-                raise InputError(f"{place}: {len(values)} {field} for {len(label['steps'])} steps; write one for each")
-        for field in needed or []:
-            if label[field] is None and label["dropped"] is None:
-                raise InputError(f"{place}: no {field}, which is needed here; write it, or why it is dropped")
-    return labels
-
-
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
     """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
     InputError for a verification with another number of steps: it was made from another solution."""

@@ -23,7 +23,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
 from train_prm import REWARD_MODELS, step_end_positions, yes_no_ids
-from verify import decode_judgement, read_labels
+from verify import decode_judgement
 
 import pytest
 import torch
@@ -222,28 +222,28 @@ def test_steps_end_where_their_prefixes_do():
     assert time.process_time() - started < 3
 
 
-SOUND = make_label(1)
-UNSOUND = [  # what a labels file may not say: kind, changes, message
-    ("prm", {"step_labels": [True]}, r"label t1/0: 1 step_labels for 3 steps"),
-    ("prm", {"step_labels": []}, r"0 step_labels for 3 steps"),
-    ("disc_prm", {"step_labels": [True] * 4}, r"4 step_labels for 3 steps"),
-    ("orm", {"votes": [[1, 0]]}, r"1 votes for 3 steps"),
-    ("prm", {"step_labels": None}, r"no step_labels, which is needed"),
-    ("disc_prm", {"outcome": None}, r"no outcome, which is needed"),
-    ("orm", {"outcome": None}, r"no outcome, which is needed"),
-    ("policy", {"outcome": None}, r"no outcome, which is needed"),
-    ("prm_cot", {"text": None}, r"no text, which is needed"),
-]
-
-
-@pytest.mark.parametrize("kind, changes, message", UNSOUND)
-def test_labels_that_do_not_fit_their_solution_are_refused(tmp_path, kind, changes, message):
-    """Guards: targets made from lists of another length than the steps, from nothing, or a traceback."""
-    labels = write_jsonl(tmp_path / "labels.jsonl", [make_label(0), SOUND | changes])
-    with pytest.raises(InputError, match=message):
-        read_labels(labels, list(SOUND), train_prm.SOURCES[kind])
-    write_jsonl(labels, [make_label(0), SOUND | {"step_labels": None, "outcome": None, "text": None, "dropped": "no_votes"}])
-    assert len(read_labels(labels, list(SOUND), train_prm.SOURCES[kind])) == 2
+@pytest.mark.parametrize("kind", train_prm.KINDS)
+def test_labels_that_do_not_fit_their_solution_are_refused(world, monkeypatch, tmp_path, kind):
+    """Guards: targets made from truth values ("No", -1, "+"), from lists of another length than the steps, or from null;
+    a label refused for a field that its kind isn't trained on."""
+    _, flags = world
+    labels = tmp_path / "labels.jsonl"
+    flags = [*flags, "--labels", labels, "--kind", kind, "--out", tmp_path / "out"]
+    unsound = {
+        "step_labels": ([True], [], [True] * 4, [1, 1, -1], ["+", "+", "-"], ["correct"] * 3, 5, None),
+        "outcome": ("No", "incorrect", -1, 1, "+", [], None),
+        "text": (5, [], None),
+    }
+    for field, values in unsound.items():
+        for value in values:
+            write_jsonl(labels, [make_label(0), make_label(1, **{field: value})])
+            if field in train_prm.SOURCES[kind]:
+                with pytest.raises(InputError, match=rf"labels.jsonl:2: .*{field}"):
+                    run_main(monkeypatch, train_prm, *flags)
+    nothing = {"step_labels": None, "outcome": None, "text": None}
+    needed = {field: make_label(1)[field] for field in train_prm.SOURCES[kind]}
+    write_jsonl(labels, [make_label(1, **nothing | needed), make_label(2, **nothing, dropped="no_votes")])
+    run_main(monkeypatch, train_prm, *flags, "--epochs", 1, "--eval_fraction", 0)
 
 
 def test_evaluation_problems_are_not_trained_on():
