@@ -99,7 +99,7 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
 
 
 # "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
-HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([^\W_]|[.,/–-]\d)?")
+HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
 BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
 # In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
 EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
@@ -359,15 +359,6 @@ METHODS = {
 AGGREGATES = {
     name: method.aggregate for name, method in METHODS.items() if not method.needs_critique and not method.reads_answers
 }
-
-
-def complete_verification(verification: dict, num_steps: int) -> dict:
-    """A verification with all its fields, from one that may have only solution_id, sample and text, as another engine
-    writes it: it is parsed and gets its id; its tokens are unknown and count as 0. What is there stays."""
-    missing = {"id": f"{verification['solution_id']}/{verification['sample']}", "tokens": 0}
-    if "step_verdicts" not in verification or "verdict" not in verification:
-        missing |= asdict(parse_verification(verification["text"], num_steps))
-    return missing | verification
 
 
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
