@@ -402,7 +402,7 @@ def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
     """Guards: a run begun with another warm-up that goes on with the constant; a run refused because a flag is gone;
     constants missing in args.json."""
     root, flags = world
-    path = root / "whole.args.json"
+    path = root / "whole/args.json"
     written = path.read_text()
     now = json.loads(written)
     assert now["constants"] == {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -439,7 +439,7 @@ def test_an_example_longer_than_the_context_is_left_out(world, monkeypatch, tmp_
         run_main(monkeypatch, train_prm, *flags, "--model", model, "--kind", "prm", "--out", tmp_path / "out")
     (tmp_path / "link").symlink_to(model)
     for name in (f"{model}/", tmp_path / "link", tmp_path / "model" / ".." / "model"):
-        with pytest.raises(InputError, match="would overwrite the starting model"):
+        with pytest.raises(InputError, match="is --model itself, which would be overwritten"):
             run_main(monkeypatch, train_prm, *flags, "--model", model, "--out", name)
 
 
