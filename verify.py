@@ -103,8 +103,10 @@ HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)
 BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
 # In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
 EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
-# A question whose yes or no stands on a later line.
-LATE_VERDICT = re.compile(r"(\(yes ?/ ?no\)[^\w\n]*)\n\s*(?=[^\w\n]*(?:yes|no)[^\w\n]*$)", re.MULTILINE)
+# Line breaks within the Verification line: before its question, and before a lone yes or no.
+LATE_VERDICT = re.compile(
+    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
+)
 # A verdict is a whole line; what is struck through (~) or put as a question is none.
 STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
 VERDICT = re.compile(
@@ -114,7 +116,7 @@ VERDICT = re.compile(
 
 def readable_lines(text: str) -> list[str]:
     """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
-    blanks. A late Yes or No joins its question's line."""
+    blanks, and with the Verification line in one piece."""
     # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
     text = without_thinking(text).lower()
     # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.

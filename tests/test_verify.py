@@ -189,6 +189,7 @@ SENTENCES = {  # written in place of the sentence that VERIFY_PROMPT asks for ->
 CHOICES = {  # written in place of the Verification line
     "**Verification: Is the answer correct (Yes/No)?**\n**No**": False,
     "Verification: Is the answer correct (Yes/No)?\n\n_Yes._": True,
+    "## Final Verification\n\n**Is the answer correct (Yes/No)?**\nNo.": False,
     "## Verification:\u00a0 Is the  answer correct (Yes / No)? No": False,
     r"Verification: Is the answer correct (Yes/No)? \boxed{No}": False,
     "Verification: Is the answer correct (Yes/No)?\n" + r"$$\boxed{\text{Yes}}$$": True,
