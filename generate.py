@@ -404,7 +404,8 @@ def main() -> None:
         engine = open_engine(args.model, device, args.slots)
         started = time.time()
         generate_solutions(engine, problems, output, args)
-    speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
+    sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
+    speed = sampled / distributed.max_over_ranks(time.time() - started)
     distributed.log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
 
