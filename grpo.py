@@ -939,7 +939,8 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=COUNT, default=300, help="batches of responses")
     group.add_argument("--batch_size", type=COUNT, default=256, help="problems per step")
-    group.add_argument("--group_size", type=integer(2, 100_000), default=16, help="G, responses per problem")
+    group.add_argument("--group_size", type=integer(2, 100_000), default=16,
+                       help="G, responses per problem; of a single one the advantage is always 0")  # fmt: skip
     group.add_argument("--max_new_tokens", type=POSITIVE, default=2048, help="per response")
     group.add_argument("--max_prompt_tokens", type=POSITIVE, default=2048, help="longer problems are left out")
     group.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="of the rollouts and of every log-prob")

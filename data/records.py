@@ -437,7 +437,7 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
     """`parse_flags`. If the first needed flag is omitted, use the TINY defaults in place of the paper's. Raises
-    InputError if it is given without the others, or if this directory lacks a file of the tiny world."""
+    InputError if it is given without the others, or if this directory isn't the project's."""
     key = needed[0]
     args = parse_flags(parser)
     if getattr(args, key) is None:
@@ -449,17 +449,18 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> arg
         if os.environ.get("RANK", "0") == "0":
             defaults = ", ".join(f"{name}={getattr(args, name)}" for name in tiny)
             print(f"no --{key}: the tiny world, {defaults}", flush=True)
-        check_directory(tiny)
+        check_directory(args, tiny.keys() - {"out"})
     for flag in needed:
         if getattr(args, flag) is None:
             raise InputError(f"--{key} also needs --{flag}")
     return args
 
 
-def check_directory(tiny: dict) -> None:
-    """Raise InputError if the TINY defaults, which begin at the project's root, aren't here but there."""
+def check_directory(args: argparse.Namespace, inputs: set[str]) -> None:
+    """Raise InputError if files of these flags, which begin at the project's root, aren't here but there."""
     root = Path(__file__).parents[1]
-    for value in tiny.values():
+    for name in sorted(inputs):
+        value = getattr(args, name)
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and not Path(path).exists() and (root / path).exists():
-                raise InputError(f"{path}: not here, but in {root}; run this command there: cd {root}")
+                raise InputError(f"--{name} {path}: not here, but in {root}; run this command there: cd {root}")
