@@ -403,9 +403,10 @@ def main() -> None:
             distributed.log(f"{args.out}: complete, {len(output.done)} solutions")
             return
         engine = open_engine(args.model, device, args.slots)
-        started = time.time()
+        started = time.perf_counter()
         generate_solutions(engine, problems, output, args)
-    speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
+    sampled = engine.sampler.tokens * distributed.world_size()
+    speed = distributed.per_second(sampled, time.perf_counter() - started)
     distributed.log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
 

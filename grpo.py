@@ -895,8 +895,8 @@ class Clock:
         numbers = {}
         for phase, seconds in self.seconds.items():
             numbers[f"time/{phase}"] = seconds
-            numbers[f"time/{phase}_tokens_per_second"] = tokens[phase] / seconds
-        numbers["time/tokens_per_second"] = sampled / sum(self.seconds.values())
+            numbers[f"time/{phase}_tokens_per_second"] = distributed.per_second(tokens[phase], seconds)
+        numbers["time/tokens_per_second"] = distributed.per_second(sampled, sum(self.seconds.values()))
         return numbers
 
 

@@ -557,7 +557,7 @@ def train(run: Setup, args: argparse.Namespace) -> None:
         )  # fmt: skip
         for step in bar:
             # 1. The batch: the same on every rank.
-            started = time.time()
+            started = time.perf_counter()
             batch = batch_for_step(step, run.examples, args.batch_size, args.seed)
 
             # 2. Loss and gradient.
@@ -569,7 +569,8 @@ def train(run: Setup, args: argparse.Namespace) -> None:
 
             # 4. Log; from time to time, and at the end, evaluate and save.
             record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
-            tokens_per_second = sum(len(example.ids) for example in batch) / (time.time() - started)
+            tokens = sum(len(example.ids) for example in batch)
+            tokens_per_second = distributed.per_second(tokens, time.perf_counter() - started)
             record["time/tokens_per_second"] = tokens_per_second
             saving = step + 1 == run.steps or (step + 1) % args.save_every == 0
             if saving and run.held_out:

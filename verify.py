@@ -691,7 +691,7 @@ def main() -> None:
     speed = {}
     if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
         sampled = engine.sampler.tokens * distributed.world_size()
-        speed["tokens_per_second"] = sampled / (time.time() - started)
+        speed["tokens_per_second"] = distributed.per_second(sampled, time.time() - started)
 
     # 3. Turn the verifications into labels. Rank 0 does so; the others stay for critiques, to sample their share.
     if distributed.rank() != 0 and not method.needs_critique:
