@@ -494,7 +494,7 @@ def test_bad_input_is_status_2(tmp_path, world):
     for change, message in (
         (["--max_new_tokens", 500], "no prompt leaves room for --max_new_tokens 500"),
         (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; create it with: python generate.py"),
-        (["--temperature", -1], "temperature=-1.0"),
+        (["--temperature", -1], "--temperature -1: it must be 0 or from"),
         (["--limit", 0], "--limit 0: it must be at least 1"),
     ):
         status, stderr = run_script("verify.py", tmp_path, *world, "--out", out, *change)
