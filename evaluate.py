@@ -20,6 +20,7 @@ is counted: an unparsed verification is wrong on ProcessBench, an answer that ca
 """
 
 import argparse
+import functools
 import inspect
 import json
 import math
@@ -137,9 +138,32 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+@functools.lru_cache  # maj@k and the votes of best-of-k ask about the same samples
+def cluster_answers(answers: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Each answer's cluster, named by its first answer: ("5", "7", "5.0", None) -> ("5", "7", "5", None).
+
+    Answers are clustered by value: each distinct string joins the first cluster whose first answer it equals by
+    `grade`, or begins a new one. The grader is asked at most once per distinct string and cluster. None, and an empty
+    answer, has no cluster.
+    """
+    cluster_of = {}
+    unclustered = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
+    while unclustered:
+        first, *others = unclustered
+        cluster_of[first] = first
+        equal = grade_all([(other, first) for other in others])
+        unclustered = []
+        for other, same in zip(others, equal, strict=True):
+            if same:
+                cluster_of[other] = first
+            else:
+                unclustered.append(other)
+    return tuple(cluster_of.get(answer) for answer in answers)
+
+
 def majority_answer(answers: list[str | None]) -> str | None:
-    """The most frequent answer, compared as a string, the earliest of equals; None (no answer) doesn't vote."""
-    votes = Counter(answer for answer in answers if answer is not None)
+    """The first answer of the largest cluster, the earliest of equals; None (no answer) doesn't vote."""
+    votes = Counter(cluster for cluster in cluster_answers(tuple(answers)) if cluster is not None)
     if not votes:
         return None
     [(winner, _)] = votes.most_common(1)
@@ -454,8 +478,9 @@ def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) 
     majority = np.zeros(P)
     for p, group in enumerate(graded.samples):
         answers = [sample["answer"] for sample in group]
-        # A sample with the majority answer was graded. If no sample has an answer, it is a None, graded as wrong.
-        majority[p] = graded.correct[p, answers.index(majority_answer(answers))]
+        winner = majority_answer(answers)
+        if winner is not None:  # a sample's answer, so it was graded
+            majority[p] = graded.correct[p, answers.index(winner)]
     per_problem[f"maj@{k}"] = majority
     per_problem |= others
 
@@ -506,13 +531,14 @@ def best_of_k(
 
 
 def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
-    """Each sample's sum of the scores (P, n) of all samples with its answer, among the first k of a problem -> (P, k).
-    Answers are compared as strings; a sample without one gets 0."""
+    """Each sample's sum of the scores (P, n) of all samples with an equal answer, among the first k of a problem ->
+    (P, k). A sample without an answer gets 0."""
     sums = np.zeros((len(answers), k))
     for p, group in enumerate(answers):
+        clusters = cluster_answers(tuple(group))
         for i in range(k):
-            if group[i] is not None:
-                sums[p, i] = sum(scores[p, j] for j in range(k) if group[j] == group[i])
+            if clusters[i] is not None:
+                sums[p, i] = sum(scores[p, j] for j in range(k) if clusters[j] == clusters[i])
     return sums
 
 

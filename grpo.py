@@ -39,7 +39,7 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from pathlib import Path
 from data import records, report
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import grade_all, heldout_accuracy, majority_answer
+from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer
 from generate import (
     SOLVE_PROMPT,
     STEP_TAG,
@@ -262,9 +262,7 @@ def majority_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     response has an answer."""
     answers = [extract_answer(r.text) for r in group]
     winner = majority_answer(answers)
-    if winner is None:
-        return [0.0] * len(group)
-    return [float(grade is True) for grade in grade_all([(answer, winner) for answer in answers])]
+    return [float(cluster is not None and cluster == winner) for cluster in cluster_answers(tuple(answers))]
 
 
 def self_certainty_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
@@ -298,15 +296,19 @@ def groups_of(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:
     return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
 
 
-def score_rollouts(rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int):
-    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements."""
+def score_rollouts(
+    rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int, clock=nullcontext
+):
+    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements. A
+    `Clock` measures how long the rewards take, because some compare answers with each other."""
     seed = f"{args.seed}/{step}"
     for r in rollouts:
         r.valid = format_valid(r.text, args.format_constraints, finished=r.finish == "stop")
     if REWARDS[args.reward].needs_judge:
         judge_responses(rollouts, judge, tokenizer, seed, args)
     inputs = RewardInputs(seed, gold if REWARDS[args.reward].reads_answers else {})
-    give_rewards(rollouts, inputs, args)
+    with clock("reward"):
+        give_rewards(rollouts, inputs, args)
 
 
 # --------------------------------------------------------------------------- 3. advantages
@@ -613,7 +615,7 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
 
         # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
         with clock("score"):
-            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step)
+            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step, clock)
             groups = distributed.gather(groups_of(rollouts, args.group_size))
             rollouts = [r for group in groups for r in group]  # all B responses, on every rank
             distributed.free_cached_memory()
@@ -884,18 +886,19 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = max(time.perf_counter() - start, 1e-9)  # a coarse clock may not have moved
 
     def metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one."""
+        """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one. The time of the
+        rewards is part of that of the scores."""
         sampled = sum(len(r.ids) for r in rollouts)
         judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
-        tokens = {"sample": sampled, "score": judged, "update": sampled}
-        numbers = {}
-        for phase, seconds in self.seconds.items():
-            numbers[f"time/{phase}"] = seconds
-            numbers[f"time/{phase}_tokens_per_second"] = tokens[phase] / seconds
-        numbers["time/tokens_per_second"] = sampled / sum(self.seconds.values())
+        numbers = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        total = 0.0
+        for phase, tokens in (("sample", sampled), ("score", judged), ("update", sampled)):
+            total += self.seconds[phase]
+            numbers[f"time/{phase}_tokens_per_second"] = tokens / self.seconds[phase]
+        numbers["time/tokens_per_second"] = sampled / total
         return numbers
 
 
