@@ -20,6 +20,7 @@ is counted: an unparsed verification is wrong on ProcessBench, an answer that ca
 """
 
 import argparse
+import codecs
 import functools
 import inspect
 import json
@@ -290,27 +291,41 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
 def read_cases(path: str) -> list[dict]:
     """ProcessBench cases (problem, steps, label) from JSON Lines or, as published, a JSON array.
 
-    Raises InputError for a missing file or field, and for a label that is neither -1 nor the index of a step.
+    Raises InputError, with the number of the case, for a field that is missing or of another type, and for a label that
+    is neither -1 nor the index of a step.
     """
     fields = ["problem", "steps", "label"]
-    text = Path(path).read_text(encoding="utf-8").lstrip() if Path(path).is_file() else ""
-    if text.startswith("["):
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         try:
-            cases = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+            cases = json.loads(data)
+            json.dumps(cases, ensure_ascii=False).encode()  # fails for lone surrogates, which no prompt may have
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error}); fetch the file again") from None
         if not cases:
             raise InputError(f"{path}: an empty array, no cases; fetch the file again")
+        for number, case in enumerate(cases):
+            records.check_record(case, fields, f"{path}: case {number}")
     else:
         cases = records.read(path, fields, "python -m data.make_tiny")
     for number, case in enumerate(cases):
-        if any(field not in case for field in fields):
-            raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
         label, num_steps = case["label"], len(case["steps"])
-        if label not in range(-1, num_steps):
+        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
             given = f"label {label!r} and {num_steps} steps"
             raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
+        final_answer_correct(case, f"{path}: case {number}")
     return cases
+
+
+def final_answer_correct(case: dict, place: str) -> bool:
+    """Is the final answer of a case correct? Its final_answer_correct, which some tools write as a string; without it,
+    whether no step is wrong. Raises InputError, beginning with `place`, for any other value."""
+    value = case.get("final_answer_correct", case["label"] == -1)
+    named = {"true": True, "false": False}
+    known = named.get(str(value).lower())
+    if known is None:
+        raise InputError(f"{place}: final_answer_correct must be true or false, not {value!r}")
+    return known
 
 
 def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
@@ -320,8 +335,7 @@ def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> di
     right = np.zeros(n)
     unparsed = 0
     for i, (case, judgement) in enumerate(zip(cases, judgements, strict=True)):
-        truth = case.get("final_answer_correct", case["label"] == -1)
-        right[i] = judgement.verdict == truth
+        right[i] = judgement.verdict == final_answer_correct(case, f"case {i}")
         unparsed += judgement.verdict is None
     return {
         "outcome_acc": Metric(float(right.mean()), n, bootstrap_interval(right, seed)),

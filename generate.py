@@ -145,6 +145,24 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
+def count_empty_boxes(response: str) -> int:
+    """How many closed boxes hold nothing."""
+    return sum(not response[start:end].strip() for start, end in find_boxes(response))
+
+
+def has_layout_line(step: str) -> bool:
+    """Whether a line of a step begins as a line of `render_steps` does: "Step 3:" or "Answer:"."""
+    return bool(STEP_HEADING.search(step) or ANSWER_LINE.search(step))
+
+
+def hidden_text(response: str) -> str:
+    """What a judge isn't shown of a response: where there are step tags, the text outside of steps and answer."""
+    if not STEP_TAG.search(response):
+        return ""
+    outside = re.sub(r"<answer>.*?</answer>", "", STEP_TAG.sub("", response), flags=re.DOTALL)
+    return re.sub(r"</?(?:think|step|answer)>", "", outside).strip()
+
+
 def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
     r"""V, whether a response has the required format. The constraints:
 

@@ -52,10 +52,13 @@ from generate import (
     SOLVE_PROMPT,
     STEP_TAG,
     Engine,
+    count_empty_boxes,
     extract_answer,
     find_boxes,
     find_model,
     format_valid,
+    has_layout_line,
+    hidden_text,
     open_engine,
     open_model,
     split_steps,
@@ -601,6 +604,8 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
     signals = distributed.stop_on_signal()
     if run.start == 0 and run.heldout:
         metrics.append({"step": 0, **measure(0)})
+    if run.start == args.steps:  # an earlier run may have been killed just before its last export
+        distributed.export(run.model, find_model(args.policy), out)
     todo = range(run.start, args.steps)
     main_rank = distributed.rank() == 0
     bar = tqdm(todo, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=not main_rank)
@@ -641,8 +646,9 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
             show_progress(bar, record, rollouts, advantages, args, step)
         metrics.append(record)
         if last or stopped or (step + 1) % args.save_every == 0:
-            distributed.export(run.model, find_model(args.policy), out)
+            # First what the run resumes from: whatever goes wrong with the copy for others then costs nothing.
             distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+            distributed.export(run.model, find_model(args.policy), out)
         if stopped and not last:
             distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
             raise SystemExit(143)
@@ -792,6 +798,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     share_correct = [sum(r.step_verdicts) / len(r.step_verdicts) for r in judged if r.step_verdicts]
     mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
     rewards = torch.tensor([r.reward for r in rollouts])
+    steps = [split_steps(r.text) for r in rollouts]
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
@@ -806,9 +813,12 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "reward/count_mismatch": mean(mismatched),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
+        "format/empty_boxes": mean([count_empty_boxes(r.text) for r in rollouts]),
         "format/answers": mean([r.text.count("<answer>") for r in rollouts]),
         "format/text_after_answer": mean([bool(r.text.partition("</answer>")[2].strip()) for r in rollouts]),
-        "response/steps": mean([len(split_steps(r.text)) for r in rollouts]),
+        "format/hidden_text": mean([bool(hidden_text(r.text)) for r in rollouts]),
+        "format/layout_lines": mean([any(map(has_layout_line, of_response)) for of_response in steps]),
+        "response/steps": mean([len(of_response) for of_response in steps]),
         "response/length": mean([len(r.ids) for r in rollouts]),
         "response/penalised": mean([r.wrong_step_count for r in rollouts]),
         "response/truncated": mean([r.finish == "length" for r in rollouts]),
@@ -1074,6 +1084,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     )
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
+    if start > args.steps:
+        raise InputError(f"--steps {args.steps}: {out} has already {start}; ask for more, or choose another --out")
     distributed.copy_weights(inference, model)
     distributed.log(
         f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "

@@ -84,7 +84,7 @@ def print_label_report(rows: list[dict], metrics: tuple[str, ...]) -> None:
 
 # --------------------------------------------------------------------------- curves
 
-# Key in metrics.jsonl -> title. The last six show a policy that games its reward, or a sampler unlike the trainer.
+# Key in metrics.jsonl -> title. The last eight show a policy that games its reward, or a sampler unlike the trainer.
 PANELS = {
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy",
@@ -94,25 +94,52 @@ PANELS = {
     "kl/k3": "KL from the initial policy (k3)",
     "format/boxes": "boxes per response",
     "format/text_after_answer": "text after the answer",
+    "format/hidden_text": "text that the judge doesn't see",
+    "format/empty_boxes": "empty boxes per response",
     "reward/count_mismatch": "verdicts for another number of steps",
     "heldout/reward_minus_accuracy": "held-out reward minus accuracy",
     "format/answers": "answers per response",
     "gap/mean": "sampler against trainer, nats a token",
 }
 AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
+FORMATS = (".png", ".svg", ".pdf")  # of figures
 COLOURS = 10  # of Matplotlib's cycle
 
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
     """key -> {step: value} from a run's metrics.jsonl, in order; if a step was repeated, its last record counts."""
     by_step = {}
-    for record in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py"):
+    path = Path(run) / "metrics.jsonl"
+    for record in records.read(path, ["step"], "python grpo.py"):
+        if not is_number(record["step"]):
+            raise InputError(f"{path}: step must be a number, not {record['step']!r}; remove the line")
         by_step[record["step"]] = record
     metrics: dict[str, dict[int, float]] = {}
     for step in sorted(by_step):
         for key, value in by_step[step].items():
             metrics.setdefault(key, {})[step] = value
     return metrics
+
+
+def is_number(value: object) -> bool:
+    """Is a JSON value a number that can be drawn? NaN counts: it leaves a gap in a curve."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > sys.float_info.max
+
+
+def check_curve(curve: dict, place: str) -> None:
+    """Raise InputError, beginning with `place`, for a curve that can't be drawn."""
+    for field in ("panel", "curve", "xlabel", "ylabel"):
+        if not isinstance(curve.get(field, ""), str):
+            raise InputError(f"{place}: {field} must be a string, not {curve[field]!r}")
+    for field in ("x", "y", "low", "high"):
+        values = curve.get(field, curve["x"])
+        if not isinstance(values, list) or not all(map(is_number, values)) or len(values) != len(curve["x"]):
+            raise InputError(f"{place}: {field} must be a list of numbers, as many as x has, not {str(values)[:60]}")
+    limits = curve.get("ylim", [0, 1])
+    if not isinstance(limits, list) or len(limits) != 2 or not all(map(is_number, limits)) or not limits[0] < limits[1]:
+        raise InputError(f"{place}: ylim must be a list of two numbers, the lower first, not {str(limits)[:60]}")
+    if curve.get("xscale", "log") not in ("linear", "log"):
+        raise InputError(f"{place}: xscale must be linear or log, not {str(curve['xscale'])[:60]}")
 
 
 def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
@@ -128,6 +155,7 @@ def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
             for end in ("low", "high"):
                 known = metrics.get(f"heldout/{end}", {})
                 curve[end] = [known.get(step, value) for step, value in points.items()]
+        check_curve(curve, f"{run}/metrics.jsonl, {key}")
         curves.append(curve)
     return curves
 
@@ -138,7 +166,9 @@ def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
     for pattern in patterns:
         for run in sorted(glob(pattern)) or [pattern]:
             if run.endswith(".jsonl"):
-                curves += records.read(run, ["panel", "curve", "x", "y"])
+                for number, curve in enumerate(records.read(run, ["panel", "curve", "x", "y"]), 1):
+                    check_curve(curve, f"{run}: curve {number}")
+                    curves.append(curve)
             else:
                 curves += run_curves(run, pattern, keys)
     return curves
@@ -184,7 +214,7 @@ def draw_curves(curves: list[dict], out: Path) -> None:
     lines = {}
     for place, (title, named) in enumerate(panels.items(), 1):
         left = figure.add_subplot(down, across, place, xlabel="step")
-        left.set_title(title, fontsize=10)
+        left.set_title(title, fontsize=10, parse_math=False)  # a $ in a name is a dollar and begins no formula
         left.grid(alpha=0.3)
         right = None
         for name, seeds in named.items():
@@ -197,7 +227,9 @@ def draw_curves(curves: list[dict], out: Path) -> None:
                 style = ":"
             lines[name] = draw_seeds(axes, seeds, style, f"C{number}")
 
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    legend = figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     save_figure(figure, out)
 
 
@@ -205,6 +237,8 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     """Draw the mean of some seeds' curves and their band; returns the line."""
     first = seeds[0]
     axes.set(**{key: first[key] for key in AXES if key in first})
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_parse_math(False)
 
     # 1. The points that all seeds have.
     points = [dict(zip(seed["x"], seed["y"], strict=True)) for seed in seeds]
@@ -234,10 +268,10 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
 
 
 def save_figure(figure, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure in the format of its name, one of FORMATS, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
+    figure.savefig(temporary, format=out.suffix.lower().removeprefix("."), dpi=120)
     temporary.replace(out)
 
 
