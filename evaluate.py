@@ -29,16 +29,30 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import grader, records, report
-from generate import SOLVE_PROMPT, Engine, extract_answer, find_incomplete, find_model, generate_solutions, open_engine
+from generate import (
+    SOLVE_PROMPT,
+    Engine,
+    encode_chat,
+    extract_answer,
+    find_incomplete,
+    find_model,
+    generate_solutions,
+    open_engine,
+    open_tokenizer,
+    output_limit,
+)
 from kernels import distributed
 from kernels.distributed import InputError
-from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
+from kernels.transformer import read_config
+from train_prm import REWARD_MODELS, Judge, Judgement, judge_prompt, score_solutions
 from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
 
 import numpy as np
@@ -244,11 +258,39 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
     return result_rows(benchmark, "average", {metric: average}, rows[0]["settings"], seconds, tokens)
 
 
-def publish(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print the results and write their file."""
-    report.print_results(rows)
+def write_results(rows: list[dict], args: argparse.Namespace) -> None:
+    """Write the results so far."""
     if distributed.rank() == 0:
         records.write_records(Path(args.out), rows, args)
+
+
+def fingerprint(model: str, flag: str = "--model") -> list[str]:
+    """A model that has been trained on under the same name isn't the one that was measured."""
+    return [records.hash_file(path) for path in sorted(find_model(model, flag).glob("*.safetensors"))]
+
+
+def read_earlier_rows(args: argparse.Namespace) -> dict[tuple[str, str, str], list[dict]]:
+    """(model, benchmark, subset) -> the rows that a run has written to --out, if its code, its arguments and the
+    contents of its inputs were the same: they need not be measured again. Fingerprints of the inputs are added to
+    args."""
+    for flag in ("data", "problems", "solutions", "gold"):
+        if vars(args).get(flag):
+            vars(args)[f"{flag}_sha256"] = [records.hash_file(path) for path in vars(args)[flag]]
+    for flag in ("model", "prm"):
+        names = vars(args).get(flag) or []
+        names = [names] if isinstance(names, str) else names
+        vars(args)[f"{flag}_sha256"] = [fingerprint(name, f"--{flag}") for name in names]
+    description = Path(f"{args.out}.args.json")
+    if not (description.is_file() and Path(args.out).is_file()):
+        return {}
+    earlier = json.loads(description.read_text(encoding="utf-8"))
+    now = records.describe_run(args)
+    if any(earlier.get(key) != now[key] for key in ("arguments", "commit")):
+        return {}
+    rows: dict[tuple[str, str, str], list[dict]] = {}
+    for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+        rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
+    return rows
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
@@ -272,9 +314,61 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | N
     records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "prm_max_new_tokens", "slots")
     if "out" in args and args.out is None:
         raise InputError("--out is missing; say where to write the result")
-    if "out" in args and Path(args.out).is_dir():  # fail early, not after hours of sampling
-        raise InputError(f"--out {args.out} is a directory; name a file in it")
+    if "out" in args:  # fail early, not after hours of sampling
+        check_place(Path(args.out))
     return args
+
+
+def check_place(out: Path) -> None:
+    """Raise InputError if a file can't be written there."""
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; name a file in it")
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
+
+
+def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
+    """(tokenizer, context) of a model that is loaded later. Raises InputError, before hours of sampling, if there is no
+    such model, or if its directory lacks something."""
+    path = find_model(name, flag)
+    tokenizer, _ = open_tokenizer(path, flag)
+    try:
+        config = read_config(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
+    return tokenizer, config.max_positions
+
+
+def check_votes(kind: str, votes: int, flag: str) -> None:
+    """Raise InputError for several votes of a reward model that has only one."""
+    if votes > 1 and not REWARD_MODELS[kind].generative:
+        raise InputError(f"{flag} {votes}: a {kind} is deterministic; leave it at 1")
+
+
+def fitting_problems(problems: list[dict], tokenizer, context: int, max_new_tokens: int) -> list[dict]:
+    """The problems (id, problem) that aren't too long for the context, see `output_limit`, each with its `prompt` and
+    the `limit` of new tokens."""
+    fitting = []
+    for problem in problems:
+        prompt = encode_chat(tokenizer, SOLVE_PROMPT.format(problem=problem["problem"]))
+        limit = output_limit(len(prompt), max_new_tokens, context)
+        if limit is not None:
+            fitting.append(problem | {"prompt": prompt, "limit": limit})
+    return fitting
+
+
+def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Metric]:
+    """The shares of prompts that are too long for the context, so left out (None), and of those with a lower limit of
+    new tokens than asked for; no metric where there are none."""
+    n = len(limits)
+    counts = {
+        "too_long": limits.count(None),
+        "shortened": sum(limit is not None and limit < max_new_tokens for limit in limits),
+    }
+    return {name: Metric(count / n, n) for name, count in counts.items() if count}
 
 
 def name_files(flag: str, paths: list[str]) -> dict[str, str]:
@@ -371,6 +465,15 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
     return metrics
 
 
+def judge_limits(judge: Judge, solutions: list[dict]) -> list[int | None]:
+    """How many tokens each judgement may have, see `output_limit`; None: too long, so unparsed."""
+    limits = []
+    for solution in solutions:
+        prompt = judge.engine.encode(judge_prompt(REWARD_MODELS[judge.kind].prompt, solution))
+        limits.append(output_limit(len(prompt), judge.max_new_tokens, judge.engine.context))
+    return limits
+
+
 def run_processbench(parser: argparse.ArgumentParser) -> None:
     """ProcessBench: does a reward model find the first wrong step of a solution?"""
     parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
@@ -379,25 +482,51 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--votes", type=int, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
+
+    # 1. Whatever is wrong with the input is found before the first judgement.
+    check_votes(args.kind, args.votes, "--votes")
+    check_model(args.model)
     subsets = {}
     for name, path in name_files("data", args.data).items():
         subsets[name] = read_cases(path)[: args.limit]
-    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
-    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
+    device = distributed.init_distributed(args.device)
+    earlier = read_earlier_rows(args)
+    solutions = {}
+    judge = None
+    for subset, cases in subsets.items():
+        if (args.model, "processbench", subset) in earlier:
+            continue
+        # ProcessBench has no separate answer, so an answer field of a case is ignored.
+        solutions[subset] = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
+    if solutions:
+        engine = open_engine(args.model, device, args.slots)
+        judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
+    limits = {}
+    for subset in solutions:
+        limits[subset] = judge_limits(judge, solutions[subset])
+        if not any(limits[subset]):
+            raise InputError(f"{subset}: no prompt fits the model's context of {engine.context}; lower --max_new_tokens")
+
+    # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
     rows = []
     for subset, cases in subsets.items():
+        if subset not in solutions:
+            rows += earlier[args.model, "processbench", subset]
+            continue
         started = time.time()
-        # ProcessBench has no separate answer, so an answer field of a case is ignored.
-        solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
-        mine = distributed.my_part(solutions)
+        mine = distributed.my_part(solutions[subset])
         judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
+        metrics |= limit_metrics(limits[subset], args.max_new_tokens)
         tokens = sum(judgement.tokens for judgement in judgements)
         rows += result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
+        write_results(rows, args)
     headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
-    publish(rows + average_rows("processbench", rows, headline), args)
+    rows += average_rows("processbench", rows, headline)
+    write_results(rows, args)
+    report.print_results(rows)
 
 
 # --------------------------------------------------------------------------- benchmarks
@@ -457,18 +586,21 @@ def heldout_accuracy(
     """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
 
     Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
-    rank calls it, does its share, and returns the same. Raises InputError for a problem without a gold answer or too
-    long for the context.
+    rank calls it, does its share, and returns the same. Problems that are too long for the context are left out. Raises
+    InputError for a problem without a gold answer, and if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
-    mine = distributed.my_part(problems)
+    fitting = fitting_problems(problems, engine.tokenizer, engine.context, max_new_tokens)
+    if not fitting:
+        raise InputError(f"no problem fits the model's context of {engine.context}; lower --max_new_tokens")
+    mine = distributed.my_part(fitting)
     groups = engine.sample(
-        [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in mine],
+        [problem["prompt"] for problem in mine],
         keys=[problem["id"] for problem in mine],
         num_samples=num_samples,
         temperature=temperature,
         top_p=top_p,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=[problem["limit"] for problem in mine],
         seed=seed,
     )
     solutions = []
@@ -577,6 +709,7 @@ class Benchmark:
     settings: dict  # of sampling, as far as known
     graded: Graded
     greedy: Graded | None
+    limits: dict[str, Metric]  # `limit_metrics` of all its problems
     seconds: float  # of sampling and grading
 
 
@@ -591,35 +724,35 @@ def read_samples(path: str | Path) -> dict[str, list[dict]]:
     return groups
 
 
-def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benchmark]:
+def grade_files(
+    files: dict[str, list[list[dict]]], gold: dict[str, str], args: argparse.Namespace
+) -> Iterator[Benchmark]:
     """Samples from any source, one benchmark per solutions file."""
-    benchmarks = []
-    for name, path in name_files("solutions", args.solutions).items():
+    for name, samples in files.items():
         started = time.time()
-        samples = list(read_samples(path).values())[: args.limit]
-        require_answers([group[0]["problem_id"] for group in samples], gold)
         graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0]), "seed": args.seed}
-        benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, graded, None, time.time() - started))
-    return benchmarks
+        yield Benchmark(samples[0][0]["model"], name, settings, graded, None, {}, time.time() - started)
 
 
 def sample_benchmarks(
-    model: str, files: dict[str, list[dict]], gold: dict[str, str], args: argparse.Namespace, device: torch.device
-) -> list[Benchmark]:
-    """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an
-    earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    model: str,
+    files: dict[str, list[dict]],
+    limits: dict[str, dict[str, Metric]],
+    gold: dict[str, str],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Iterator[Benchmark]:
+    """Sample a model's solutions to the fitting problems of each file, which stay in solutions files beside --out. What
+    an earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
-    # A fingerprint of the weights: a model that has been trained on under the same name isn't the one that sampled.
-    weights = [records.hash_file(path) for path in sorted(find_model(model).glob("*.safetensors"))]
+    weights = fingerprint(model)
     directory = Path(args.out.removesuffix(".jsonl") + "_samples")
     engine = None  # opened only if a solution is missing
-
-    benchmarks = []
     for name, problems in files.items():
         started = time.time()
         graded = {}  # suffix -> Graded
@@ -632,8 +765,8 @@ def sample_benchmarks(
                     generate_solutions(engine, problems, output, described)
             groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
             graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
-        benchmarks.append(Benchmark(model, name, settings, graded[""], graded.get("_greedy"), time.time() - started))
-    return benchmarks
+        seconds = time.time() - started
+        yield Benchmark(model, name, settings, graded[""], graded.get("_greedy"), limits[name], seconds)
 
 
 def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.Namespace) -> list[dict]:
@@ -656,9 +789,15 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         for p, group in enumerate(judgements):
             others["unparsed"][p] = np.mean([judgement.verdict is None for judgement in group])
             tokens += sum(judgement.tokens for judgement in group)
-    metrics = benchmark_numbers(graded, others, args.seed)
+    metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
     seconds = benchmark.seconds + time.time() - started
     return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
+
+
+def accuracy_by_problem(graded: Graded) -> dict[str, float]:
+    """problem id -> mean accuracy of its samples."""
+    problem_ids = [group[0]["problem_id"] for group in graded.samples]
+    return dict(zip(problem_ids, graded.correct.mean(axis=1).tolist(), strict=True))
 
 
 def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
@@ -669,12 +808,40 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     for benchmark in benchmarks:
         if benchmark.model == last_model or benchmark.name not in last:
             continue
-        other = last[benchmark.name]
-        change = benchmark.graded.correct.mean(axis=1) - other.graded.correct.mean(axis=1)  # (P,)
+        mine = accuracy_by_problem(benchmark.graded)
+        others = accuracy_by_problem(last[benchmark.name].graded)
+        # Those that fit the contexts of both models.
+        change = np.array([mine[problem] - others[problem] for problem in mine if problem in others])  # (P,)
+        if not len(change):
+            continue
         metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
         settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
         rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
     return rows
+
+
+def plan_benchmarks(
+    gold: dict[str, str], args: argparse.Namespace, device: torch.device
+) -> list[Iterator[Benchmark]]:
+    """What `sample_benchmarks` is going to do for each model, once all models and problems have been checked."""
+    files = {}
+    for name, path in name_files("problems", args.problems).items():
+        files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
+        require_answers([problem["id"] for problem in files[name]], gold)
+    plans = []
+    for model in args.model:
+        tokenizer, context = check_model(model)
+        fitting = {}
+        limits = {}
+        for name, problems in files.items():
+            fitting[name] = fitting_problems(problems, tokenizer, context, args.max_new_tokens)
+            if not fitting[name]:
+                raise InputError(f"{name}: no problem fits the context of {model}, {context}; lower --max_new_tokens")
+            known = [problem["limit"] for problem in fitting[name]]
+            known += [None] * (len(problems) - len(known))
+            limits[name] = limit_metrics(known, args.max_new_tokens)
+        plans.append(sample_benchmarks(model, fitting, limits, gold, args, device))
+    return plans
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
@@ -690,6 +857,8 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
         unparsed       judgements without a verdict (--prm)
         unknown        answers that can't be graded
         truncated      solutions cut off at the limit of tokens
+        too_long       problems left out because their prompts fill the context, if any
+        shortened      problems with a lower limit of new tokens, which the context leaves, if any
 
     Several models are each compared with the last, problem by problem. The samples are kept beside --out as solutions
     files, so a killed run resumes."""
@@ -711,35 +880,48 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     if not args.gold:
         raise InputError("--gold is missing; it goes with --solutions")
 
-    # 1. The samples: read them, or sample what is missing of them; and grade them.
+    # 1. Whatever is wrong with the input is found before the first sample.
     gold = records.read_answers(args.gold)
+    if args.prm:
+        check_votes(args.prm_kind, args.prm_votes, "--prm_votes")
+        check_model(args.prm, "--prm")
     device = distributed.init_distributed(args.device)
-    benchmarks = []
     if args.solutions:
-        benchmarks = read_benchmarks(args, gold)
-    else:
         files = {}
-        for name, path in name_files("problems", args.problems).items():
-            files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-            require_answers([problem["id"] for problem in files[name]], gold)  # fail early
-        for model in args.model:  # a model is freed on return, before the next is loaded
-            benchmarks += sample_benchmarks(model, files, gold, args, device)
+        for name, path in name_files("solutions", args.solutions).items():
+            files[name] = list(read_samples(path).values())[: args.limit]
+            require_answers([group[0]["problem_id"] for group in files[name]], gold)
+        benchmarks = grade_files(files, gold, args)
+    else:
+        benchmarks = chain.from_iterable(plan_benchmarks(gold, args, device))
+    earlier = read_earlier_rows(args)
 
-    # 2. Measure them; if there is a reward model, let it choose.
+    # 2. Benchmark by benchmark: sample, grade, measure, write. A reward model that is to choose comes after all samples,
+    # because it needs the memory.
     judge = None
     if args.prm:
-        engine = open_engine(args.prm, device, args.slots, "--prm")
-        judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+        benchmarks = list(benchmarks)
+        if any((benchmark.model, benchmark.name, "all") not in earlier for benchmark in benchmarks):
+            engine = open_engine(args.prm, device, args.slots, "--prm")
+            judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+    measured = []
     by_model: dict[str, list[dict]] = {}  # model -> rows
     for benchmark in benchmarks:
-        by_model.setdefault(benchmark.model, []).extend(measure_benchmark(benchmark, judge, args))
+        measured.append(benchmark)
+        rows = earlier.get((benchmark.model, benchmark.name, "all"))
+        if rows is None:
+            rows = measure_benchmark(benchmark, judge, args)
+        by_model.setdefault(benchmark.model, []).extend(rows)
+        write_results([row for of_model in by_model.values() for row in of_model], args)
 
     # 3. Average over benchmarks, compare models.
-    headline = f"avg@{benchmarks[0].settings['num_samples']}"
+    headline = f"avg@{measured[0].settings['num_samples']}"
     rows = []
     for of_model in by_model.values():
         rows += of_model + average_rows("benchmarks", of_model, headline)
-    publish(rows + compare_with_last(benchmarks, headline, args.seed), args)
+    rows += compare_with_last(measured, headline, args.seed)
+    write_results(rows, args)
+    report.print_results(rows)
 
 
 # --------------------------------------------------------------------------- the labels of Stage I

@@ -279,6 +279,14 @@ def open_tokenizer(path: Path, flag: str = "--model"):
     return tokenizer, sorted(stop_ids)
 
 
+def output_limit(prompt_tokens: int, max_new_tokens: int, context: int) -> int | None:
+    """How many tokens the output of a prompt may have; None if it isn't to be sampled."""
+    left = context - prompt_tokens
+    if left < max(1, max_new_tokens / 8):
+        return None
+    return min(left, max_new_tokens)
+
+
 @dataclass
 class Engine:
     """A model with its tokenizer and sampler: it encodes prompts, samples outputs and decodes them."""
