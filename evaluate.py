@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import grader, records, report
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from generate import (
     SOLVE_PROMPT,
     Engine,
@@ -296,22 +297,21 @@ def read_earlier_rows(args: argparse.Namespace) -> dict[tuple[str, str, str], li
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
     """The flags that all commands with a model have."""
     parser.add_argument("--out", help="results.jsonl to write")
-    parser.add_argument("--temperature", type=float, default=temperature, help="of samples; a greedy pass has none")
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use only the first N records of each file")
-    parser.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=temperature, help="a greedy pass has none")
+    parser.add_argument("--max_new_tokens", type=POSITIVE, default=max_new_tokens, help="per sample")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--limit", type=POSITIVE, help="use only the first N records of each file")
+    parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
 
 
 def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | None = None) -> argparse.Namespace:
     """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults,
     unless there is a flag that makes do without them."""
-    args = parser.parse_args()
+    args = records.parse_flags(parser)
     missing = [name for name in inputs if getattr(args, name) is None]
     if missing and not (unless and getattr(args, unless)):
         args = records.parse_args(parser, TINY[args.command], missing[0])
-    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "prm_max_new_tokens", "slots")
     if "out" in args and args.out is None:
         raise InputError("--out is missing; say where to write the result")
     if "out" in args:  # fail early, not after hours of sampling
@@ -479,7 +479,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
     parser.add_argument("--data", nargs="+", help="one file per subset: JSON Lines or array of problem, steps, label")
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
-    parser.add_argument("--votes", type=int, default=1, help="1: one greedy pass; K: sample K and take majorities")
+    parser.add_argument("--votes", type=COUNT, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
 
@@ -865,14 +865,14 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
     parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
-    parser.add_argument("--num_samples", type=int, default=4, help="k, samples per problem")
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--num_samples", type=COUNT, default=4, help="k, samples per problem")
+    parser.add_argument("--top_p", type=TOP_P, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
     parser.add_argument("--solutions", nargs="+", help="measure these solutions files, one per benchmark, instead")
     parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
     parser.add_argument("--prm_kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
-    parser.add_argument("--prm_votes", type=int, default=1, help="judgements per sample; 1: a greedy one")
-    parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
+    parser.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per sample; 1: a greedy one")
+    parser.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
     args = parse_command(parser, "model", "problems", "gold", unless="solutions")
     if args.solutions and (args.model or args.problems or args.greedy):
@@ -1125,7 +1125,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verifications", help="verifications.jsonl of verify.py")
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
     parser.add_argument("--out", help="labels.json to write")
-    parser.add_argument("--seed", type=int, default=0, help="verify.py's, for the same choices; also the bootstrap's")
+    parser.add_argument("--seed", type=SEED, default=0, help="verify.py's, for the same choices; also the bootstrap's")
     args = parse_command(parser, "labels", "verifications", "gold")
 
     # 1. Read the labels, what they were made from, and what would be right.
@@ -1222,11 +1222,11 @@ def main() -> None:
     """Each command has a parser of its own, so that its --help shows its flags only."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     run = COMMANDS.get(command)
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser()
     if run is None:
         parser.description = __doc__
         parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
-        parser.parse_args()  # prints the help or says what is wrong, and exits
+        records.parse_flags(parser)  # prints the help or says what is wrong, and exits
     parser.description = inspect.cleandoc(run.__doc__)
     parser.add_argument("command", choices=[command])
     run(parser)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data import records
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sample, Sampler, with_progress
@@ -404,20 +405,19 @@ def generate_solutions(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     parser.add_argument("--model", help="generator: Hugging Face directory or hub name (default: the tiny world)")
     parser.add_argument("--problems", help="JSON Lines file with the fields id and problem")
     parser.add_argument("--out", help="output file (resumed if it exists)")
-    parser.add_argument("--num_samples", type=int, default=8, help="M, solutions per problem")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.95, help="probability mass of the nucleus to sample from")
-    parser.add_argument("--max_new_tokens", type=int, default=8192, help="length limit per solution")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use only the first N problems")
-    parser.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--num_samples", type=COUNT, default=8, help="M, solutions per problem")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.7, help="of sampling; 0 is greedy")
+    parser.add_argument("--top_p", type=TOP_P, default=0.95, help="probability mass of the nucleus to sample from")
+    parser.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="length limit per solution")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--limit", type=POSITIVE, help="use only the first N problems")
+    parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "problems", "out")
-    records.check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     fields = ("problem", "sample", "text")

@@ -45,6 +45,7 @@ from functools import partial
 from pathlib import Path
 
 from data import records, report
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer
@@ -930,7 +931,7 @@ def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     group = parser.add_argument_group("data and models")
     group.add_argument("--policy", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
     group.add_argument("--prm", help="reward model: a Hugging Face directory or hub name")
@@ -942,37 +943,38 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("reward")
     group.add_argument("--reward", default="process_aware", choices=list(REWARDS))
     group.add_argument("--format_constraints", default="paper", choices=["none", "paper", "strict"])
-    group.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
-    group.add_argument("--prm_votes", type=int, default=1, help="judgements per response; 1: a greedy one")
-    group.add_argument("--selective_discount", type=float, default=0.0, help="0.5 halves what is 0 in the paper")
-    group.add_argument("--min_steps", type=int,
+    group.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
+    group.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per response; 1: a greedy one")
+    group.add_argument("--selective_discount", type=real(0, 1), default=0.0, help="0.5 halves what is 0 in the paper")
+    group.add_argument("--min_steps", type=POSITIVE,
                        help="fewer steps: reward 0; default: 4 (selective), 3 (global_step)")  # fmt: skip
-    group.add_argument("--max_steps", type=int, default=20, help="more steps: reward 0, under these two rewards")
+    group.add_argument("--max_steps", type=POSITIVE, default=20, help="more steps: reward 0, under these two rewards")
     group = parser.add_argument_group("GRPO")
-    group.add_argument("--steps", type=int, default=300, help="batches of responses")
-    group.add_argument("--batch_size", type=int, default=256, help="problems per step")
-    group.add_argument("--group_size", type=int, default=16, help="G, responses per problem")
-    group.add_argument("--max_new_tokens", type=int, default=2048, help="per response")
-    group.add_argument("--max_prompt_tokens", type=int, default=2048, help="longer problems are left out")
-    group.add_argument("--temperature", type=float, default=1.0, help="of the rollouts and of every log-prob")
-    group.add_argument("--lr", type=float, default=1e-6, help="constant")
-    group.add_argument("--clip_low", type=float, default=0.2)
-    group.add_argument("--clip_high", type=float, default=0.2)
-    group.add_argument("--updates", type=int, default=1, help="per batch")
-    group.add_argument("--tis_cap", type=float, default=0.0, help="caps importance weights, trainer/sampler; 0: none")
-    group.add_argument("--kl_coef", type=float, default=0.001, help="0 turns the KL term off")
+    group.add_argument("--steps", type=COUNT, default=300, help="batches of responses")
+    group.add_argument("--batch_size", type=COUNT, default=256, help="problems per step")
+    group.add_argument("--group_size", type=integer(2, 100_000), default=16,
+                       help="G, responses per problem; of a single one the advantage is always 0")  # fmt: skip
+    group.add_argument("--max_new_tokens", type=POSITIVE, default=2048, help="per response")
+    group.add_argument("--max_prompt_tokens", type=POSITIVE, default=2048, help="longer problems are left out")
+    group.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="of the rollouts and of every log-prob")
+    group.add_argument("--lr", type=real(0), default=1e-6, help="constant")
+    group.add_argument("--clip_low", type=real(0, 1), default=0.2)
+    group.add_argument("--clip_high", type=real(0), default=0.2)
+    group.add_argument("--updates", type=COUNT, default=1, help="per batch")
+    group.add_argument("--tis_cap", type=real(0), default=0.0, help="caps the weights trainer/sampler; 0: none")
+    group.add_argument("--kl_coef", type=real(0), default=0.001, help="0 turns the KL term off")
     group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"],
                        help="weight of a token, see loss_weights; dr_grpo also leaves out the group's std")  # fmt: skip
-    group.add_argument("--max_gap", type=float, default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
+    group.add_argument("--max_gap", type=real(0), default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
     group = parser.add_argument_group("running")
-    group.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
+    group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
-    group.add_argument("--heldout_every", type=int, default=10, help="steps between measurements on --heldout")
-    group.add_argument("--sample_every", type=int, default=10, help="steps between printed samples")
+    group.add_argument("--heldout_every", type=POSITIVE, default=10, help="steps between measurements on --heldout")
+    group.add_argument("--sample_every", type=POSITIVE, default=10, help="steps between printed samples")
     group.add_argument("--dump_rollouts", action="store_true", help="write every step's responses to <out>/rollouts")
-    group.add_argument("--save_every", type=int, default=20, help="steps between checkpoints")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--save_every", type=POSITIVE, default=20, help="steps between checkpoints")
+    group.add_argument("--seed", type=SEED, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "policy", "problems", "out")
     check_settings(args)
@@ -984,11 +986,6 @@ def check_settings(args: argparse.Namespace) -> None:
     reward = REWARDS[args.reward]
     if args.min_steps is None:
         args.min_steps = reward.least_steps or 1
-    records.check_numbers(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size",
-                 "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
-                 "save_every")  # fmt: skip
-    records.check_numbers(args, "lr", "kl_coef", least=0)
-    records.check_numbers(args, "group_size", least=2)  # a group of one always has zero advantage
     if reward.needs_judge and args.prm is None:
         raise InputError("--policy also needs --prm with this --reward")
     if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:

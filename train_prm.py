@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from data.records import COUNT, POSITIVE, SEED, real
 from generate import (
     SOLVE_PROMPT,
     Engine,
@@ -673,25 +674,22 @@ def score_discriminative(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py")
     parser.add_argument("--out", help="directory of the new checkpoint")
     parser.add_argument("--kind", default="prm_cot", choices=KINDS)
-    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
-    parser.add_argument("--epochs", type=int, default=2, help="(ours)")
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
-    parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
-    parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
-    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
+    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate (ours: the paper gives none)")
+    parser.add_argument("--epochs", type=COUNT, default=2, help="(ours)")
+    parser.add_argument("--batch_size", type=COUNT, default=64, help="sequences per update (ours)")
+    parser.add_argument("--max_length", type=POSITIVE, default=8192, help="longer sequences are left out, in tokens")
+    parser.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
+    parser.add_argument("--eval_fraction", type=real(0, 0.9), default=0.05, help="share of the problems held out")
+    parser.add_argument("--save_every", type=POSITIVE, default=200, help="steps between checkpoints and evaluations")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     args = records.parse_args(parser, TINY, "model", "labels", "out")
-    records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    records.check_numbers(args, "lr", least=0)
-    records.check_numbers(args, "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
     train(set_up(args), args)

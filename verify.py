@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from generate import Engine, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
@@ -637,31 +638,30 @@ def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises InputError for values that do not go together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
     group.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
     group.add_argument("--out", help="directory for verifications, critiques, labels and report")
     group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
-    group.add_argument("--limit", type=int, help="use only the first N solutions")
+    group.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
     group = parser.add_argument_group("labels")
     group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
+    group.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_verifications", type=int, default=16, help="N, verifications per solution")
-    group.add_argument("--temperature", type=float, default=0.8)
-    group.add_argument("--top_p", type=float, default=0.95)
-    group.add_argument("--max_new_tokens", type=int, default=8192, help="per verification, thinking included")
+    group.add_argument("--num_verifications", type=COUNT, default=16, help="N, verifications per solution")
+    group.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    group.add_argument("--top_p", type=TOP_P, default=0.95)
+    group.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
     group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--seed", type=SEED, default=0)
+    group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     if METHODS[args.method].reads_answers and args.answers is None:
         raise InputError(f"--method {args.method} needs --answers")
     if args.answers is not None and not METHODS[args.method].reads_answers:
         raise InputError("--answers is used with --method reference_guided only")
-    records.check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
     return args
 
 

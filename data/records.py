@@ -818,6 +818,8 @@ class MetricsFile:
 
 # --------------------------------------------------------------------------- the command line
 
+LARGEST = 1e30  # for numbers that have to be finite, and need no other bound
+
 # Checkpoints of the tiny world, and the scripts that create them.
 MADE_BY = {
     "data/tiny/policy": "-m data.make_tiny",
@@ -827,30 +829,98 @@ MADE_BY = {
 }
 
 
+def new_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviated flags, as each new flag would change what they mean."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,  # `parse_flags` reports them
+    )
+
+
+def integer(least: int, most: int = 1_000_000_000) -> Callable[[str], int]:
+    """The type of a flag for `add_argument`: a whole number from least to most."""
+    limits = f"at least {least} and at most {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: it must be a whole number, {limits}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
+        return value
+
+    return parse
+
+
+def real(least: float, most: float = LARGEST, or_zero: bool = False) -> Callable[[str], float]:
+    """The type of a flag for `add_argument`: a number from least to most, or 0; neither infinite nor NaN."""
+    limits = f"from {least} to {most}"
+    if most == LARGEST:
+        limits = f"at least {least} and at most {most}"
+    if or_zero:
+        limits = f"0 or {limits}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        in_range = least <= value <= most  # NaN is not
+        if not (in_range or (or_zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
+        return value
+
+    return parse
+
+
+# Ranges that several flags share.
+COUNT = integer(1, 100_000)  # of samples, votes, batches: of more, even the list would take all memory
+POSITIVE = integer(1)  # of tokens, or steps between two events
+SEED = integer(0, 2**63 - 1)
+TEMPERATURE = real(0.001, 100, or_zero=True)  # at 0 the sampler is greedy; logits divided by less overflow
+TOP_P = real(1e-6, 1)
+
+
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line. Raises InputError, naming the flag and its value, for one that isn't as declared."""
+    try:
+        args, unknown = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name} {error.message}; see --help") from None
+    if unknown:
+        raise InputError(f"{' '.join(unknown)}: no such flag (none can be abbreviated); see --help")
+    return args
+
+
 def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
-    """Parse the command line. If the first needed flag is omitted, use the TINY defaults in place of the paper's.
-    Raises InputError if it is given without the others."""
+    """`parse_flags`. If the first needed flag is omitted, use the TINY defaults in place of the paper's. Raises
+    InputError if it is given without the others, or if this directory isn't the project's."""
     key = needed[0]
-    args = parser.parse_args()
+    args = parse_flags(parser)
     if getattr(args, key) is None:
         # Flags that were given win over TINY, and once parsed they can't be told from defaults. So: other defaults, and
         # parse again.
         parser.set_defaults(**tiny)
-        args = parser.parse_args()
+        args = parse_flags(parser)
         # torchrun's RANK: distributed.rank() knows it only after joining the process group, which needs --device.
         if os.environ.get("RANK", "0") == "0":
             defaults = ", ".join(f"{name}={getattr(args, name)}" for name in tiny)
             print(f"no --{key}: the tiny world, {defaults}", flush=True)
+        check_directory(args, tiny.keys() - {"out"})
     for flag in needed:
         if getattr(args, flag) is None:
             raise InputError(f"--{key} also needs --{flag}")
     return args
 
 
-def check_numbers(args: argparse.Namespace, *flags: str, least: float = 1, most: float = math.inf) -> None:
-    """Raise InputError for the first of these flags whose value is outside least..most."""
-    for flag in flags:
-        value = vars(args).get(flag)
-        if value is not None and not least <= value <= most:
-            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise InputError(f"--{flag} {value}: it must be {limits}")
+def check_directory(args: argparse.Namespace, inputs: set[str]) -> None:
+    """Raise InputError if files of these flags, which begin at the project's root, aren't here but there."""
+    root = Path(__file__).parents[1]
+    for name in sorted(inputs):
+        value = getattr(args, name)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and not Path(path).exists() and (root / path).exists():
+                raise InputError(f"--{name} {path}: not here, but in {root}; run this command there: cd {root}")
