@@ -23,7 +23,6 @@ import argparse
 import codecs
 import functools
 import inspect
-import json
 import math
 import os
 import sys
@@ -34,26 +33,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data import grader, records, report
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from generate import (
     SOLVE_PROMPT,
     Engine,
-    encode_chat,
+    check_model,
     extract_answer,
     find_incomplete,
     find_model,
+    fit_prompts,
     generate_solutions,
     open_engine,
-    open_tokenizer,
-    output_limit,
 )
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.transformer import read_config
-from train_prm import REWARD_MODELS, Judge, Judgement, judge_prompt, score_solutions
+from train_prm import REWARD_MODELS, Judge, Judgement, check_votes, judge_prompt, score_solutions
 from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
 
 import numpy as np
@@ -259,39 +256,37 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
     return result_rows(benchmark, "average", {metric: average}, rows[0]["settings"], seconds, tokens)
 
 
-def write_results(rows: list[dict], args: argparse.Namespace) -> None:
-    """Write the results so far."""
+def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str], list[dict]]:
+    """(model, benchmark, subset) -> rows that a run with these arguments and inputs wrote to --out before it was killed.
+    A complete file is measured anew. Fingerprints of the inputs are added to args."""
+    given = vars(args)
+    for flag in ("data", "problems", "solutions", "gold"):
+        given[f"{flag}_sha256"] = [records.hash_file(path) for path in given.get(flag) or []]
+    for flag in ("model", "prm"):
+        names = [given[flag]] if isinstance(given.get(flag), str) else given.get(flag) or []
+        given[f"{flag}_sha256"] = [records.hash_model(find_model(name)) for name in names]
+    args.complete = False
+    rows: dict[tuple[str, str, str], list[dict]] = {}
+    if Path(args.out).is_file() and records.read_args(Path(args.out)) == given:
+        for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+            rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
+    return rows
+
+
+def write_results(rows: list[dict], args: argparse.Namespace, complete: bool = False) -> None:
+    """Write the rows so far; print them when they are complete."""
+    args.complete = complete
     if distributed.rank() == 0:
         records.write_records(Path(args.out), rows, args)
+    if complete:
+        report.print_results(rows)
 
 
-def fingerprint(model: str, flag: str = "--model") -> list[str]:
-    """A model that has been trained on under the same name isn't the one that was measured."""
-    return [records.hash_file(path) for path in sorted(find_model(model, flag).glob("*.safetensors"))]
-
-
-def read_earlier_rows(args: argparse.Namespace) -> dict[tuple[str, str, str], list[dict]]:
-    """(model, benchmark, subset) -> the rows that a run has written to --out, if its code, its arguments and the
-    contents of its inputs were the same: they need not be measured again. Fingerprints of the inputs are added to
-    args."""
-    for flag in ("data", "problems", "solutions", "gold"):
-        if vars(args).get(flag):
-            vars(args)[f"{flag}_sha256"] = [records.hash_file(path) for path in vars(args)[flag]]
-    for flag in ("model", "prm"):
-        names = vars(args).get(flag) or []
-        names = [names] if isinstance(names, str) else names
-        vars(args)[f"{flag}_sha256"] = [fingerprint(name, f"--{flag}") for name in names]
-    description = Path(f"{args.out}.args.json")
-    if not (description.is_file() and Path(args.out).is_file()):
-        return {}
-    earlier = json.loads(description.read_text(encoding="utf-8"))
-    now = records.describe_run(args)
-    if any(earlier.get(key) != now[key] for key in ("arguments", "commit")):
-        return {}
-    rows: dict[tuple[str, str, str], list[dict]] = {}
-    for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
-        rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
-    return rows
+def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Metric]:
+    """The shares of prompts that are too long (None) and of those that get fewer new tokens; none for a share of 0."""
+    n = len(limits)
+    counts = {"too_long": limits.count(None), "shortened": n - limits.count(None) - limits.count(max_new_tokens)}
+    return {name: Metric(count / n, n) for name, count in counts.items() if count}
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
@@ -315,60 +310,21 @@ def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | N
     if "out" in args and args.out is None:
         raise InputError("--out is missing; say where to write the result")
     if "out" in args:  # fail early, not after hours of sampling
-        check_place(Path(args.out))
+        check_place(args)
     return args
 
 
-def check_place(out: Path) -> None:
-    """Raise InputError if a file can't be written there."""
+def check_place(args: argparse.Namespace) -> None:
+    """Raise InputError if --out can't be written, or if it is somebody's file."""
+    out = Path(args.out)
     if out.is_dir():
         raise InputError(f"--out {out} is a directory; name a file in it")
     nearest = next(parent for parent in out.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
-
-
-def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
-    """(tokenizer, context) of a model that is loaded later. Raises InputError, before hours of sampling, if there is no
-    such model, or if its directory lacks something."""
-    path = find_model(name, flag)
-    tokenizer, _ = open_tokenizer(path, flag)
-    try:
-        config = read_config(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"{flag} {name}: {error}") from None
-    if not any(path.glob("*.safetensors")):
-        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
-    return tokenizer, config.max_positions
-
-
-def check_votes(kind: str, votes: int, flag: str) -> None:
-    """Raise InputError for several votes of a reward model that has only one."""
-    if votes > 1 and not REWARD_MODELS[kind].generative:
-        raise InputError(f"{flag} {votes}: a {kind} is deterministic; leave it at 1")
-
-
-def fitting_problems(problems: list[dict], tokenizer, context: int, max_new_tokens: int) -> list[dict]:
-    """The problems (id, problem) that aren't too long for the context, see `output_limit`, each with its `prompt` and
-    the `limit` of new tokens."""
-    fitting = []
-    for problem in problems:
-        prompt = encode_chat(tokenizer, SOLVE_PROMPT.format(problem=problem["problem"]))
-        limit = output_limit(len(prompt), max_new_tokens, context)
-        if limit is not None:
-            fitting.append(problem | {"prompt": prompt, "limit": limit})
-    return fitting
-
-
-def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Metric]:
-    """The shares of prompts that are too long for the context, so left out (None), and of those with a lower limit of
-    new tokens than asked for; no metric where there are none."""
-    n = len(limits)
-    counts = {
-        "too_long": limits.count(None),
-        "shortened": sum(limit is not None and limit < max_new_tokens for limit in limits),
-    }
-    return {name: Metric(count / n, n) for name, count in counts.items() if count}
+    if (out.suffix in report.FORMATS) != (args.command == "plot"):
+        raise InputError(f"--out {out}: figures are named {', '.join(report.FORMATS)}, other results otherwise; rename it")
+    records.check_output(out, args, report.FORMATS.get(out.suffix))
 
 
 def name_files(flag: str, paths: list[str]) -> dict[str, str]:
@@ -391,21 +347,17 @@ def read_cases(path: str) -> list[dict]:
     fields = ["problem", "steps", "label"]
     data = Path(path).read_bytes() if Path(path).is_file() else b""
     if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        try:
-            cases = json.loads(data)
-            json.dumps(cases, ensure_ascii=False).encode()  # fails for lone surrogates, which no prompt may have
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON ({error}); fetch the file again") from None
-        if not cases:
-            raise InputError(f"{path}: an empty array, no cases; fetch the file again")
+        cases = records.parse_json(data, path, "fetch the file again")
         for number, case in enumerate(cases):
             records.check_record(case, fields, f"{path}: case {number}")
+        if not cases:
+            raise InputError(f"{path}: an empty array, no cases; fetch the file again")
     else:
         cases = records.read(path, fields, "python -m data.make_tiny")
     for number, case in enumerate(cases):
         label, num_steps = case["label"], len(case["steps"])
-        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
-            given = f"label {label!r} and {num_steps} steps"
+        if label not in range(-1, num_steps):
+            given = f"label {label} and {num_steps} steps"
             raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
         final_answer_correct(case, f"{path}: case {number}")
     return cases
@@ -465,15 +417,6 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
     return metrics
 
 
-def judge_limits(judge: Judge, solutions: list[dict]) -> list[int | None]:
-    """How many tokens each judgement may have, see `output_limit`; None: too long, so unparsed."""
-    limits = []
-    for solution in solutions:
-        prompt = judge.engine.encode(judge_prompt(REWARD_MODELS[judge.kind].prompt, solution))
-        limits.append(output_limit(len(prompt), judge.max_new_tokens, judge.engine.context))
-    return limits
-
-
 def run_processbench(parser: argparse.ArgumentParser) -> None:
     """ProcessBench: does a reward model find the first wrong step of a solution?"""
     parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
@@ -485,38 +428,31 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 
     # 1. Whatever is wrong with the input is found before the first judgement.
     check_votes(args.kind, args.votes, "--votes")
-    check_model(args.model)
+    tokenizer, context = check_model(args.model)
     subsets = {}
-    for name, path in name_files("data", args.data).items():
-        subsets[name] = read_cases(path)[: args.limit]
-    device = distributed.init_distributed(args.device)
-    earlier = read_earlier_rows(args)
-    solutions = {}
-    judge = None
-    for subset, cases in subsets.items():
-        if (args.model, "processbench", subset) in earlier:
-            continue
-        # ProcessBench has no separate answer, so an answer field of a case is ignored.
-        solutions[subset] = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
-    if solutions:
-        engine = open_engine(args.model, device, args.slots)
-        judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
     limits = {}
-    for subset in solutions:
-        limits[subset] = judge_limits(judge, solutions[subset])
-        if not any(limits[subset]):
-            raise InputError(f"{subset}: no prompt fits the model's context of {engine.context}; lower --max_new_tokens")
+    for name, path in name_files("data", args.data).items():
+        cases = read_cases(path)[: args.limit]
+        # ProcessBench has no separate answer, so an answer field of a case is ignored.
+        subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
+        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in subsets[name]]
+        _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, path)
+    device = distributed.init_distributed(args.device)
+    earlier = earlier_results(args)
 
     # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    engine = None
     rows = []
     for subset, cases in subsets.items():
-        if subset not in solutions:
+        if (args.model, "processbench", subset) in earlier:
             rows += earlier[args.model, "processbench", subset]
             continue
+        engine = engine or open_engine(args.model, device, args.slots)
+        judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
         started = time.time()
-        mine = distributed.my_part(solutions[subset])
+        mine = distributed.my_part(cases)
         judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
         metrics |= limit_metrics(limits[subset], args.max_new_tokens)
@@ -524,9 +460,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         rows += result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
         write_results(rows, args)
     headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
-    rows += average_rows("processbench", rows, headline)
-    write_results(rows, args)
-    report.print_results(rows)
+    write_results(rows + average_rows("processbench", rows, headline), args, complete=True)
 
 
 # --------------------------------------------------------------------------- benchmarks
@@ -590,17 +524,18 @@ def heldout_accuracy(
     InputError for a problem without a gold answer, and if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
-    fitting = fitting_problems(problems, engine.tokenizer, engine.context, max_new_tokens)
-    if not fitting:
-        raise InputError(f"no problem fits the model's context of {engine.context}; lower --max_new_tokens")
-    mine = distributed.my_part(fitting)
+    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
+    prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, max_new_tokens, "held-out problems")
+    fitting = [i for i, limit in enumerate(limits) if limit is not None]
+    share = distributed.my_part(fitting)
+    mine = [problems[i] for i in share]
     groups = engine.sample(
-        [problem["prompt"] for problem in mine],
+        [prompts[i] for i in share],
         keys=[problem["id"] for problem in mine],
         num_samples=num_samples,
         temperature=temperature,
         top_p=top_p,
-        max_new_tokens=[problem["limit"] for problem in mine],
+        max_new_tokens=[limits[i] for i in share],
         seed=seed,
     )
     solutions = []
@@ -724,6 +659,15 @@ def read_samples(path: str | Path) -> dict[str, list[dict]]:
     return groups
 
 
+def read_files(args: argparse.Namespace, gold: dict[str, str]) -> dict[str, list[list[dict]]]:
+    """name -> P lists of k samples, of the solutions files."""
+    files = {}
+    for name, path in name_files("solutions", args.solutions).items():
+        files[name] = list(read_samples(path).values())[: args.limit]
+        require_answers([group[0]["problem_id"] for group in files[name]], gold)
+    return files
+
+
 def grade_files(
     files: dict[str, list[list[dict]]], gold: dict[str, str], args: argparse.Namespace
 ) -> Iterator[Benchmark]:
@@ -735,25 +679,40 @@ def grade_files(
         yield Benchmark(samples[0][0]["model"], name, settings, graded, None, {}, time.time() - started)
 
 
+def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> dict[str, dict[str, tuple]]:
+    """model -> benchmark -> (the problems that fit the model's context, `limit_metrics`). Raises InputError for what
+    would otherwise be found after hours of sampling."""
+    files = {}
+    for name, path in name_files("problems", args.problems).items():
+        files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
+        require_answers([problem["id"] for problem in files[name]], gold)
+    plans: dict[str, dict[str, tuple]] = {}
+    for model in args.model:
+        tokenizer, context = check_model(model)
+        plans[model] = {}
+        for name, problems in files.items():
+            turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
+            _, limits = fit_prompts(tokenizer, context, turns, args.max_new_tokens, f"{name}, {model}")
+            fitting = [problem for problem, limit in zip(problems, limits, strict=True) if limit is not None]
+            plans[model][name] = fitting, limit_metrics(limits, args.max_new_tokens)
+    return plans
+
+
 def sample_benchmarks(
-    model: str,
-    files: dict[str, list[dict]],
-    limits: dict[str, dict[str, Metric]],
-    gold: dict[str, str],
-    args: argparse.Namespace,
-    device: torch.device,
+    model: str, plan: dict[str, tuple], gold: dict[str, str], args: argparse.Namespace, device: torch.device
 ) -> Iterator[Benchmark]:
-    """Sample a model's solutions to the fitting problems of each file, which stay in solutions files beside --out. What
-    an earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    """Sample a model's solutions as `plan_samples` says; they stay in solutions files beside --out. What an earlier run
+    has written to them isn't sampled again. Raises InputError if it was made with other settings."""
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
-    weights = fingerprint(model)
+    # A model that has been trained on under the same name isn't the one that sampled.
+    weights = records.hash_model(find_model(model))
     directory = Path(args.out.removesuffix(".jsonl") + "_samples")
     engine = None  # opened only if a solution is missing
-    for name, problems in files.items():
+    for name, (problems, limits) in plan.items():
         started = time.time()
         graded = {}  # suffix -> Graded
         for suffix, how in passes.items():
@@ -765,8 +724,8 @@ def sample_benchmarks(
                     generate_solutions(engine, problems, output, described)
             groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
             graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
-        seconds = time.time() - started
-        yield Benchmark(model, name, settings, graded[""], graded.get("_greedy"), limits[name], seconds)
+        greedy = graded.get("_greedy")
+        yield Benchmark(model, name, settings, graded[""], greedy, limits, time.time() - started)
 
 
 def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.Namespace) -> list[dict]:
@@ -820,30 +779,6 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     return rows
 
 
-def plan_benchmarks(
-    gold: dict[str, str], args: argparse.Namespace, device: torch.device
-) -> list[Iterator[Benchmark]]:
-    """What `sample_benchmarks` is going to do for each model, once all models and problems have been checked."""
-    files = {}
-    for name, path in name_files("problems", args.problems).items():
-        files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-        require_answers([problem["id"] for problem in files[name]], gold)
-    plans = []
-    for model in args.model:
-        tokenizer, context = check_model(model)
-        fitting = {}
-        limits = {}
-        for name, problems in files.items():
-            fitting[name] = fitting_problems(problems, tokenizer, context, args.max_new_tokens)
-            if not fitting[name]:
-                raise InputError(f"{name}: no problem fits the context of {model}, {context}; lower --max_new_tokens")
-            known = [problem["limit"] for problem in fitting[name]]
-            known += [None] * (len(problems) - len(known))
-            limits[name] = limit_metrics(known, args.max_new_tokens)
-        plans.append(sample_benchmarks(model, fitting, limits, gold, args, device))
-    return plans
-
-
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
     """Benchmarks: k solutions per problem, graded; 95 % intervals over problems in brackets.
 
@@ -887,41 +822,39 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
         check_model(args.prm, "--prm")
     device = distributed.init_distributed(args.device)
     if args.solutions:
-        files = {}
-        for name, path in name_files("solutions", args.solutions).items():
-            files[name] = list(read_samples(path).values())[: args.limit]
-            require_answers([group[0]["problem_id"] for group in files[name]], gold)
-        benchmarks = grade_files(files, gold, args)
+        benchmarks = grade_files(read_files(args, gold), gold, args)
     else:
-        benchmarks = chain.from_iterable(plan_benchmarks(gold, args, device))
-    earlier = read_earlier_rows(args)
+        plans = plan_samples(args, gold)
+        of_models = (sample_benchmarks(model, plan, gold, args, device) for model, plan in plans.items())
+        benchmarks = chain.from_iterable(of_models)
+    earlier = earlier_results(args)
 
-    # 2. Benchmark by benchmark: sample, grade, measure, write. A reward model that is to choose comes after all samples,
-    # because it needs the memory.
-    judge = None
+    # 2. Benchmark by benchmark: sample, grade, measure, write. If a reward model is to choose, all samples come first: it
+    # needs the memory.
+    engine = None
     if args.prm:
         benchmarks = list(benchmarks)
-        if any((benchmark.model, benchmark.name, "all") not in earlier for benchmark in benchmarks):
-            engine = open_engine(args.prm, device, args.slots, "--prm")
-            judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
     measured = []
     by_model: dict[str, list[dict]] = {}  # model -> rows
     for benchmark in benchmarks:
+        of_model = by_model.setdefault(benchmark.model, [])
         measured.append(benchmark)
-        rows = earlier.get((benchmark.model, benchmark.name, "all"))
-        if rows is None:
-            rows = measure_benchmark(benchmark, judge, args)
-        by_model.setdefault(benchmark.model, []).extend(rows)
-        write_results([row for of_model in by_model.values() for row in of_model], args)
+        if (benchmark.model, benchmark.name, "all") in earlier:
+            of_model += earlier[benchmark.model, benchmark.name, "all"]
+            continue
+        judge = None
+        if args.prm:
+            engine = engine or open_engine(args.prm, device, args.slots, "--prm")
+            judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+        of_model += measure_benchmark(benchmark, judge, args)
+        write_results(list(chain.from_iterable(by_model.values())), args)
 
     # 3. Average over benchmarks, compare models.
     headline = f"avg@{measured[0].settings['num_samples']}"
     rows = []
     for of_model in by_model.values():
         rows += of_model + average_rows("benchmarks", of_model, headline)
-    rows += compare_with_last(measured, headline, args.seed)
-    write_results(rows, args)
-    report.print_results(rows)
+    write_results(rows + compare_with_last(measured, headline, args.seed), args, complete=True)
 
 
 # --------------------------------------------------------------------------- the labels of Stage I
@@ -1159,8 +1092,8 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     }
 
     # 3. Write, print and draw.
-    records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
-    records.write_json(Path(args.out), {**counts, "rows": rows})
+    records.write_args(Path(args.out), args)
+    records.write_json(args.out, {**counts, "rows": rows})
     report.print_label_report(rows, LABEL_METRICS)
     report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")

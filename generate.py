@@ -25,7 +25,7 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sample, Sampler, with_progress
-from kernels.transformer import load_model
+from kernels.transformer import load_model, read_config
 
 import torch
 from transformers import AutoTokenizer
@@ -286,6 +286,33 @@ def output_limit(prompt_tokens: int, max_new_tokens: int, context: int) -> int |
     if left < max(1, max_new_tokens / 8):
         return None
     return min(left, max_new_tokens)
+
+
+def fit_prompts(
+    tokenizer, context: int, turns: list[str], max_new_tokens: int, name: str
+) -> tuple[list[list[int]], list[int | None]]:
+    """(token ids, `output_limit`) of a prompt for each user turn. Raises InputError, beginning with the name of them
+    all, if all are too long."""
+    prompts = [encode_chat(tokenizer, turn) for turn in turns]
+    limits = [output_limit(len(prompt), max_new_tokens, context) for prompt in prompts]
+    if limits.count(None) == len(limits):
+        raise InputError(f"{name}: no prompt leaves an eighth of --max_new_tokens {max_new_tokens} in the model's "
+                         f"context of {context}; lower it")  # fmt: skip
+    return prompts, limits
+
+
+def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
+    """(tokenizer, context) of a model that is loaded later. Raises InputError if there is no such model, or if its
+    directory lacks something."""
+    path = find_model(name, flag)
+    tokenizer, _ = open_tokenizer(path, flag)
+    try:
+        config = read_config(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
+    return tokenizer, config.max_positions
 
 
 @dataclass

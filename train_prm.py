@@ -200,6 +200,12 @@ class Judge:
     temperature: float = 0.8
 
 
+def check_votes(kind: str, votes: int, flag: str) -> None:
+    """Raise InputError for several votes of a reward model that has only one."""
+    if votes > 1 and not REWARD_MODELS[kind].generative:
+        raise InputError(f"{flag} {votes}: a {kind} is deterministic; leave it at 1")
+
+
 def score_solutions(
     judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
 ) -> list[Judgement]:
