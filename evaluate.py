@@ -344,7 +344,7 @@ def read_cases(path: str) -> list[dict]:
     Raises InputError, with the number of the case, for a field that is missing or of another type, and for a label that
     is neither -1 nor the index of a step.
     """
-    fields = ["problem", "steps", "label"]
+    fields = ["problem", "steps"]
     data = Path(path).read_bytes() if Path(path).is_file() else b""
     if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         cases = records.parse_json(data, path, "fetch the file again")
@@ -355,9 +355,10 @@ def read_cases(path: str) -> list[dict]:
     else:
         cases = records.read(path, fields, "python -m data.make_tiny")
     for number, case in enumerate(cases):
-        label, num_steps = case["label"], len(case["steps"])
-        if label not in range(-1, num_steps):
-            given = f"label {label} and {num_steps} steps"
+        label = case.get("label")
+        num_steps = len(case["steps"])
+        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
+            given = f"label {label!r} and {num_steps} steps"
             raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
         final_answer_correct(case, f"{path}: case {number}")
     return cases
@@ -428,15 +429,16 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 
     # 1. Whatever is wrong with the input is found before the first judgement.
     check_votes(args.kind, args.votes, "--votes")
-    tokenizer, context = check_model(args.model)
     subsets = {}
-    limits = {}
     for name, path in name_files("data", args.data).items():
-        cases = read_cases(path)[: args.limit]
         # ProcessBench has no separate answer, so an answer field of a case is ignored.
+        cases = read_cases(path)[: args.limit]
         subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
-        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in subsets[name]]
-        _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, path)
+    tokenizer, context = check_model(args.model)
+    limits = {}
+    for name, cases in subsets.items():
+        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in cases]
+        _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
     device = distributed.init_distributed(args.device)
     earlier = earlier_results(args)
 
@@ -1093,7 +1095,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
     # 3. Write, print and draw.
     records.write_args(Path(args.out), args)
-    records.write_json(args.out, {**counts, "rows": rows})
+    records.write_json(Path(args.out), {**counts, "rows": rows})
     report.print_label_report(rows, LABEL_METRICS)
     report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")

@@ -340,6 +340,10 @@ class Engine:
         """`Sampler.stream`, each sample ending at one of the model's stop ids."""
         return self.sampler.stream(prompts, stop_ids=self.stop_ids, **settings)
 
+    def output_limit(self, prompt: list[int], max_new_tokens: int) -> int | None:
+        """`output_limit` of a prompt in this model's context."""
+        return output_limit(len(prompt), max_new_tokens, self.context)
+
     def text(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -48,7 +48,7 @@ from data import records, report
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer
+from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
 from generate import (
     SOLVE_PROMPT,
     STEP_TAG,
@@ -68,7 +68,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler
 from kernels.transformer import Transformer, load_model
-from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, clip_and_step, score_solutions
+from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, check_votes, clip_and_step, score_solutions
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ TINY = {
 }
 MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
-    "heldout", "activation_checkpointing", "max_gap",
+    "heldout", "activation_checkpointing", "max_gap", "prm", "prm_sha256",
 }  # fmt: skip
 WEIGHT_DECAY = 0.01  # of the released code
 MAX_GRAD_NORM = 1.0  # the paper's gradient clip
@@ -171,7 +171,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
         keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
         num_samples=args.group_size,
         temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=[p.get("limit", args.max_new_tokens) for p in problems],
         seed=args.seed,
         certainty=REWARDS[args.reward].needs_certainty,
     )
@@ -840,13 +840,17 @@ def heldout_metrics(
     valid = torch.tensor([format_valid(text) for text in texts])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
+    if len(texts) < len(heldout):
+        numbers["too_long"] = 1 - len(texts) / len(heldout)
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
     if judge is not None:
         responses = []
-        for problem, (sample,) in zip(heldout, result.samples, strict=True):
-            text, finish = sample["text"], sample["finish"]
-            responses.append(Rollout(problem["id"], [], [], [], text, finish, problem=problem["problem"]))
+        problems = {problem["id"]: problem["problem"] for problem in heldout}
+        for (sample,) in result.samples:
+            problem_id = sample["problem_id"]
+            response = Rollout(problem_id, [], [], [], sample["text"], sample["finish"], problem=problems[problem_id])
+            responses.append(response)
         mine = distributed.my_part(responses)
         score_rollouts(mine, judge, engine.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
@@ -997,8 +1001,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
     if not args.temperature > 0:
         raise InputError(f"--temperature {args.temperature}: it must be positive, a greedy group has no advantage")
-    if Path(args.out).resolve() == Path(args.policy).resolve():
-        raise InputError(f"--out {args.out} is the policy itself, which the KL term needs as it is; choose another")
+    check_votes(args.prm_kind, args.prm_votes, "--prm_votes")
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
@@ -1024,19 +1027,32 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
 
 
 def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
-    """The problems whose prompts leave room for a response, each with its `prompt`; InputError if there are none."""
-    left = engine.context - args.max_new_tokens
+    """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new
+    tokens; InputError if there are none."""
     fitting = []
     for problem in problems:
         prompt = engine.encode(SOLVE_PROMPT.format(problem=problem["problem"]))
-        if len(prompt) <= min(args.max_prompt_tokens, left):
-            fitting.append(problem | {"prompt": prompt})
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        if limit is not None and len(prompt) <= args.max_prompt_tokens:
+            fitting.append(problem | {"prompt": prompt, "limit": limit})
     if not fitting:
         raise InputError(
             f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and the "
-            f"{max(left, 0)} tokens that --max_new_tokens leaves of the context; change one"
+            f"{engine.context} tokens that the model's context has for it and --max_new_tokens; change one"
         )
     return fitting
+
+
+def note_reward_model(history: list[list], step: int, fingerprint: str) -> list[list]:
+    """[step, fingerprint] of each reward model of a run, with the number of steps that were done when it came. On
+    purpose, --prm may be another when a run resumes.
+
+    [[0, "a"]] becomes [[0, "a"], [20, "b"]] for a run that resumes after step 20 with the model b.
+    """
+    history = [entry for entry in history if entry[0] < step]
+    if not history or history[-1][1] != fingerprint:
+        history.append([step, fingerprint])
+    return history
 
 
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
@@ -1045,14 +1061,18 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     out = Path(args.out)
     # 1. The data.
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
-    args.problems_sha256 = records.hash_file(args.problems)  # a resumed run must find the same problems
     gold = load_gold(args, problems)
     heldout = records.read(args.heldout, ["id", "problem"]) if args.heldout and gold else []
+    require_answers([problem["id"] for problem in heldout], gold)
+    # A resumed run must find the same problems, and the same policy, to which the KL term refers.
+    source = find_model(args.policy, "--policy")
+    args.problems_sha256 = records.hash_file(args.problems)
+    args.policy_sha256 = records.hash_model(source)
+    args.prompt_sha256 = records.hash_text(SOLVE_PROMPT)
 
     # 2. Three copies of the policy: the one that is trained, the frozen one of the KL term, and the one that samples. A
     # single CPU process samples with the trained one itself.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    source = find_model(args.policy, "--policy")
     reference = None
     if args.kl_coef:
         reference = load_model(source, device, dtype).requires_grad_(False)
@@ -1083,6 +1103,9 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if start > args.steps:
         raise InputError(f"--steps {args.steps}: {out} has already {start}; ask for more, or choose another --out")
+    if judge is not None:
+        history = (records.read_args(out) or {}).get("prm_sha256", [])
+        args.prm_sha256 = note_reward_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
     distributed.copy_weights(inference, model)
     distributed.log(
         f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
@@ -1097,12 +1120,13 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
 def main() -> None:
     args = parse_arguments()
     device = distributed.init_distributed(args.device)
-    run = set_up(args, device)
     out = Path(args.out)
-    if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
-    with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
-        train(run, args, metrics)
+    with records.lock_run(out, args):
+        run = set_up(args, device)
+        if distributed.rank() == 0:
+            records.write_args(out, args, CONSTANTS)
+        with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
+            train(run, args, metrics)
     distributed.log(f"{out}: done")
 
 

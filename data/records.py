@@ -18,7 +18,7 @@ from decimal import Decimal
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
 from kernels import distributed
 from kernels.distributed import InputError
@@ -262,18 +262,28 @@ def scan(
     path: str | Path, fields: list[str], made_by: str = "", optional: tuple[str, ...] = (), end: int | None = None
 ) -> Iterator[Line]:
     """The records of a JSON Lines file one by one, each checked by `check_record`; see `read` and `read_lines`."""
-    advice = f"; create it with: {made_by}" if made_by else ""
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such file{advice}")
-    if not Path(path).is_file():
-        raise InputError(f"{path}: not a plain file{advice}; it is read more than once, so a pipe must be saved first")
+    check_file(path, made_by)
     is_empty = True
     for line in read_lines(path, end):
         check_record(line.value, fields, line.place, optional)
         is_empty = False
         yield line
     if is_empty:
-        raise InputError(f"{path}: the file is empty{advice}")
+        raise InputError(f"{path}: the file is empty{advise_command(made_by)}")
+
+
+def check_file(path: str | Path, made_by: str = "") -> None:
+    """Raise InputError for a file that is missing, or can't be read more than once; made_by: see `read`."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file{advise_command(made_by)}")
+    if not path.is_file():
+        raise InputError(f"{path}: not a plain file; it is read more than once, so save what a pipe brings to a file")
+
+
+def advise_command(made_by: str) -> str:
+    """The end of a message: the command that creates a file, if there is one."""
+    return f"; create it with: {made_by}" if made_by else ""
 
 
 def read(
@@ -282,11 +292,12 @@ def read(
     made_by: str = "",
     unique: tuple[str, ...] = ("id",),
     optional: tuple[str, ...] = (),
+    only: bool = False,
 ) -> list[dict]:
     """All records of a JSON Lines file, each with at least these fields, of the types in FIELD_TYPES.
 
     made_by: the command that creates such a file, for the message. unique: the fields that identify a record. optional:
-    fields that may be missing, but not be of another type. Raises InputError for a missing or empty file, and, with its
+    fields that may be missing, but not be of another type. only: keep these fields and no others. Raises InputError for a missing or empty file, and, with its
     number, for a line that is not such a record or repeats one.
     """
     has_key = set(unique) <= set(fields)
@@ -297,7 +308,10 @@ def read(
             key = tuple(line.value[field] for field in unique)
             check_unseen(key, seen, unique, line.place)
             seen.add(key)
-        records.append(line.value)
+        record = line.value
+        if only:
+            record = {field: record[field] for field in (*fields, *optional) if field in record}
+        records.append(record)
     return records
 
 
@@ -306,6 +320,12 @@ def check_unseen(key: tuple, seen: Container, fields: tuple[str, ...], place: st
     if key in seen:
         repeated = f"{', '.join(fields)} {', '.join(map(repr, key))}"
         raise InputError(f"{place}: {repeated} appears twice; ids must be unique")
+
+
+def read_at(file: BinaryIO, start: int) -> dict:
+    """The record whose line begins at this byte of a file that `scan` has checked."""
+    file.seek(start)
+    return json.loads(file.readline())
 
 
 def torn_line(path: str | Path) -> int | None:
@@ -341,10 +361,11 @@ def read_answers(paths: list[str]) -> dict[str, str]:
     return gold
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path, made_by: str = "") -> list[dict]:
     """The records of a run's metrics.jsonl: `step`, and numbers. A last line without its newline is left out: a run is
-    writing it, or was killed. Raises InputError if another value is no number."""
+    writing it, or was killed. Raises InputError if another value is no number; made_by: see `read`."""
     records = []
+    check_file(path, made_by)
     for line in read_lines(path, torn_line(path)):
         check_record(line.value, ["step"], line.place)
         for key, value in line.value.items():

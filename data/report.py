@@ -108,10 +108,9 @@ COLOURS = 10  # of Matplotlib's cycle
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
     """key -> {step: value} from a run's metrics.jsonl, in order; if a step was repeated, its last record counts."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; create it with: python grpo.py")
-    by_step = {record["step"]: record for record in records.read_metrics(path)}
+    by_step = {}
+    for record in records.read_metrics(Path(run) / "metrics.jsonl", "python grpo.py"):
+        by_step[record["step"]] = record
     metrics: dict[str, dict[int, float]] = {}
     for step in sorted(by_step):
         for key, value in by_step[step].items():
@@ -142,8 +141,7 @@ def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
     for pattern in patterns:
         for run in sorted(glob(pattern)) or [pattern]:
             if run.endswith(".jsonl"):
-                fields = ["panel", "curve", "x", "y"]
-                curves += records.read(run, fields, optional=("low", "high", *AXES))
+                curves += records.read(run, ["panel", "curve", "x", "y"], optional=("low", "high", "ylim"))
             else:
                 curves += run_curves(run, pattern, keys)
     return curves
@@ -211,7 +209,10 @@ def draw_curves(curves: list[dict], out: Path) -> None:
 def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     """Draw the mean of some seeds' curves and their band; returns the line."""
     first = seeds[0]
-    axes.set(**{key: first[key] for key in AXES if key in first})
+    try:
+        axes.set(**{key: first[key] for key in AXES if key in first})
+    except (ValueError, TypeError, AttributeError) as error:  # Matplotlib knows what these may be
+        raise InputError(f"curve {first['curve']}: {', '.join(AXES)} can't be set ({error}); fix its record") from None
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_parse_math(False)
 
