@@ -99,53 +99,62 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-# "## Step 2: Pythagoras"
-HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
-# "**Step 2: Pythagoras**"
-BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
-# "**This step is correct.**"
-STEP_VERDICT = re.compile(r"[^\w\n]*This step is (correct|incorrect)[^\w\n]*", re.IGNORECASE)
-# "**Verification: Is the answer correct (Yes/No)? Yes**"
+# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
+HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([^\W_]|[.,/–-]\d)?")
+BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
+# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
+EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
+# A question whose yes or no stands on a later line.
+LATE_VERDICT = re.compile(r"(\(yes ?/ ?no\)[^\w\n]*)\n\s*(?=[^\w\n]*(?:yes|no)[^\w\n]*$)", re.MULTILINE)
+# A verdict is a whole line; what is struck through (~) or put as a question is none.
+STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
 VERDICT = re.compile(
-    r"[^\w\n]*Verification[^\w\n]*Is the answer correct[ \t]*\(Yes/No\)[^\w\n]*(Yes|No)[^\w\n]*", re.IGNORECASE
+    r"[^\w~]*(?:final )?verification[^\w~]*is the answer correct[ ?]*\(yes ?/ ?no\)[^\w~]*(yes|no)[^\w~?？]*"
 )
+
+
+def readable_lines(text: str) -> list[str]:
+    """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
+    blanks. A late Yes or No joins its question's line."""
+    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
+    text = without_thinking(text).lower()
+    # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
+    if not any(HEADING.match(line) for line in text.split("\n")):
+        text = BOLD_HEADING.sub("# ", text)
+    lines = [" ".join(line.split()) for line in EMPHASIS.sub("", text).split("\n")]
+    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
 
 
 def parse_verification(text: str, num_steps: int) -> Verification:
     """Read the step verdicts and the final verdict of a verification; num_steps is the solution's number of steps.
 
     `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and none for any
-    other; `verdict` is None unless there is exactly one Verification line. One field may be None without the other.
-    Thinking, up to the last `</think>`, is not read. Linear in len(text).
+    other; a verification that stops at the first error has none, by design. `verdict` is None unless there is exactly
+    one Verification line. One field may be None without the other. Thinking is not read. Linear in len(text).
+
+    The sentences are those of FORM, with any emphasis and blanks. "(Yes / No)?", "Final Verification:", `\\boxed{No}`,
+    and a Yes or No on the next line are read, too. Other wording is not: a verdict is never a guess.
     """
-    # 1. Only what follows the thinking counts. If that was cut off, there is nothing but drafts.
-    if stopped_while_thinking(text):
-        return Verification(None, None)
-    lines = without_thinking(text).split("\n")
-
-    # 2. Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
-    heading = HEADING
-    if not any(HEADING.match(line) for line in lines):
-        heading = BOLD_HEADING
-
-    # 3. Line by line: a heading opens the section of its step, and with it the analysis; the step's verdict, alone on
-    #    a line, closes the analysis.
+    # A heading opens the section of its step, and with it the analysis; the step's verdict closes the analysis.
     step = None  # whose section it is
     in_analysis = False
     step_verdicts: list[tuple[int, bool]] = []  # (number of the step, its verdict)
     verdicts: list[bool] = []
+    lines = readable_lines(text)
     for number, line in enumerate(lines, 1):
         is_last = number == len(lines)
-        if match := heading.match(line):
+        if match := HEADING.match(line):
             step = int(match.group(1))
+            if match.group(2):
+                step = 0  # no step has this number, so a verdict here leaves all steps unparsed
             in_analysis = True
         elif match := STEP_VERDICT.fullmatch(line):
             if step is not None:  # before the first heading, a verdict belongs to no step
-                step_verdicts.append((step, match.group(1).lower() == "correct"))
+                step_verdicts.append((step, match.group(1) == "correct"))
                 in_analysis = False
         elif (match := VERDICT.fullmatch(line)) and (is_last or not in_analysis):
             # Inside an analysis it would be a quotation; but the last line counts even if its section has no verdict.
-            verdicts.append(match.group(1).lower() == "yes")
+            verdicts.append(match.group(1) == "yes")
     return exactly_once(step_verdicts, verdicts, num_steps)
 
 
@@ -169,21 +178,29 @@ def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], nu
 
 
 def without_thinking(text: str) -> str:
-    """What follows the last `</think>`; the whole text if there is none."""
-    return text.rpartition("</think>")[2].strip()
+    """What follows the last thought: the whole text if there is none, nothing if the last one was cut off. Every parser
+    reads a judgement through this, because a thought is full of drafts.
+
+    The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
+    judgement that is lost does less harm than a draft that votes.
+    """
+    after_thought = text.rpartition("</think>")[2]
+    if "<think>" in after_thought:
+        return ""
+    return after_thought.strip()
 
 
-def stopped_while_thinking(text: str) -> bool:
-    """Did the text end, at the length limit, in a thought that was never closed?"""
-    return "<think>" in text and "</think>" not in text
+def opens_thought(tokenizer, prompt: list[int]) -> bool:
+    """Does the prompt end with an opening `<think>`? Some chat templates write it."""
+    end = tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it
+    return end.rstrip().endswith("<think>")
 
 
 def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
-    """The text that a judge wrote, from its token ids, with the `<think>` that may stand in its prompt."""
+    """The text that a judge wrote, from its token ids, with the `<think>` that may stand in its prompt. Without it, a
+    thought that is cut off would pass for a judgement."""
     text = engine.text(ids)
-    # Some chat templates end with an opening <think>. Without it, a thought that is cut off would pass for a judgement.
-    end_of_prompt = engine.tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it
-    if end_of_prompt.rstrip().endswith("<think>"):
+    if opens_thought(engine.tokenizer, prompt):
         text = "<think>" + text
     return text
 
@@ -343,6 +360,15 @@ METHODS = {
 AGGREGATES = {
     name: method.aggregate for name, method in METHODS.items() if not method.needs_critique and not method.reads_answers
 }
+
+
+def complete_verification(verification: dict, num_steps: int) -> dict:
+    """A verification with all its fields, from one that may have only solution_id, sample and text, as another engine
+    writes it: it is parsed and gets its id; its tokens are unknown and count as 0. What is there stays."""
+    missing = {"id": f"{verification['solution_id']}/{verification['sample']}", "tokens": 0}
+    if "step_verdicts" not in verification or "verdict" not in verification:
+        missing |= asdict(parse_verification(verification["text"], num_steps))
+    return missing | verification
 
 
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
@@ -529,10 +555,10 @@ def critique_and_merge(
         turns = [critique_prompt(solution, text) for solution, text in zip(judged, verifications, strict=True)]
         critiques = ask(args, engine, judged, turns)
 
-        # 2. A merge of each verification with its critique; not with the drafts of one that was cut off while thinking.
+        # 2. A merge of each verification with its critique; none if the critique is nothing but thinking.
         turns = []
         for solution, text, critique in zip(judged, verifications, critiques, strict=True):
-            if critique.text is None or stopped_while_thinking(critique.text):
+            if critique.text is None or not without_thinking(critique.text):
                 turns.append(None)
             else:
                 turns.append(critique_prompt(solution, text, critique.text))
@@ -690,8 +716,9 @@ def main() -> None:
             verify_solutions(args, engine, todo, references, output)
     speed = {}
     if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
-        sampled = engine.sampler.tokens * distributed.world_size()
-        speed["tokens_per_second"] = distributed.per_second(sampled, time.time() - started)
+        sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
+        seconds = distributed.max_over_ranks(time.time() - started)
+        speed["tokens_per_second"] = distributed.per_second(sampled, seconds)
 
     # 3. Turn the verifications into labels. Rank 0 does so; the others stay for critiques, to sample their share.
     if distributed.rank() != 0 and not method.needs_critique:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -166,6 +167,89 @@ def test_garbage_takes_linear_time(parse):
     texts = [unit * (100_000 // len(unit)) for unit in UNITS] + ["## Step 1: a\n" + "*" * 100_000 + YES]
     slow = {text[:20]: ms for text in texts if (ms := cpu_milliseconds(lambda t: parse(t, 3), text)) >= 500}
     assert not slow
+
+
+SENTENCES = {  # written in place of the sentence that VERIFY_PROMPT asks for -> what it says
+    "This step is **correct**.": True,
+    "This step is *correct*.": True,
+    "**This step  is correct.**": True,
+    "__This step__ is\u00a0_correct_": True,
+    "**This step is:** `incorrect`": False,
+    r"$\boxed{\text{This step is correct.}}$": True,
+    r"This step is \textbf{incorrect}.": False,
+    "This step is <b>correct</b>.\r": True,
+    "This step is **in**correct.": False,
+    "This step is correct?": None,
+    "This step is correct？": None,
+    "~~This step is correct.~~": None,
+    "This step is ~~correct~~ **incorrect**.": None,
+    "This \u017ftep is correct.": None,
+    "This step is not **correct**.": None,
+}
+CHOICES = {  # written in place of the Verification line
+    "**Verification: Is the answer correct (Yes/No)?**\n**No**": False,
+    "Verification: Is the answer correct (Yes/No)?\n\n_Yes._": True,
+    "## Verification:\u00a0 Is the  answer correct (Yes / No)? No": False,
+    r"Verification: Is the answer correct (Yes/No)? \boxed{No}": False,
+    "Verification: Is the answer correct (Yes/No)?\n" + r"$$\boxed{\text{Yes}}$$": True,
+    "**Final Verification:** Is the answer correct (Yes/No)? **No**": False,
+    "Verification: Is the answer correct (Yes/No)？ No": False,
+    "Verification: Is the answer correct (Yes/No)? Ye\u017f": None,
+    "Verification: Is the answer correct (Yes/No)? No?": None,
+    "Verification: Is the answer correct (Yes/No)? ~~Yes~~": None,
+    "Verification: Is the answer correct (Yes/No)?\nNo, because of Step 2.": None,
+    "Verification: Is the answer correct (Yes/No)? Yes/No": None,
+    r"\boxed{No}": None,
+}
+NUMBERS = {  # of the second heading -> is it Step 2?
+    "2": True, "2.": True, "**2**": True, "2 - 3 apples": True, "2. 3 apples": True, "2—three": True,
+    "2.1": False, "2a": False, "2-3": False, "2/3": False, "1.2": False, "1.1": False,
+}  # fmt: skip
+
+
+def test_a_sentence_in_other_dress_is_read_or_not_at_all():
+    """Guards: verdicts lost because of emphasis, blanks, a box or a line break; verdicts that were struck through, asked
+    or negated; the long s, which counted as No; a part of a step taken for the step."""
+    for sentence, verdict in SENTENCES.items():
+        text = f"## Step 1: a\nb\n{sentence}\n{section(2, False)}\n{NO}"
+        expected = None if verdict is None else [verdict, False]
+        assert parse_verification(text, 2) == Verification(expected, False), sentence
+    for line, verdict in CHOICES.items():
+        assert parse_verification(GOOD.replace(NO, line), 2) == Verification([True, False], verdict), line
+        assert parse_verification(GOOD.replace(NO, f"{line}\nThat was all."), 2).verdict is verdict, line
+    for bold in (False, True):
+        for number, is_step in NUMBERS.items():
+            text = GOOD.replace("Step 2", f"Step {number}")
+            if bold:
+                text = text.replace("## ", "**")
+            assert parse_verification(text, 2).step_verdicts == ([True, False] if is_step else None), (number, bold)
+
+
+@pytest.mark.parametrize("kind", ["prm_cot", "prm", "orm"])
+def test_only_what_follows_the_last_thought_is_read(kind):
+    """Guards: drafts that vote: of a thought that was opened again and cut off, or before a parser that knows no
+    thoughts."""
+    model = REWARD_MODELS[kind]
+    judged = {"step_labels": [True, False], "outcome": False, "text": GOOD}
+    drafted = {"step_labels": [True, True], "outcome": True, "text": write([True, True], True)}
+    said, draft = model.write_target(judged), model.write_target(drafted)
+    expected = model.parse(said, 2)
+    assert expected.verdict is False
+    for thought in (f"<think>{draft}</think>\n\n", f"{draft}</think>", f"<think>a</think>{draft}<think>b</think>\n"):
+        assert model.parse(thought + said, 2) == expected
+    for cut_off in (f"<think>{said}", f"<think>a</think>\n<think>maybe\n{said}\nno wait,", f"{said}</think>{said}<think>"):
+        assert model.parse(cut_off, 2) == Verification(None, None)
+    assert model.parse(f"**{said}**" if kind == "orm" else said.replace("Correct", "*Correct*"), 2) == expected
+
+
+def test_a_verification_of_another_engine_is_parsed():
+    """Guards: a file with only solution_id, sample and text that is refused, or whose own verdicts are replaced."""
+    bare = {"solution_id": "p/0", "sample": 3, "text": GOOD}
+    whole = {"id": "p/0/3", **bare, "step_verdicts": [True, False], "verdict": False, "tokens": 0}
+    assert verify.complete_verification(bare, 2) == whole
+    assert verify.complete_verification(bare, 3) == whole | {"step_verdicts": None}
+    mine = whole | {"id": "x", "step_verdicts": None, "verdict": True, "tokens": 7}
+    assert verify.complete_verification(mine, 2) == mine
 
 
 @pytest.mark.parametrize("prompt", [verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.MERGE_PROMPT])
@@ -391,6 +475,16 @@ def test_kill_and_restart_gives_the_same_verifications(tmp_path, world, kills):
     assert "tokens_per_second" not in json.loads((pieces / "report.json").read_text())  # this run sampled nothing
     status, stderr = run_script("verify.py", tmp_path, *world, "--out", pieces, "--seed", 5)
     assert status == 2 and "--seed 0, this run has --seed 5" in stderr
+
+
+def test_speed_counts_the_tokens_of_all_ranks(tmp_path, world, monkeypatch):
+    """Guards: a speed of one rank's tokens times the number of ranks: 0 where the others did the work."""
+    monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, world), "--limit", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(verify.distributed, "sum_over_ranks", lambda *values: [value + 1000 for value in values])
+    monkeypatch.setattr(verify.distributed, "max_over_ranks", lambda seconds: 2.0)
+    verify.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tokens_per_second"] == (report["tokens"] + 1000) / 2
 
 
 def test_bad_input_is_status_2(tmp_path, world):
