@@ -25,7 +25,7 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sample, Sampler, with_progress
-from kernels.transformer import load_model
+from kernels.transformer import load_model, read_config
 
 import torch
 from transformers import AutoTokenizer
@@ -146,6 +146,24 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
+def count_empty_boxes(response: str) -> int:
+    """How many closed boxes hold nothing."""
+    return sum(not response[start:end].strip() for start, end in find_boxes(response))
+
+
+def has_layout_line(step: str) -> bool:
+    """Whether a line of a step begins as a line of `render_steps` does: "Step 3:" or "Answer:"."""
+    return bool(STEP_HEADING.search(step) or ANSWER_LINE.search(step))
+
+
+def hidden_text(response: str) -> str:
+    """What a judge isn't shown of a response: where there are step tags, the text outside of steps and answer."""
+    if not STEP_TAG.search(response):
+        return ""
+    outside = re.sub(r"<answer>.*?</answer>", "", STEP_TAG.sub("", response), flags=re.DOTALL)
+    return re.sub(r"</?(?:think|step|answer)>", "", outside).strip()
+
+
 def format_valid(response: str, constraints: str = "paper", finished: bool = True) -> bool:
     r"""V, whether a response has the required format. The constraints:
 
@@ -262,6 +280,41 @@ def open_tokenizer(path: Path, flag: str = "--model"):
     return tokenizer, sorted(stop_ids)
 
 
+def output_limit(prompt_tokens: int, max_new_tokens: int, context: int) -> int | None:
+    """How many tokens the output of a prompt may have; None if it isn't to be sampled."""
+    left = context - prompt_tokens
+    if left < max(1, max_new_tokens / 8):
+        return None
+    return min(left, max_new_tokens)
+
+
+def fit_prompts(
+    tokenizer, context: int, turns: list[str], max_new_tokens: int, name: str
+) -> tuple[list[list[int]], list[int | None]]:
+    """(token ids, `output_limit`) of a prompt for each user turn. Raises InputError, beginning with the name of them
+    all, if all are too long."""
+    prompts = [encode_chat(tokenizer, turn) for turn in turns]
+    limits = [output_limit(len(prompt), max_new_tokens, context) for prompt in prompts]
+    if limits.count(None) == len(limits):
+        raise InputError(f"{name}: no prompt leaves an eighth of --max_new_tokens {max_new_tokens} in the model's "
+                         f"context of {context}; lower it")  # fmt: skip
+    return prompts, limits
+
+
+def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
+    """(tokenizer, context) of a model that is loaded later. Raises InputError if there is no such model, or if its
+    directory lacks something."""
+    path = find_model(name, flag)
+    tokenizer, _ = open_tokenizer(path, flag)
+    try:
+        config = read_config(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
+    return tokenizer, config.max_positions
+
+
 @dataclass
 class Engine:
     """A model with its tokenizer and sampler: it encodes prompts, samples outputs and decodes them."""
@@ -286,6 +339,10 @@ class Engine:
     def stream(self, prompts: list[list[int]], **settings) -> Iterator[tuple[int, list[Sample]]]:
         """`Sampler.stream`, each sample ending at one of the model's stop ids."""
         return self.sampler.stream(prompts, stop_ids=self.stop_ids, **settings)
+
+    def output_limit(self, prompt: list[int], max_new_tokens: int) -> int | None:
+        """`output_limit` of a prompt in this model's context."""
+        return output_limit(len(prompt), max_new_tokens, self.context)
 
     def text(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -200,6 +200,12 @@ class Judge:
     temperature: float = 0.8
 
 
+def check_votes(kind: str, votes: int, flag: str) -> None:
+    """Raise InputError for several votes of a reward model that has only one."""
+    if votes > 1 and not REWARD_MODELS[kind].generative:
+        raise InputError(f"{flag} {votes}: a {kind} is deterministic; leave it at 1")
+
+
 def score_solutions(
     judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
 ) -> list[Judgement]:
@@ -568,12 +574,16 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
 
 
 def train(run: Setup, args: argparse.Namespace) -> None:
-    """The exported model is the best by evaluation loss, or the last one if nothing is held out."""
+    """The exported model is the best by evaluation loss, or the last one if nothing is held out. A signal ends the
+    training after its step: it is saved, but not evaluated, so that it resumes as if nothing had been."""
     out = Path(args.out)
     source = find_model(args.model)
     warmup = math.ceil(WARMUP * run.steps)
+    signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
         best = min((record["eval/loss"] for record in metrics.records if "eval/loss" in record), default=math.inf)
+        if run.start > 0 and metrics.records[-1].get("eval/loss", best) == best:
+            distributed.export(run.model, source, out)  # an earlier run may have ended between saving and exporting
         bar = tqdm(
             range(run.start, run.steps), initial=run.start, total=run.steps,
             desc="train", unit="step", disable=distributed.rank() != 0,
@@ -603,11 +613,15 @@ def train(run: Setup, args: argparse.Namespace) -> None:
                 if run.held_out:
                     record["eval/loss"] = eval_loss
             metrics.append(record)
-            if saving:
-                if not run.held_out or eval_loss < best:
-                    best = eval_loss
-                    distributed.export(run.model, source, out)
+            stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+            if saving or stopped:
                 distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+            if saving and (not run.held_out or eval_loss < best):
+                best = eval_loss
+                distributed.export(run.model, source, out)
+            if stopped and step + 1 < run.steps:
+                distributed.log(f"{out}: stopped by a signal after step {step + 1}; the same command resumes it")
+                raise SystemExit(143)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
 
 

@@ -84,7 +84,7 @@ def print_label_report(rows: list[dict], metrics: tuple[str, ...]) -> None:
 
 # --------------------------------------------------------------------------- curves
 
-# Key in metrics.jsonl -> title. The last six show a policy that games its reward, or a sampler unlike the trainer.
+# Key in metrics.jsonl -> title. The last eight show a policy that games its reward, or a sampler unlike the trainer.
 PANELS = {
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy",
@@ -94,12 +94,15 @@ PANELS = {
     "kl/k3": "KL from the initial policy (k3)",
     "format/boxes": "boxes per response",
     "format/text_after_answer": "text after the answer",
+    "format/hidden_text": "text that the judge doesn't see",
+    "format/empty_boxes": "empty boxes per response",
     "reward/count_mismatch": "verdicts for another number of steps",
     "heldout/reward_minus_accuracy": "held-out reward minus accuracy",
     "format/answers": "answers per response",
     "gap/mean": "sampler against trainer, nats a token",
 }
 AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
+FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures: suffix -> how such a file begins
 COLOURS = 10  # of Matplotlib's cycle
 
 
@@ -184,7 +187,7 @@ def draw_curves(curves: list[dict], out: Path) -> None:
     lines = {}
     for place, (title, named) in enumerate(panels.items(), 1):
         left = figure.add_subplot(down, across, place, xlabel="step")
-        left.set_title(title, fontsize=10)
+        left.set_title(title, fontsize=10, parse_math=False)  # a $ in a name is a dollar and begins no formula
         left.grid(alpha=0.3)
         right = None
         for name, seeds in named.items():
@@ -197,14 +200,21 @@ def draw_curves(curves: list[dict], out: Path) -> None:
                 style = ":"
             lines[name] = draw_seeds(axes, seeds, style, f"C{number}")
 
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    legend = figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     save_figure(figure, out)
 
 
 def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     """Draw the mean of some seeds' curves and their band; returns the line."""
     first = seeds[0]
-    axes.set(**{key: first[key] for key in AXES if key in first})
+    try:
+        axes.set(**{key: first[key] for key in AXES if key in first})
+    except (ValueError, TypeError, AttributeError) as error:  # Matplotlib knows what these may be
+        raise InputError(f"curve {first['curve']}: {', '.join(AXES)} can't be set ({error}); fix its record") from None
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_parse_math(False)
 
     # 1. The points that all seeds have.
     points = [dict(zip(seed["x"], seed["y"], strict=True)) for seed in seeds]
@@ -234,10 +244,10 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
 
 
 def save_figure(figure, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure in the format of its name, one of FORMATS, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
+    figure.savefig(temporary, format=out.suffix.lower().removeprefix("."), dpi=120)
     temporary.replace(out)
 
 
