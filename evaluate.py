@@ -322,9 +322,10 @@ def check_place(args: argparse.Namespace) -> None:
     nearest = next(parent for parent in out.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
-    if (out.suffix in report.FORMATS) != (args.command == "plot"):
+    figure_begins = report.FORMATS.get(out.suffix.lower())
+    if (figure_begins is not None) != (args.command == "plot"):
         raise InputError(f"--out {out}: figures are named {', '.join(report.FORMATS)}, other results otherwise; rename it")
-    records.check_output(out, args, report.FORMATS.get(out.suffix))
+    records.check_output(out, args, figure_begins)
 
 
 def name_files(flag: str, paths: list[str]) -> dict[str, str]:

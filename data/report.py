@@ -270,10 +270,12 @@ def read_rollouts(directory: Path, problem_id: str) -> list[tuple[int, dict]]:
     fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
     rollouts = []
     for path in paths:
-        step = int(path.stem.removeprefix("step_"))
+        number = path.stem.removeprefix("step_")
+        if not number.isdecimal():
+            raise InputError(f"{path}: not named by its step, such as step_0000001.jsonl; rename or remove it")
         for response in records.read(path, fields):
             if response["problem_id"] == problem_id:
-                rollouts.append((step, response))
+                rollouts.append((int(number), response))
     return rollouts
 
 
