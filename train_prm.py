@@ -40,6 +40,7 @@ from generate import (
     find_model,
     format_valid,
     open_model,
+    opens_thought,
     render_chat,
     render_response,
     render_steps,
@@ -49,17 +50,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import with_progress
 from kernels.transformer import Transformer
-from verify import (
-    VERDICT,
-    Verification,
-    decode_judgement,
-    exactly_once,
-    majority,
-    opens_thought,
-    parse_verification,
-    readable_lines,
-    without_thinking,
-)
+from verify import VERDICT, Verification, exactly_once, majority, parse_verification, readable_lines, without_thinking
 
 import torch
 from torch import Tensor
@@ -248,7 +239,7 @@ def score_solutions(
     judgements = [UNPARSED] * len(solutions)
     for index, samples in stream:
         i = asked[index]
-        texts = [decode_judgement(engine, prompts[i], sample.ids) for sample in samples]
+        texts = [engine.text(sample.ids, prompts[i]) for sample in samples]
         verifications = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
         tokens = sum(len(sample.ids) for sample in samples)
         judgements[i] = put_to_vote(verifications, texts[0], tokens)

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data import records
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
-from generate import Engine, find_model, open_engine, render_steps, sample_from_queue
+from generate import Engine, check_limits, find_model, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, with_progress
@@ -190,21 +190,6 @@ def without_thinking(text: str) -> str:
     if "<think>" in after_thought:
         return ""
     return after_thought.strip()
-
-
-def opens_thought(tokenizer, prompt: list[int]) -> bool:
-    """Does the prompt end with an opening `<think>`? Some chat templates write it."""
-    end = tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it
-    return end.rstrip().endswith("<think>")
-
-
-def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
-    """The text that a judge wrote, from its token ids, with the `<think>` that may stand in its prompt. Without it, a
-    thought that is cut off would pass for a judgement."""
-    text = engine.text(ids)
-    if opens_thought(engine.tokenizer, prompt):
-        text = "<think>" + text
-    return text
 
 
 # --------------------------------------------------------------------------- verification: two examples, for the prompt
@@ -432,16 +417,17 @@ def verify_solutions(
     args: argparse.Namespace, engine: Engine, todo: list[dict], references: dict[str, str], output: records.RecordFile
 ) -> None:
     """Sample and write the verifications of these solutions. references: solution id -> reference answer, if used."""
-    # 1. The prompts. One that leaves no space for the output is left out; the solution's label is then no_votes.
-    prompts, judged = [], []
+    # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
+    prompts, judged, limits = [], [], []
     for solution in todo:
         turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
         prompt = engine.encode(turn)
-        if len(prompt) + args.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        limits.append(limit)
+        if limit is not None:
             prompts.append(prompt)
             judged.append(solution)
-    if not prompts and not output.was_there:
-        raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
+    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
     if not prompts:
         return  # everything that fits is already there
 
@@ -455,7 +441,7 @@ def verify_solutions(
         num_samples=args.num_verifications,
         temperature=args.temperature,
         top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=[limit for limit in limits if limit is not None],
         seed=args.seed,
     )
     for i, samples in stream:
@@ -463,7 +449,7 @@ def verify_solutions(
         digest = hash_solution(solution)
         verifications = []
         for j, sample in enumerate(samples):
-            text = decode_judgement(engine, prompts[i], sample.ids)
+            text = engine.text(sample.ids, prompts[i])
             parsed = parse_verification(text, len(solution["steps"]))
             verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
             verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
@@ -588,19 +574,22 @@ class Reply(NamedTuple):
 
 
 def ask(args: argparse.Namespace, engine: Engine, solutions: list[dict], turns: list[str | None]) -> list[Reply]:
-    """Greedy replies to one user turn per solution. Not asked are turns that are None or leave no space for a reply."""
+    """Greedy replies to one user turn per solution. Not asked are turns that are None or too long for the context."""
     replies = [Reply(None, 0)] * len(turns)
     prompts = {}  # by place in `turns`
+    limits = []
     for i, turn in enumerate(turns):
         if turn is None:
             continue
         prompt = engine.encode(turn)
-        if len(prompt) + args.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        if limit is not None:
             prompts[i] = prompt
+            limits.append(limit)
     keys = [solutions[i]["id"] for i in prompts]
-    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=args.max_new_tokens)
+    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=limits)
     for i, (sample,) in zip(prompts, groups, strict=True):
-        replies[i] = Reply(decode_judgement(engine, prompts[i], sample.ids), len(sample.ids))
+        replies[i] = Reply(engine.text(sample.ids, prompts[i]), len(sample.ids))
     return replies
 
 
