@@ -51,7 +51,7 @@ from generate import (
 from kernels import distributed
 from kernels.distributed import InputError
 from train_prm import REWARD_MODELS, Judge, Judgement, check_votes, judge_prompt, score_solutions
-from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
+from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, read_verifications, single
 
 import numpy as np
 import torch
@@ -1070,8 +1070,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     solutions = {}
     for file in files:
         solutions.update({label["id"]: label for label in file})
-    fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
-    verifications = records.read(args.verifications, fields, "python verify.py")
+    verifications = read_verifications(args.verifications, list(solutions.values()))
     others = {}  # sampled by other methods, if their files lie beside the verifications
     for name in ("verifications_reference", "critiques"):
         path = Path(args.verifications).with_name(f"{name}.jsonl")
@@ -1139,7 +1138,7 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     if not found and not rollouts:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
     path = Path(args.labels).with_name("verifications.jsonl")
-    verifications = records.read(path, ["solution_id", "step_verdicts", "verdict"]) if path.exists() else []
+    verifications = read_verifications(path, found) if path.exists() else []
     report.print_problem(found, keep_parsed(verifications), rollouts)
 
 
