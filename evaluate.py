@@ -530,23 +530,22 @@ def heldout_accuracy(
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
     prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, max_new_tokens, "held-out problems")
     fitting = [i for i, limit in enumerate(limits) if limit is not None]
-    share = distributed.my_part(fitting)
-    mine = [problems[i] for i in share]
+    mine = distributed.my_part(fitting)
     groups = engine.sample(
-        [prompts[i] for i in share],
-        keys=[problem["id"] for problem in mine],
+        [prompts[i] for i in mine],
+        keys=[problems[i]["id"] for i in mine],
         num_samples=num_samples,
         temperature=temperature,
         top_p=top_p,
-        max_new_tokens=[limits[i] for i in share],
+        max_new_tokens=[limits[i] for i in mine],
         seed=seed,
     )
     solutions = []
-    for problem, samples in zip(mine, groups, strict=True):
+    for i, samples in zip(mine, groups, strict=True):
         of_problem = []
         for sample in samples:
-            text = engine.text(sample.ids)
-            solution = {"problem_id": problem["id"], "text": text, "answer": extract_answer(text)}
+            text = engine.text(sample.ids, prompts[i])
+            solution = {"problem_id": problems[i]["id"], "text": text, "answer": extract_answer(text)}
             of_problem.append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
         solutions.append(of_problem)
     return grade_samples(distributed.gather(solutions), gold, seed)

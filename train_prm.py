@@ -212,7 +212,7 @@ def score_solutions(
     """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows
     progress.
 
-    A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises
+    A solution without steps, or whose prompt is too long for the context (`generate.output_limit`), is unparsed. Raises
     InputError for several votes of a discriminative PRM.
     """
     engine = judge.engine
@@ -224,12 +224,15 @@ def score_solutions(
 
     # 1. Which solutions can be asked about, and how.
     prompts = {}  # index of a solution -> token ids
+    limits = []  # of new tokens
     for i, solution in enumerate(solutions):
         if not solution["steps"]:
             continue
         prompt = engine.encode(judge_prompt(model.prompt, solution))
-        if len(prompt) + judge.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, judge.max_new_tokens)
+        if limit is not None:
             prompts[i] = prompt
+            limits.append(limit)
     asked = list(prompts)
 
     # 2. Sample. The stream yields (index in `asked`, samples) as prompts are finished.
@@ -238,7 +241,7 @@ def score_solutions(
         keys=[str(solutions[i].get("id", i)) for i in asked],
         num_samples=judge.votes,
         temperature=judge.temperature if judge.votes > 1 else 0.0,
-        max_new_tokens=judge.max_new_tokens,
+        max_new_tokens=limits,
         seed=seed,
     )
     if title:
