@@ -746,9 +746,11 @@ def main() -> None:
         model = records.hash_model(find_model(args.model))
         output.check_made_with(model_sha256=model, prompt_sha256=records.hash_text(SOLVE_PROMPT))
         engine = open_engine(args.model, device, args.slots)
-        started = time.time()
+        started = time.perf_counter()
         generate_solutions(engine, problems, output, args)
-    speed = engine.sampler.tokens * distributed.world_size() / (time.time() - started)
+    sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
+    seconds = distributed.max_over_ranks(time.perf_counter() - started)
+    speed = distributed.per_second(sampled, seconds)
     distributed.log(f"{args.out}: {len(problems)} x {args.num_samples} solutions, {speed:,.0f} tokens/s")
 
 

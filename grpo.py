@@ -904,7 +904,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] = max(time.perf_counter() - start, 1e-9)  # a coarse clock may not have moved
+        self.seconds[phase] = time.perf_counter() - start
 
     def metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one. The time of the
@@ -915,8 +915,8 @@ class Clock:
         total = 0.0
         for phase, tokens in (("sample", sampled), ("score", judged), ("update", sampled)):
             total += self.seconds[phase]
-            numbers[f"time/{phase}_tokens_per_second"] = tokens / self.seconds[phase]
-        numbers["time/tokens_per_second"] = sampled / total
+            numbers[f"time/{phase}_tokens_per_second"] = distributed.per_second(tokens, self.seconds[phase])
+        numbers["time/tokens_per_second"] = distributed.per_second(sampled, total)
         return numbers
 
 
@@ -1076,13 +1076,13 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     # 2. Three copies of the policy: the one that is trained, the frozen one of the KL term, and the one that samples. A
     # single CPU process samples with the trained one itself.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
+    vocabulary = model.vocabulary
+    model = distributed.prepare_training(model, args.activation_checkpointing)
     reference = None
     if args.kl_coef:
         reference = load_model(source, device, dtype).requires_grad_(False)
         reference = distributed.prepare_training(reference, False)
-    model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
-    vocabulary = model.vocabulary
-    model = distributed.prepare_training(model, args.activation_checkpointing)
     inference = model
     if device.type == "cuda" or distributed.world_size() > 1:
         inference = load_model(source, device, dtype)

@@ -40,6 +40,7 @@ from generate import (
     find_model,
     format_valid,
     open_model,
+    opens_thought,
     render_chat,
     render_response,
     render_steps,
@@ -49,17 +50,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import with_progress
 from kernels.transformer import Transformer
-from verify import (
-    VERDICT,
-    Verification,
-    decode_judgement,
-    exactly_once,
-    majority,
-    opens_thought,
-    parse_verification,
-    readable_lines,
-    without_thinking,
-)
+from verify import VERDICT, Verification, exactly_once, majority, parse_verification, readable_lines, without_thinking
 
 import torch
 from torch import Tensor
@@ -251,7 +242,7 @@ def score_solutions(
     judgements = [UNPARSED] * len(solutions)
     for index, samples in stream:
         i = asked[index]
-        texts = [decode_judgement(engine, prompts[i], sample.ids) for sample in samples]
+        texts = [engine.text(sample.ids, prompts[i]) for sample in samples]
         verifications = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
         tokens = sum(len(sample.ids) for sample in samples)
         judgements[i] = put_to_vote(verifications, texts[0], tokens)
@@ -522,13 +513,13 @@ class Setup:
     start: int  # steps done by an earlier run
 
 
-def set_up(args: argparse.Namespace) -> Setup:
+def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. The device and the labels.
-    device = distributed.init_distributed(args.device)
+    # 1. The labels.
     fields = ["id", "problem", "steps", "answer", "dropped", *SOURCES[args.kind]]
     labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
+    args.model_sha256 = records.hash_model(find_model(args.model))
 
     # 2. The model, with fp32 weights.
     model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
@@ -554,7 +545,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
+        records.write_args(out, args, CONSTANTS)
 
     tokens = sum(len(example.ids) for example in examples) / len(examples)
     resumed = f", resumed after step {start}" if start else ""
@@ -577,19 +568,23 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
 
 
 def train(run: Setup, args: argparse.Namespace) -> None:
-    """The exported model is the best by evaluation loss, or the last one if nothing is held out."""
+    """The exported model is the best by evaluation loss, or the last one if nothing is held out. A signal ends the
+    training after its step: it is saved, but not evaluated, so that it resumes as if nothing had been."""
     out = Path(args.out)
     source = find_model(args.model)
     warmup = math.ceil(WARMUP * run.steps)
+    signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
         best = min((record["eval/loss"] for record in metrics.records if "eval/loss" in record), default=math.inf)
+        if run.start > 0 and metrics.records[-1].get("eval/loss", best) == best:
+            distributed.export(run.model, source, out)  # an earlier run may have ended between saving and exporting
         bar = tqdm(
             range(run.start, run.steps), initial=run.start, total=run.steps,
             desc="train", unit="step", disable=distributed.rank() != 0,
         )  # fmt: skip
         for step in bar:
             # 1. The batch: the same on every rank.
-            started = time.time()
+            started = time.perf_counter()
             batch = batch_for_step(step, run.examples, args.batch_size, args.seed)
 
             # 2. Loss and gradient.
@@ -601,7 +596,8 @@ def train(run: Setup, args: argparse.Namespace) -> None:
 
             # 4. Log; from time to time, and at the end, evaluate and save.
             record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
-            tokens_per_second = sum(len(example.ids) for example in batch) / (time.time() - started)
+            tokens = sum(len(example.ids) for example in batch)
+            tokens_per_second = distributed.per_second(tokens, time.perf_counter() - started)
             record["time/tokens_per_second"] = tokens_per_second
             saving = step + 1 == run.steps or (step + 1) % args.save_every == 0
             if saving:
@@ -611,11 +607,15 @@ def train(run: Setup, args: argparse.Namespace) -> None:
                 if run.held_out:
                     record["eval/loss"] = eval_loss
             metrics.append(record)
-            if saving:
-                if not run.held_out or eval_loss < best:
-                    best = eval_loss
-                    distributed.export(run.model, source, out)
+            stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+            if saving or stopped:
                 distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+            if saving and (not run.held_out or eval_loss < best):
+                best = eval_loss
+                distributed.export(run.model, source, out)
+            if stopped and step + 1 < run.steps:
+                distributed.log(f"{out}: stopped by a signal after step {step + 1}; the same command resumes it")
+                raise SystemExit(143)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
 
 
@@ -729,9 +729,9 @@ def main() -> None:
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     args = records.parse_args(parser, TINY, "model", "labels", "out")
-    if Path(args.out).resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
-    train(set_up(args), args)
+    device = distributed.init_distributed(args.device)
+    with records.lock_run(args.out, args):
+        train(set_up(args, device), args)
     distributed.log(f"{args.out}: done")
 
 

@@ -23,7 +23,6 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
 from train_prm import REWARD_MODELS, step_end_positions, yes_no_ids
-from verify import decode_judgement
 
 import pytest
 import torch
@@ -168,11 +167,14 @@ def test_the_discriminative_prm_is_trained_where_it_is_read():
     assert len(targets) == len(ids) and targets.count(-1) == len(ids) - 3
 
 
+@pytest.mark.parametrize("is_special", [False, True])
 @pytest.mark.parametrize("opening", ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n"])
-def test_what_a_model_is_trained_to_say_parses_as_it_is_decoded(opening):
+def test_what_a_model_is_trained_to_say_parses_as_it_is_decoded(opening, is_special):
     """Guards: targets inside the thought that a chat template opens, which no parser reads; a policy that is taught a
     second <think>."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    if is_special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n" + opening)
     assert render_chat(tokenizer, "").endswith(f"assistant\n{opening}")
     engine = Engine(None, tokenizer, [])
@@ -180,13 +182,13 @@ def test_what_a_model_is_trained_to_say_parses_as_it_is_decoded(opening):
         for kind in ("orm", "prm", "prm_cot"):
             ids, targets = train_prm.encode_example(kind, label, tokenizer, tokenizer.eos_token_id)
             start = targets.count(-1)
-            text = decode_judgement(engine, ids[:start], ids[start:])
+            text = engine.text(ids[start:], ids[:start])
             parsed = REWARD_MODELS[kind].parse(text, len(label["steps"]))
             assert parsed.verdict is label["outcome"], (kind, text)
             assert parsed.step_verdicts == (None if kind == "orm" else label["step_labels"])
     ids, targets = train_prm.encode_example("policy", make_label(1), tokenizer, tokenizer.eos_token_id)
     start = targets.count(-1)
-    assert format_valid(decode_judgement(engine, ids[:start], ids[start:]), "strict")
+    assert format_valid(engine.text(ids[start:], ids[:start]), "strict")
 
 
 def test_tags_that_steps_brought_along_are_not_taught():
@@ -402,7 +404,7 @@ def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
     """Guards: a run begun with another warm-up that goes on with the constant; a run refused because a flag is gone;
     constants missing in args.json."""
     root, flags = world
-    path = root / "whole.args.json"
+    path = root / "whole/args.json"
     written = path.read_text()
     now = json.loads(written)
     assert now["constants"] == {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -439,7 +441,7 @@ def test_an_example_longer_than_the_context_is_left_out(world, monkeypatch, tmp_
         run_main(monkeypatch, train_prm, *flags, "--model", model, "--kind", "prm", "--out", tmp_path / "out")
     (tmp_path / "link").symlink_to(model)
     for name in (f"{model}/", tmp_path / "link", tmp_path / "model" / ".." / "model"):
-        with pytest.raises(InputError, match="would overwrite the starting model"):
+        with pytest.raises(InputError, match="is --model itself, which would be overwritten"):
             run_main(monkeypatch, train_prm, *flags, "--model", model, "--out", name)
 
 

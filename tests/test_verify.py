@@ -189,6 +189,7 @@ SENTENCES = {  # written in place of the sentence that VERIFY_PROMPT asks for ->
 CHOICES = {  # written in place of the Verification line
     "**Verification: Is the answer correct (Yes/No)?**\n**No**": False,
     "Verification: Is the answer correct (Yes/No)?\n\n_Yes._": True,
+    "## Final Verification\n\n**Is the answer correct (Yes/No)?**\nNo.": False,
     "## Verification:\u00a0 Is the  answer correct (Yes / No)? No": False,
     r"Verification: Is the answer correct (Yes/No)? \boxed{No}": False,
     "Verification: Is the answer correct (Yes/No)?\n" + r"$$\boxed{\text{Yes}}$$": True,
@@ -491,9 +492,9 @@ def test_bad_input_is_status_2(tmp_path, world):
     """Guards: tracebacks, and labels or a report written by a run that failed."""
     out = tmp_path / "out"
     for change, message in (
-        (["--max_new_tokens", 500], "no prompt leaves room for --max_new_tokens 500"),
+        (["--max_new_tokens", 4096], "no prompt leaves an eighth of --max_new_tokens 4096"),
         (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; create it with: python generate.py"),
-        (["--temperature", -1], "temperature=-1.0"),
+        (["--temperature", -1], "--temperature -1: it must be 0 or from"),
         (["--limit", 0], "--limit 0: it must be at least 1"),
     ):
         status, stderr = run_script("verify.py", tmp_path, *world, "--out", out, *change)
@@ -587,7 +588,7 @@ def test_a_thought_that_the_prompt_opens_is_a_thought():
     ):
         prompt = tokenizer(f"<|im_start|>assistant\n{opening}", add_special_tokens=False).input_ids
         parsed = verify.parse_verification(
-            verify.decode_judgement(generate.Engine(None, tokenizer, []), prompt, draft), 1
+            generate.Engine(None, tokenizer, []).text(draft, prompt), 1
         )
         assert (parsed.step_verdicts, parsed.verdict) == expected, opening
 
@@ -606,7 +607,7 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
             yield 0, [Sample(ids=text) for text in texts[kind][:num_samples]]
 
     monkeypatch.setattr(generate, "encode_chat", lambda *_: [0])
-    monkeypatch.setattr("train_prm.decode_judgement", lambda engine, prompt, ids: ids)
+    monkeypatch.setattr(generate.Engine, "text", lambda engine, ids, prompt: ids)
     solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
     found = {}
     for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
@@ -672,7 +673,7 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
         return [[SimpleNamespace(ids=said[key])] for key in keys]
 
     monkeypatch.setattr(generate, "encode_chat", lambda tokenizer, turn: [1])
-    monkeypatch.setattr(verify, "decode_judgement", lambda engine, prompt, ids: ids)
+    monkeypatch.setattr(generate.Engine, "text", lambda engine, ids, prompt: ids)
     sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
     solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
     found = verify.critique_and_merge(
