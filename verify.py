@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
-from generate import Engine, open_engine, render_steps, sample_from_queue
+from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, with_progress
@@ -406,17 +406,16 @@ def verify_solutions(
 ) -> None:
     """Sample and write the verifications of these solutions. references: solution id -> reference answer, if used."""
     # 1. The prompts. One that leaves no space for the output is left out; the solution's label is then no_votes.
-    prompts, judged = [], []
+    prompts, judged, limits = [], [], []
     for solution in todo:
         turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
         prompt = engine.encode(turn)
-        if len(prompt) + args.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        limits.append(limit)
+        if limit is not None:
             prompts.append(prompt)
             judged.append(solution)
-    if not prompts and not output.done:
-        raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
-    if not prompts:
-        return  # everything that fits is already there
+    check_limits("verify", limits, args.max_new_tokens, resumed=bool(output.done))
 
     # 2. The samples. A solution's verifications are written as soon as its last one ends.
     stream = sample_from_queue(
@@ -428,7 +427,7 @@ def verify_solutions(
         num_samples=args.num_verifications,
         temperature=args.temperature,
         top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=[limit for limit in limits if limit is not None],
         seed=args.seed,
     )
     for i, samples in stream:
@@ -501,15 +500,17 @@ class Reply(NamedTuple):
 def ask(args: argparse.Namespace, engine: Engine, solutions: list[dict], turns: list[str | None]) -> list[Reply]:
     """Greedy replies to one user turn per solution. Not asked are turns that are None or leave no space for a reply."""
     replies = [Reply(None, 0)] * len(turns)
-    prompts = {}  # by place in `turns`
+    prompts, limits = {}, {}  # by place in `turns`
     for i, turn in enumerate(turns):
         if turn is None:
             continue
         prompt = engine.encode(turn)
-        if len(prompt) + args.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        if limit is not None:
             prompts[i] = prompt
+            limits[i] = limit
     keys = [solutions[i]["id"] for i in prompts]
-    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=args.max_new_tokens)
+    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=list(limits.values()))
     for i, (sample,) in zip(prompts, groups, strict=True):
         replies[i] = Reply(decode_judgement(engine, prompts[i], sample.ids), len(sample.ids))
     return replies
