@@ -815,6 +815,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "reward/unknown": mean([r.ungradable for r in rollouts]),
         "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
+        "reward/too_long": mean([r.judgement.too_long for r in judged]),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
         "format/empty_boxes": mean([count_empty_boxes(r.text) for r in rollouts]),
@@ -891,7 +892,8 @@ def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
 
 def print_sample(r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
-    tqdm.write(f"--- step {step} · {r.problem}\n{report.show_rollout(describe_rollout(r, advantage))}")
+    shown = report.show_rollout(describe_rollout(r, advantage))
+    tqdm.write(f"--- step {step} · {report.printable(r.problem)}\n{shown}")
 
 
 class Clock:
