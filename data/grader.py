@@ -126,7 +126,7 @@ def write_repeating(decimal: re.Match) -> str:
     """
     whole, before = decimal["whole"], decimal["before"]
     repeated = re.sub(r"\D", "", decimal["repeated"])
-    numerator = int(whole + before + repeated) - int(whole + before)
+    numerator = int(whole + before + repeated) - int("0" + whole + before)
     denominator = 10 ** len(before) * (10 ** len(repeated) - 1)
     return f"\\frac{{{numerator}}}{{{denominator}}}"
 
@@ -159,14 +159,14 @@ def write_word(word: re.Match) -> str:
 
 
 NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
-THIN = r"(?:\\[,;:! ]|~|\{,\}|,\\!)"  # what is typeset between thousands
+THIN = r"(?:\\[,;:!]|\{,\}|,\\!)"  # what is typeset between thousands
 END = r"(?![a-zA-Z])"  # of a command
-DIGITS = r"(?P<whole>\d{1,40})\.(?P<before>\d{0,40})"  # of a repeating decimal, before those that are repeated
+DIGITS = r"(?P<whole>\d{0,40})\.(?P<before>\d{0,40})"  # of a repeating decimal, before those that are repeated
 FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\})\s*)?"
 DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"\s+", " "),  # a long run of blanks costs math-verify seconds
+    (r"(?<!\\)\\ |~", " "),
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
     (r"\\[dtc]frac", r"\\frac"),
@@ -188,8 +188,9 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (rf"\\langle{END}", "("),
     (rf"\\rangle{END}", ")"),
     (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),
-    (rf"{FUNCTION}(?:\([^()]*\)|\{{[^{{}}]*\}}|(?:{NUMBER}|[a-zA-Z]){DEGREES})", write_radians),
+    (rf"{FUNCTION}(?:\([^()]*\)|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:{NUMBER}|[a-zA-Z]){DEGREES})", write_radians),
     # relations, moduli and bases
+    (r"(?<=[\d)])!=", "! ="),  # 5!=120
     (rf"\\(?:neq|not ?=){END}|(?<= )!=", r"\\ne "),
     (rf"\\(?:leq|leqslant){END}|<=", r"\\le "),
     (rf"\\(?:geq|geqslant){END}|>=", r"\\ge "),
@@ -211,7 +212,8 @@ COMPILED_STEPS = [(re.compile(pattern), replacement) for pattern, replacement in
 
 def normalise(answer: str) -> str:
     """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence."""
-    answer = re.sub(r"^(\*\*|__|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer.strip()))
+    answer = re.sub(r"[^\S\n]+", " ", answer.strip())  # math-verify takes seconds for a long run of blanks
+    answer = re.sub(r"^(\*\*|__|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
     if len(answer) > LONGEST_ANSWER or TEXT.search(answer):
         return answer
     answer = remove_marks(from_unicode(answer))
@@ -238,10 +240,14 @@ EXACT_NUMBER = re.compile(
     r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))?"
 )
 ROUNDING = Fraction(1, 10**5)  # relative; numbers that differ by more do not round each other
-CHOICE = re.compile(r"(?:\\text ?\{)? ?\(?([A-Ea-e])\)? ?\}?")
+CHOICE = re.compile(r"(?:\\text ?\{ ?)?(\(?)([A-Ea-e])\)? ?\}?")
 LEADING_SIGN = re.compile(r" ?(?:<|>|\\[nlg]e(?![a-zA-Z]))")
 MODULUS = re.compile(r" ?\\pmod\{([^{}]*)\}")
-BASED = re.compile(r"(?<![\w}])\(?(\d[0-9A-F.]*)\)? ?_ ?(?:\{ ?(?:\\text ?\{)? ?(?:base )?(\w+) ?\}? ?\}|(\d+))")
+BASED = re.compile(  # 2516_8, (2516)_{\text{eight}}; A1_{16}, but not the entry A_{12} of a matrix
+    r"(?<![\w}])\(?(\d[0-9A-Fa-f.]*|[A-F][0-9A-F]*(?=\)? ?_ ?\{ ?16))\)? ?_ ?"
+    r"(?:\{ ?(?:\\text ?\{)? ?(?:base )?(\w+) ?\}? ?\}|(\d+))"
+)
+DATE = re.compile("(?<![a-z])(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*")
 BASE_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve sixteen".split(),
     [*range(2, 13), 16], strict=True))  # fmt: skip
 
@@ -283,7 +289,8 @@ def compare(prediction: str, reference: str, timeout: float) -> bool | None:
 
     prediction, reference = drop_moduli(prediction, reference)
     question = [add_left_side(prediction, reference), add_left_side(reference, prediction)]
-    return ask(*[BASED.sub(r"\1", answer) for answer in question], timeout)
+    prediction, reference = [BASED.sub(lambda numeral: numeral[1].lower(), answer) for answer in question]
+    return ask(prediction, reference, timeout)
 
 
 def compact(answer: str) -> str:
@@ -319,18 +326,22 @@ def read_number(answer: str) -> Fraction | None:
 
 
 def compare_choices(prediction: str, reference: str) -> bool | None:
-    """True if the reference is a choice (A) to (E) and the prediction is the same letter in any case; else None."""
+    """True if both are the same choice (A) to (E), in any case if one is in parentheses or the reference is a capital;
+    else None."""
     given, right = CHOICE.fullmatch(prediction), CHOICE.fullmatch(reference)
-    if given and right and right[1].isupper() and given[1].upper() == right[1]:
+    if not given or not right or given[2].upper() != right[2].upper():
+        return None
+    if given[1] or right[1] or right[2].isupper():
         return True
     return None
 
 
 def contradict(prediction: str, reference: str) -> bool | None:
-    r"""False if both have moduli or bases and they, or numerals like 2516_8, differ; else None."""
+    r"""False if both have moduli, or numerals like 2516_8, or dates, and these differ; else None."""
     moduli = [sorted(MODULUS.findall(answer)) for answer in (prediction, reference)]
     numerals = [sorted(map(read_numeral, BASED.finditer(answer))) for answer in (prediction, reference)]
-    for one, other in (moduli, numerals):
+    days = [sorted(DATE.findall(answer)) for answer in (prediction, reference)]  # 30 October: not a unit
+    for one, other in (moduli, numerals, days):
         if one and other and one != other:
             return False
     return None
@@ -339,7 +350,7 @@ def contradict(prediction: str, reference: str) -> bool | None:
 def read_numeral(numeral: re.Match) -> tuple[str, str]:
     """(digits, base): ("2516", "8"), also for 2516 in base eight."""
     base = numeral[2] or numeral[3]
-    return numeral[1].lstrip("0"), str(BASE_WORDS.get(base, base))
+    return numeral[1].lower().lstrip("0"), str(BASE_WORDS.get(base, base))
 
 
 def drop_moduli(prediction: str, reference: str) -> tuple[str, str]:
@@ -455,8 +466,10 @@ def boxed(text: str) -> str:
 def same_value(gold: object, answer: object) -> bool:
     """math-verify's verdict on two of its readings (SymPy objects, or strings that it couldn't read), and more."""
     import math_verify
-    from sympy import Basic, Eq, Ne
+    from sympy import Basic, Eq, Ne, Symbol
 
+    if isinstance(gold, Symbol) and isinstance(answer, Symbol):  # math-verify takes T_1 for t_1
+        return gold.name == answer.name
     if isinstance(gold, Ne) and isinstance(answer, Ne):  # math-verify compares equations, but no inequations
         gold = Eq(*gold.args, evaluate=False)
         answer = Eq(*answer.args, evaluate=False)
