@@ -3,8 +3,9 @@ r"""Grading answers: what is settled here, and math-verify in a process that may
 An answer passes three stations:
 
     1. `normalise`  one typesetting for each thing, by the table `STEPS`           60°  ->  60^\circ
-    2. `compare`    equal strings, numbers, choices, moduli and bases, exactly     2516_8  is not  2516_{10}
-    3. the worker   math-verify, as precise as the smallest number needs           (x+1)^2  is  x^2+2x+1
+    2. `compare`    equal strings, integers, choices, moduli and bases, exactly    2516_8  is not  2516_{10}
+    3. the worker   fractions exactly, and what is left by math-verify, as precise
+                    as the smallest number needs                                   (x+1)^2  is  x^2+2x+1
 
 Run as a program, this file is the worker: it reads questions, a JSON list (prediction, reference, seconds) per line,
 and answers each with true, false or null. It imports nothing but the standard library and math-verify, so that a worker
@@ -112,9 +113,9 @@ def end_of_braces(text: str) -> int:
 
 def from_box(answer: str) -> str:
     r"""The content of the only \boxed{…}; several are left to math-verify."""
-    before, box, behind = answer.partition("\\boxed")
+    behind = answer.partition("\\boxed")[2]
     end = end_of_braces(behind)
-    if not box or not end or "\\boxed" in behind:
+    if end == 0 or "\\boxed" in behind:
         return answer
     return behind[1 : end - 1].strip()
 
@@ -235,11 +236,7 @@ READINGS = [
     (re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)e([+-]?\d{1,3})(?!\w)", re.IGNORECASE), r"\1 \\times 10^{\2}"),  # 4.5e33
     (re.compile(r" ?\\%"), ""),
 ]
-EXACT_NUMBER = re.compile(
-    r"(-?) ?(?:\\frac ?(?:\{(-?\d{1,400})\} ?\{(\d{1,400})\}|(\d)(\d))|(\d{0,400}(?:\.\d{0,400})?)(?: ?/ ?(\d{1,400}))?)"
-    r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))?"
-)
-ROUNDING = Fraction(1, 10**5)  # relative; numbers that differ by more do not round each other
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 CHOICE = re.compile(r"(?:\\text ?\{ ?)?(\(?)([A-Ea-e])\)? ?\}?")
 LEADING_SIGN = re.compile(r" ?(?:<|>|\\[nlg]e(?![a-zA-Z]))")
 MODULUS = re.compile(r" ?\\pmod\{([^{}]*)\}")
@@ -248,8 +245,10 @@ BASED = re.compile(  # 2516_8, (2516)_{\text{eight}}; A1_{16}, but not the entry
     r"(?:\{ ?(?:\\text ?\{)? ?(?:base )?(\w+) ?\}? ?\}|(\d+))"
 )
 DATE = re.compile("(?<![a-z])(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*")
-BASE_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve sixteen".split(),
-    [*range(2, 13), 16], strict=True))  # fmt: skip
+BASES = {
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+    "eleven": "11", "twelve": "12", "sixteen": "16",
+}  # fmt: skip
 
 
 def equal(prediction: str, reference: str, timeout: float) -> bool | None:
@@ -279,9 +278,9 @@ def compare(prediction: str, reference: str, timeout: float) -> bool | None:
         return False
     if compact(prediction) == compact(reference):
         return True
-    verdict = compare_numbers(prediction, reference)
-    if verdict is None:
-        verdict = compare_choices(prediction, reference)
+    if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):
+        return int(prediction) == int(reference)
+    verdict = compare_choices(prediction, reference)
     if verdict is None:
         verdict = contradict(prediction, reference)
     if verdict is not None:
@@ -297,32 +296,6 @@ def compact(answer: str) -> str:
     r"""Without \text and without blanks, but for those between digits: \text{october } 30 -> october30."""
     answer = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", answer)
     return re.sub(r"(?<!\d) | (?!\d)", "", answer)
-
-
-def compare_numbers(prediction: str, reference: str) -> bool | None:
-    """Compare two plain numbers as fractions. None if one is something else, or a decimal that may round the other."""
-    one, other = read_number(prediction), read_number(reference)
-    if one is None or other is None:
-        return None
-    if one == other:
-        return True
-    if "." in prediction + reference and abs(one - other) <= ROUNDING * max(abs(one), abs(other)):
-        return None
-    return False
-
-
-def read_number(answer: str) -> Fraction | None:
-    r"""An integer, a decimal, a fraction (a/b, \frac{a}{b}) or one of these times a power of ten; else None."""
-    match = EXACT_NUMBER.fullmatch(answer)
-    if match is None:
-        return None
-    sign, above, below, above_digit, below_digit, number, divisor, exponent, exponent_digit = match.groups()
-    numerator = above or above_digit or number
-    denominator = Fraction(below or below_digit or divisor or 1)
-    if numerator in ("", ".") or denominator == 0:
-        return None
-    value = Fraction(numerator) / denominator * Fraction(10) ** int(exponent or exponent_digit or 0)
-    return -value if sign else value
 
 
 def compare_choices(prediction: str, reference: str) -> bool | None:
@@ -350,7 +323,7 @@ def contradict(prediction: str, reference: str) -> bool | None:
 def read_numeral(numeral: re.Match) -> tuple[str, str]:
     """(digits, base): ("2516", "8"), also for 2516 in base eight."""
     base = numeral[2] or numeral[3]
-    return numeral[1].lower().lstrip("0"), str(BASE_WORDS.get(base, base))
+    return numeral[1].lower().lstrip("0"), BASES.get(base, base)
 
 
 def drop_moduli(prediction: str, reference: str) -> tuple[str, str]:
@@ -430,18 +403,27 @@ def start_worker() -> subprocess.Popen:
 # not an import. The alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts.
 # math-verify's own time limits are off, because they return False rather than "unknown".
 
+EXACT_NUMBER = re.compile(
+    r"(-?) ?(?:\\frac ?(?:\{(-?\d{1,400})\} ?\{(\d{1,400})\}|(\d)(\d))|(\d{0,400}(?:\.\d{0,400})?)(?: ?/ ?(\d{1,400}))?)"
+    r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))?"
+)
+ROUNDING = Fraction(1, 10**5)  # relative; numbers that differ by more do not round each other
 DECIMAL_PLACES = 6  # to which decimals are compared; for numbers below 0.1, significant digits
 EXACT_PLACES = 15  # likewise, for numbers that are not decimals
 
 
 def judge(prediction: str, reference: str) -> bool | None:
-    """Is the prediction equal to the reference, as math-verify reads them? None if memory or stack ran out.
+    """Is the prediction equal to the reference? Numbers are compared as fractions, and anything else as math-verify
+    reads it. None if memory or stack ran out.
 
     Any other exception from a comparison means that the two can't be compared, such as a number and the 1/0 that 2:00
     is read as. So they are not equal.
     """
     from math_verify import parse  # only the worker has it
 
+    same_number = compare_numbers(prediction, reference)
+    if same_number is not None:
+        return same_number
     predicted = parse(boxed(prediction), parsing_timeout=None)  # all readings of the string
     expected = parse(boxed(reference), parsing_timeout=None)
     exhausted = False
@@ -454,6 +436,32 @@ def judge(prediction: str, reference: str) -> bool | None:
         except Exception:
             continue
     return None if exhausted else False
+
+
+def compare_numbers(prediction: str, reference: str) -> bool | None:
+    """Compare two plain numbers as fractions. None if one is something else, or a decimal that may round the other."""
+    one, other = read_number(prediction), read_number(reference)
+    if one is None or other is None:
+        return None
+    if one == other:
+        return True
+    if "." in prediction + reference and abs(one - other) <= ROUNDING * max(abs(one), abs(other)):
+        return None
+    return False
+
+
+def read_number(answer: str) -> Fraction | None:
+    r"""An integer, a decimal, a fraction (a/b, \frac{a}{b}) or one of these times a power of ten; else None."""
+    match = EXACT_NUMBER.fullmatch(answer)
+    if match is None:
+        return None
+    sign, above, below, above_digit, below_digit, number, divisor, exponent, exponent_digit = match.groups()
+    numerator = above or above_digit or number
+    denominator = Fraction(below or below_digit or divisor or 1)
+    if numerator in ("", ".") or denominator == 0:
+        return None
+    value = Fraction(numerator) / denominator * Fraction(10) ** int(exponent or exponent_digit or 0)
+    return -value if sign else value
 
 
 def boxed(text: str) -> str:
@@ -495,7 +503,9 @@ def value_of(reading):
     from sympy import Eq, Float
 
     equations = getattr(reading, "_unsorted_args", [reading])  # a = b = c is read as two equations
-    if not all(isinstance(equation, Eq) and equation.lhs.is_number and equation.rhs.is_number for equation in equations):
+    if not all(
+        isinstance(equation, Eq) and equation.lhs.is_number and equation.rhs.is_number for equation in equations
+    ):
         return reading
     for equation in equations:
         left, right = equation.lhs.evalf(), equation.rhs.evalf()
@@ -507,21 +517,22 @@ def value_of(reading):
 
 def leading_zeros(reading: object) -> int:
     """Zeros behind the decimal point of the smallest number in it: 18 for 2.88 * 10^-19; 0 for 0.3, 5 and x."""
-    from sympy import Basic, Integer, MatrixBase, Number, Pow, Tuple, UnevaluatedExpr, exp, floor, log, preorder_traversal
+    import sympy
 
-    if isinstance(reading, MatrixBase):
-        reading = Tuple(*reading.flat())
-    if not isinstance(reading, Basic):
+    if isinstance(reading, sympy.MatrixBase):
+        reading = sympy.Tuple(*reading.flat())
+    if not isinstance(reading, sympy.Basic):
         return 0
     zeros = 0
-    parts = preorder_traversal(reading)
+    parts = sympy.preorder_traversal(reading)
     for part in parts:
-        if isinstance(part, UnevaluatedExpr):  # the 1/100 of a percent sign
+        if isinstance(part, sympy.UnevaluatedExpr):  # the 1/100 of a percent sign
             parts.skip()
-        elif isinstance(part, (Number, Pow, exp)) and not isinstance(part, Integer) and part.is_number:
+        elif isinstance(part, (sympy.Number, sympy.Pow, sympy.exp)) and part.is_number and not part.is_Integer:
             size = abs(part.evalf(3))
             if 0 < size < 0.1:
-                zeros = max(zeros, -int(floor(log(size, 10).evalf())) - 1)
+                exponent = sympy.floor(sympy.log(size, 10).evalf())  # -19
+                zeros = max(zeros, -int(exponent) - 1)
     return zeros
 
 
@@ -548,8 +559,8 @@ def split_quotients(reading):
 
 def keep_capitals() -> None:
     """Have math-verify tell R from r. `parse` has no argument for it, so its converter gets another default."""
+    import math_verify.parser as parser
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from math_verify import parser
 
     config = ConversionConfig(lowercase_symbols=False)
     parser.latex2sympy = partial(parser.latex2sympy, conversion_config=config)
@@ -602,7 +613,8 @@ def fork_child() -> Child:
         os.close(questions)
         os.close(replies)
         os.dup2(2, 1)  # whatever the library prints is no reply
-        answer_questions(open(question_end), open(reply_end, "w"))
+        with open(question_end) as asked, open(reply_end, "w") as replied:
+            answer_questions(asked, replied)
         os._exit(0)
     os.close(question_end)
     os.close(reply_end)
