@@ -45,9 +45,7 @@ from typing import IO, NamedTuple
 
 # --------------------------------------------------------------------------- one typesetting for each thing
 
-# A text in which an answer is only mentioned: its numbers and formulas are math-verify's to find. Four words and a digit
-# make a text, and so does a formula of its own, but for one that is the whole answer.
-LONGEST_ANSWER = 400  # characters
+LONGEST_ANSWER = 400  # characters; what is longer is a text, as are four words with a number, and formulas among words
 TEXT = re.compile(r"\\boxed|\n|\$.*\$|(?=.*\d)(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[^\\{}]*?){4}")
 
 SYMBOLS = {
@@ -211,11 +209,17 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
 COMPILED_STEPS = [(re.compile(pattern), replacement) for pattern, replacement in STEPS]
 
 
+def is_text(answer: str) -> bool:
+    """Is an answer only mentioned in it? Its numbers and formulas are then math-verify's to find."""
+    return len(answer) > LONGEST_ANSWER or TEXT.search(answer) is not None
+
+
 def normalise(answer: str) -> str:
-    """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence."""
+    """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence. A text
+    stays as it is, but for its box."""
     answer = re.sub(r"[^\S\n]+", " ", answer.strip())  # math-verify takes seconds for a long run of blanks
     answer = re.sub(r"^(\*\*|__|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
-    if len(answer) > LONGEST_ANSWER or TEXT.search(answer):
+    if is_text(answer):
         return answer
     answer = remove_marks(from_unicode(answer))
     for pattern, replacement in COMPILED_STEPS:
@@ -274,18 +278,23 @@ def equal(prediction: str, reference: str, timeout: float) -> bool | None:
 
 def compare(prediction: str, reference: str, timeout: float) -> bool | None:
     """Compare two normalised answers. What math-verify would drop or confuse is settled before it is asked."""
+    # 1. What is equal as it stands, and integers.
     if not prediction:
         return False
     if compact(prediction) == compact(reference):
         return True
     if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):
         return int(prediction) == int(reference)
+    # 2. Choices, and marks of a number that must agree.
+    if is_text(prediction) or is_text(reference):
+        return ask(prediction, reference, timeout)
     verdict = compare_choices(prediction, reference)
     if verdict is None:
         verdict = contradict(prediction, reference)
     if verdict is not None:
         return verdict
 
+    # 3. Write out what math-verify would drop, and drop what only one answer has.
     prediction, reference = drop_moduli(prediction, reference)
     question = [add_left_side(prediction, reference), add_left_side(reference, prediction)]
     prediction, reference = [BASED.sub(lambda numeral: numeral[1].lower(), answer) for answer in question]
