@@ -185,12 +185,8 @@ def majority_answer(answers: list[str | None]) -> str | None:
 
 def sizes_up_to(n: int) -> list[int]:
     """2, 4, 8, ... below n, and n."""
-    sizes = []
-    k = 2
-    while k < n:
-        sizes.append(k)
-        k *= 2
-    return [*sizes, n]
+    powers = [2**i for i in range(1, n.bit_length())]
+    return [*(k for k in powers if k < n), n]
 
 
 def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
@@ -380,14 +376,12 @@ def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> di
     """An ORM names no step. Its verdict is compared with final_answer_correct where a case has it, else with "no wrong
     step"."""
     n = len(cases)
-    right = np.zeros(n)
-    unparsed = 0
-    for i, (case, judgement) in enumerate(zip(cases, judgements, strict=True)):
-        right[i] = judgement.verdict == final_answer_correct(case, f"case {i}")
-        unparsed += judgement.verdict is None
+    truths = [final_answer_correct(case, f"case {i}") for i, case in enumerate(cases)]
+    verdicts = [judgement.verdict for judgement in judgements]
+    right = np.array([verdict == truth for verdict, truth in zip(verdicts, truths, strict=True)], dtype=float)
     return {
         "outcome_acc": Metric(float(right.mean()), n, bootstrap_interval(right, seed)),
-        "unparsed": Metric(unparsed / n, n),
+        "unparsed": Metric(verdicts.count(None) / n, n),
     }
 
 
@@ -510,17 +504,10 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
 
 
 def heldout_accuracy(
-    engine: Engine,
-    problems: list[dict],
-    gold: dict[str, str],
-    *,
-    num_samples: int,
-    temperature: float,
-    top_p: float = 1.0,
-    max_new_tokens: int,
-    seed: int,
+    engine: Engine, problems: list[dict], gold: dict[str, str], *, max_new_tokens: int, seed: int, **settings
 ) -> Graded:
-    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
+    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer). settings:
+    num_samples and temperature, optionally top_p, as for the sampler.
 
     Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
     rank calls it, does its share, and returns the same. Problems that are too long for the context are left out. Raises
@@ -530,23 +517,20 @@ def heldout_accuracy(
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
     prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, max_new_tokens, "held-out problems")
     fitting = [i for i, limit in enumerate(limits) if limit is not None]
-    share = distributed.my_part(fitting)
-    mine = [problems[i] for i in share]
+    mine = distributed.my_part(fitting)
     groups = engine.sample(
-        [prompts[i] for i in share],
-        keys=[problem["id"] for problem in mine],
-        num_samples=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=[limits[i] for i in share],
+        [prompts[i] for i in mine],
+        keys=[problems[i]["id"] for i in mine],
+        max_new_tokens=[limits[i] for i in mine],
         seed=seed,
+        **settings,
     )
     solutions = []
-    for problem, samples in zip(mine, groups, strict=True):
+    for i, samples in zip(mine, groups, strict=True):
         of_problem = []
         for sample in samples:
-            text = engine.text(sample.ids)
-            solution = {"problem_id": problem["id"], "text": text, "answer": extract_answer(text)}
+            text = engine.text(sample.ids, prompts[i])
+            solution = {"problem_id": problems[i]["id"], "text": text, "answer": extract_answer(text)}
             of_problem.append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
         solutions.append(of_problem)
     return grade_samples(distributed.gather(solutions), gold, seed)
@@ -713,6 +697,7 @@ def sample_benchmarks(
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
     # A model that has been trained on under the same name isn't the one that sampled.
     weights = records.hash_model(find_model(model))
+    prompt = records.hash_text(SOLVE_PROMPT)
     directory = Path(args.out.removesuffix(".jsonl") + "_samples")
     engine = None  # opened only if a solution is missing
     for name, (problems, limits) in plan.items():
@@ -720,7 +705,7 @@ def sample_benchmarks(
         graded = {}  # suffix -> Graded
         for suffix, how in passes.items():
             path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
-            described = argparse.Namespace(model=model, model_sha256=weights, **how)
+            described = argparse.Namespace(model=model, model_sha256=weights, prompt_sha256=prompt, **how)
             with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
                 if find_incomplete(problems, output, how["num_samples"]):
                     engine = engine or open_engine(model, device, args.slots)
@@ -756,12 +741,6 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
     return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
 
 
-def accuracy_by_problem(graded: Graded) -> dict[str, float]:
-    """problem id -> mean accuracy of its samples."""
-    problem_ids = [group[0]["problem_id"] for group in graded.samples]
-    return dict(zip(problem_ids, graded.correct.mean(axis=1).tolist(), strict=True))
-
-
 def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
     """Rows of the accuracy of each model minus that of the last one, on the benchmarks of both; paired by problem."""
     last_model = benchmarks[-1].model
@@ -770,11 +749,14 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     for benchmark in benchmarks:
         if benchmark.model == last_model or benchmark.name not in last:
             continue
-        mine = accuracy_by_problem(benchmark.graded)
-        others = accuracy_by_problem(last[benchmark.name].graded)
+        of_both = []  # problem id -> accuracy
+        for graded in (benchmark.graded, last[benchmark.name].graded):
+            problem_ids = [group[0]["problem_id"] for group in graded.samples]
+            of_both.append(dict(zip(problem_ids, graded.correct.mean(axis=1), strict=True)))
+        mine, others = of_both
         # Those that fit the contexts of both models.
-        change = np.array([mine[problem] - others[problem] for problem in mine if problem in others])  # (P,)
-        if not len(change):
+        change = np.array([mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others])  # (P,)
+        if len(change) == 0:
             continue
         metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
         settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}

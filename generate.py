@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,18 @@ ANSWER_LINE = re.compile(
     r"^[ \t#*_>`•+-]*(?:final[ \t]+)?answer[ \t*_#\r]*(?:[:：](.*))?$", re.MULTILINE | re.IGNORECASE
 )
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
-# "---" between two steps
-RULE = re.compile(r"[ \t]*([-*_])(?:[ \t]*\1){2,}[ \t]*")
+# "---" below a blank line, where it isn't part of a long addition
+RULE = re.compile(r"(\A|\n[^\S\n]*\n)[ \t]*([-*_])(?:[ \t]*\2){2,}[ \t]*(?=\n|\Z)")
 # "**" or "__" at the beginning or the end of a word, but not in 2**3
 EMPHASIS = re.compile(r"(?<!\S)(?:\*\*|__)(?=\S)|(?<=\S)(?:\*\*|__)(?=[\s.,;:!?]|$)")
 
 
-def tagged_steps(text: str) -> list[re.Match]:
-    """The matches of `STEP_TAG` that are steps: not empty, and no mention of the tags, "<step>...</step>"."""
-    return [match for match in STEP_TAG.finditer(text) if match.group(1).strip(" \t\r\n.…")]
+def tagged_steps(text: str) -> list[str]:
+    """The contents of the step tags that aren't empty; none if the tags are only mentioned, "<step>...</step>"."""
+    steps = [step.strip() for step in STEP_TAG.findall(text)]
+    if all(step.strip(".…") == "" for step in steps):
+        return []
+    return [step for step in steps if step]
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
@@ -98,21 +102,16 @@ def split_thoughts(text: str) -> tuple[str, str]:
     or with the text where it was cut off: then it is nothing but drafts. Not a thought is what stands before a bare
     `<answer>`: a policy that reasons inside `<think>` without `<step>` tags has no other steps.
     """
-    *closed, last = text.split("</think>")
-    thoughts, written = [], []
-    for part in closed:
-        before, tag, thought = part.partition("<think>")
-        if not tag:  # opened by the template
-            before, thought = "", part
-        written.append(before)
-        thoughts.append(thought)
-    before, _, thought = last.partition("<think>")
-    written.append(before)
-    thoughts.append(thought)
-    solution = "".join(written)
+    if "</think>" in text.partition("<think>")[0]:
+        text = "<think>" + text
+    thoughts, solution = "", ""
+    for part in text.split("</think>"):
+        before, _, thought = part.partition("<think>")
+        solution += before
+        thoughts += thought
     if "<answer>" in solution and not ANSWER_TAG.sub("", solution).strip():
         return "", text
-    return "".join(thoughts), solution
+    return thoughts, solution
 
 
 def find_answer_line(text: str) -> re.Match | None:
@@ -151,17 +150,6 @@ def cut_answer(text: str) -> str:
     return text[: line.start()] + text[end:]
 
 
-def strip_rules(step: str) -> str:
-    """The step without the horizontal rules above and below it. (Inside it, one may belong to a long addition.)"""
-    lines = step.strip().split("\n")
-    while lines and (RULE.fullmatch(lines[-1]) or not lines[-1].strip()):
-        lines.pop()
-    first = 0
-    while first < len(lines) and (RULE.fullmatch(lines[first]) or not lines[first].strip()):
-        first += 1
-    return "\n".join(lines[first:]).strip()
-
-
 def split_steps(text: str) -> list[str]:
     """The reasoning steps of a solution, in order, without the final answer.
 
@@ -175,14 +163,15 @@ def split_steps(text: str) -> list[str]:
     """
     tagged = tagged_steps(text)
     if tagged:
-        return [match.group(1).strip() for match in tagged]
+        return tagged
 
     # No steps in tags. What is left of tags are mentions, and some that don't close.
     _, body = split_thoughts(text)
     body = ANSWER_TAG.sub("", STEP_TAG.sub("", body))
     body = re.sub(r"<step\b[^<>]*>", "\n\n", body)
     body = re.sub("|".join(TAGS), "", body)
-    body = cut_answer(re.sub(r"\r\n?", "\n", body))
+    body = re.sub(r"\r\n?", "\n", body)
+    body = cut_answer(RULE.sub(r"\1", body))
 
     # "Now. Step 1: a Step 2: b" is split into "Now. ", "1", "a ", "2", "b".
     before, *rest = STEP_HEADING.split(body)
@@ -193,8 +182,7 @@ def split_steps(text: str) -> list[str]:
         steps[0] = before + steps[0]  # an introduction belongs to the first step
     else:
         steps = BLANK_LINE.split(before) + steps
-    stripped = [strip_rules(step) for step in steps]
-    return [step for step in stripped if step]
+    return [step.strip() for step in steps if step.strip()]
 
 
 def render_steps(steps: list[str], answer: str | None = None) -> str:
@@ -433,8 +421,8 @@ HUB_TIMEOUT = 10  # seconds that the hub has for an answer
 
 
 def find_model(name: str, flag: str = "--model") -> Path:
-    """The directory of a model given as a directory, or as a hub name (downloaded, or found in the hub's cache). Raises
-    InputError, naming the flag, if there is no such model.
+    """The directory of a model given as a directory or as a hub name. Raises InputError, naming the flag, if there is
+    no such model.
 
     A name that may be meant as a path never goes to the hub: whoever registers it there would supply the weights.
     """
@@ -445,6 +433,12 @@ def find_model(name: str, flag: str = "--model") -> Path:
     first, *others = name.split("/")
     if len(others) != 1 or not others[0] or first in ("", ".", "..", "~", "runs", "data") or Path(first).exists():
         raise InputError(f"{flag} {name}: neither a directory nor a hub name (organisation/name)")
+    return fetch_model(name, flag)
+
+
+@cache  # a trainer comes back for the tokenizer files at each save
+def fetch_model(name: str, flag: str) -> Path:
+    """The directory of a hub model, downloaded or found in the hub's cache."""
     from huggingface_hub import HfApi, snapshot_download  # here, because they take a while to import
 
     distributed.log(f"{flag} {name}: no such directory, so it is fetched from the Hugging Face hub, or from its cache")

@@ -51,9 +51,9 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
 from generate import (
     SOLVE_PROMPT,
-    STEP_TAG,
     Engine,
     count_empty_boxes,
+    decode,
     extract_answer,
     find_boxes,
     find_model,
@@ -63,6 +63,7 @@ from generate import (
     open_engine,
     open_model,
     split_steps,
+    tagged_steps,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -185,7 +186,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
                     prompt=p["prompt"],
                     ids=sample.ids,
                     logprobs=sample.logprobs,
-                    text=engine.text(sample.ids),
+                    text=engine.text(sample.ids, p["prompt"]),
                     finish=sample.finish,
                     certainty=sample.certainty,
                 )
@@ -673,13 +674,15 @@ def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list
     step and the beginning of the next belongs to the first; a step's range may then be empty.
     """
 
+    opened = len(text) - len(decode(tokenizer, ids))  # of a <think> that the prompt ended with
+
     def characters(count: int) -> int:
         """How many characters the first `count` tokens decode to; one split over several tokens counts from its
         last."""
-        return len(tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
+        return opened + len(decode(tokenizer, ids[:count]).rstrip("\ufffd"))
 
     counts = range(len(ids) + 1)
-    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
+    tags = [match.start(1) for match in tagged_steps(text)]
     spans = []
     text_end, token_end = 0, 0  # of the step before
     for k, step in enumerate(steps):
@@ -812,6 +815,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "reward/unknown": mean([r.ungradable for r in rollouts]),
         "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
+        "reward/too_long": mean([r.judgement.too_long for r in judged]),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
         "format/empty_boxes": mean([count_empty_boxes(r.text) for r in rollouts]),
@@ -888,7 +892,8 @@ def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
 
 def print_sample(r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
-    tqdm.write(f"--- step {step} · {r.problem}\n{report.show_rollout(describe_rollout(r, advantage))}")
+    shown = report.show_rollout(describe_rollout(r, advantage))
+    tqdm.write(f"--- step {step} · {report.printable(r.problem)}\n{shown}")
 
 
 class Clock:

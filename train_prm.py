@@ -26,7 +26,7 @@ import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,10 +173,12 @@ class Judgement:
     tokens: int
     step_scores: list[float] | None = None
     score: float | None = None
+    too_long: bool = False  # for the context, so the model wasn't asked
 
 
-# Also the judgement of a solution that the model is never asked about.
+# The judgements of solutions that the model is never asked about: without steps, and too long for the context.
 UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)
+TOO_LONG = replace(UNPARSED, too_long=True)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def score_solutions(
     """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows
     progress.
 
-    A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises
+    A solution without steps, or whose prompt is too long by `generate.output_limit`, is unparsed. Raises
     InputError for several votes of a discriminative PRM.
     """
     engine = judge.engine
@@ -214,13 +216,18 @@ def score_solutions(
         return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
 
     # 1. Which solutions can be asked about, and how.
-    prompts = {}  # index of a solution -> token ids
+    judgements = [UNPARSED] * len(solutions)
+    prompts, limits = {}, {}  # index of a solution -> token ids, most tokens of its judgement
     for i, solution in enumerate(solutions):
         if not solution["steps"]:
             continue
         prompt = engine.encode(judge_prompt(model.prompt, solution))
-        if len(prompt) + judge.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, judge.max_new_tokens)
+        if limit is None:
+            judgements[i] = TOO_LONG
+        else:
             prompts[i] = prompt
+            limits[i] = limit
     asked = list(prompts)
 
     # 2. Sample. The stream yields (index in `asked`, samples) as prompts are finished.
@@ -229,14 +236,13 @@ def score_solutions(
         keys=[str(solutions[i].get("id", i)) for i in asked],
         num_samples=judge.votes,
         temperature=judge.temperature if judge.votes > 1 else 0.0,
-        max_new_tokens=judge.max_new_tokens,
+        max_new_tokens=list(limits.values()),
         seed=seed,
     )
     if title:
         stream = with_progress(stream, engine.sampler, title, len(asked), judge.votes)
 
     # 3. Parse and vote.
-    judgements = [UNPARSED] * len(solutions)
     for index, samples in stream:
         i = asked[index]
         texts = [engine.text(sample.ids, prompts[i]) for sample in samples]
@@ -682,15 +688,17 @@ def score_discriminative(
     towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
 
     # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
+    judgements = [UNPARSED] * len(solutions)
     prompts = []  # (index of the solution, token ids, positions)
     for i, solution in enumerate(solutions):
         if solution["steps"]:
             ids, positions = step_end_positions(tokenizer, solution)
             if len(ids) <= model.config.max_positions:
                 prompts.append((i, ids, positions))
+            else:
+                judgements[i] = TOO_LONG
 
     # 2. The log-odds of every token, packed, then those at the positions.
-    judgements = [UNPARSED] * len(solutions)
     for group in group_by_length([len(ids) for _, ids, _ in prompts], batch_tokens):
         batch = [prompts[j] for j in group]
         lengths = [len(ids) for _, ids, _ in batch]

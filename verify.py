@@ -31,6 +31,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -354,7 +356,7 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
     InputError for one that appears twice, or has another number of steps: it was made from another solution."""
     groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
     num_steps = {s["id"]: len(s["steps"]) for s in solutions}
-    for verification in sorted(verifications, key=lambda v: v["sample"]):
+    for verification in verifications:
         solution_id = verification["solution_id"]
         if solution_id not in groups:
             continue
@@ -362,10 +364,12 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
         if verdicts is not None and len(verdicts) != num_steps[solution_id]:
             mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
             raise InputError(f"{mismatch}; both files must come from the same solutions")
-        group = groups[solution_id]
-        if group and group[-1]["sample"] == verification["sample"]:
-            raise InputError(f"verification {solution_id}/{verification['sample']} appears twice; ids must be unique")
-        group.append(verification)
+        groups[solution_id].append(verification)
+    for solution_id, group in groups.items():
+        group.sort(key=itemgetter("sample"))
+        for one, next_one in pairwise(group):
+            if one["sample"] == next_one["sample"]:
+                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
     return groups
 
 
@@ -497,7 +501,7 @@ def read_verifications(path: str | Path, solutions: list[dict]) -> list[StoredVe
             record["sample"],
             step_verdicts,
             record["verdict"],
-            record["tokens"],
+            shared.setdefault(record["tokens"], record["tokens"]),
             line.start,
         )
         verifications.append(stored)

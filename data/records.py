@@ -157,7 +157,6 @@ FIELD_TYPES: dict[str, Reader] = {
     "votes": list_of(list_of(read_count, "counts"), "[correct, incorrect]"),
     "dropped": or_null(read_string),
     "ties": read_count,
-    "label": read_whole,  # of ProcessBench
     # metrics, curves, rollouts
     "step": read_count,
     "panel": read_string,
@@ -203,7 +202,7 @@ def check_record(record: object, fields: list[str], place: str, optional: tuple[
                 raise InputError(f"{place}: {field} must be {error}, not {str(value)[:60]}{advice}") from None
     for field, other in SAME_LENGTH.items():
         entries = record.get(field)
-        if field not in (*fields, *optional) or other not in fields or entries is None:
+        if entries is None or other not in fields or not (field in fields or field in optional):
             continue
         if len(entries) != len(record[other]) and not (field == "votes" and not entries):  # nothing voted
             lengths = f"{len(entries)} {field} for {len(record[other])} {other}"
@@ -227,23 +226,29 @@ def advise(field: str, value: object) -> str:
 class Line(NamedTuple):
     """A line of a JSON Lines file."""
 
-    place: str  # "path:number", for messages
+    path: str
+    number: int  # from 1
     start: int  # where it begins in the file, in bytes
     value: Any  # what it says; a dict if it has been checked
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.path}:{self.number}"
 
 
 def read_lines(path: str | Path, end: int | None = None) -> Iterator[Line]:
     """The lines that are not blank, one by one, because files may be larger than memory; those from byte `end` on are
     left out. Raises InputError for one that is not JSON."""
+    path = str(path)
     start = 0
     # In binary, because only there does a line end at \n alone: U+2028 and the like may stand inside JSON strings.
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if start == end:
                 return
-            if line.strip():
-                place = f"{path}:{number}"
-                yield Line(place, start, parse_json(line, place, "fix or remove the line"))
+            if not line.isspace():
+                yield Line(path, number, start, parse_json(line, f"{path}:{number}", "fix or remove the line"))
             start += len(line)
 
 

@@ -5,6 +5,7 @@ The numbers are computed elsewhere; here they become text and pictures.
 
 import math
 import os
+import re
 import sys
 from glob import glob
 from pathlib import Path
@@ -256,8 +257,18 @@ def save_figure(figure, out: Path) -> None:
 # --------------------------------------------------------------------------- one problem
 
 
+# What a terminal obeys instead of showing it: control characters but for tab and newline, and changes of direction.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Somebody's text as it can go to a terminal: "\x1b[8m", which would hide what follows, is shown, not obeyed."""
+    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
 def paint(text: str, right: bool | None) -> str:
     """On a terminal, green for right and red for wrong."""
+    text = printable(text)
     if right is None or not sys.stdout.isatty():
         return text
     colour = 32 if right else 31
@@ -294,7 +305,7 @@ def count_outcome_votes(label: dict, voters: list[dict]) -> tuple[int, int] | No
 def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
     """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification
     that was chosen for it."""
-    lines = [f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}"]
+    lines = [printable(f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}")]
     for k, step in enumerate(label["steps"]):
         text = f"Step {k + 1}: {step}"
         if label["votes"]:
@@ -308,7 +319,7 @@ def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str
         judged += f": {correct} correct, {incorrect} incorrect"
     lines.append(paint(f"Answer: {label['answer']}   [{judged}]", label["outcome"]))
     if label["text"]:
-        lines += ["", label["text"]]
+        lines += ["", printable(label["text"])]
     return "\n".join(lines)
 
 
@@ -319,14 +330,14 @@ def show_rollout(rollout: dict) -> str:
         f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {'valid' if rollout['valid'] else 'invalid'}, "
         f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement['verdict']}"
     )
-    return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement["text"]])
+    return "\n".join([paint(head, rollout["reward"] > 0), printable(f"{rollout['text']}\n\n{judgement['text']}")])
 
 
 def print_problem(labels: list[dict], voters: list[dict], rollouts: list[tuple[int, dict]]) -> None:
     """Print a problem's labelled solutions, then GRPO's (step, response) pairs. voters: parsed verifications."""
     parts = []
     if labels:
-        parts.append(labels[0]["problem"])
+        parts.append(printable(labels[0]["problem"]))
     for label in labels:
         parts.append("\n" + show_label(label, count_outcome_votes(label, voters)))
     for step, rollout in rollouts:

@@ -691,7 +691,7 @@ def test_prompts_too_long_are_counted(checkpoint, tmp_path, monkeypatch, capsys)
     larger = tmp_path / "larger"
     shutil.copytree(checkpoint, larger)
     config = json.loads((larger / "config.json").read_text())
-    (larger / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    (larger / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     out = tmp_path / "out.jsonl"
     flags = ["--problems", path, "--gold", TINY / "gold.jsonl", "--num_samples", 2, "--max_new_tokens", 300, "--out", out]
     run(monkeypatch, "benchmark", "--model", checkpoint, larger, *flags)
