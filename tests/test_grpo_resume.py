@@ -303,6 +303,17 @@ def test_failures_leave_the_last_checkpoint(world, tmp_path, monkeypatch, capsys
     assert_same(tmp_path / "out", whole)
 
 
+@pytest.mark.parametrize("file, content", [("config.json", "{"), ("config.json", "{}"), ("model.safetensors", "{")])
+def test_a_damaged_policy_is_one_line(world, tmp_path, monkeypatch, capsys, file, content):
+    """Guards: a traceback from the copy of the policy that the KL term needs, which was opened without a check."""
+    flags, whole, _ = world
+    policy = shutil.copytree(whole.parent / "model", tmp_path / "policy")
+    (policy / file).write_text(content)
+    assert train(monkeypatch, *flags, "--policy", policy, "--out", tmp_path / "out") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: --policy {policy}") and (file in message or "architecture" in message)
+
+
 def test_weights_that_overflow_are_named(world, tmp_path, monkeypatch, capsys):
     """Guards: an index error in the sampler, or nonsense sampled from logits that are NaN, after a step too large."""
     assert train(monkeypatch, *world[0], "--out", tmp_path / "out", "--lr", 1e30) == 2
