@@ -31,6 +31,7 @@ from test_train_prm import TINY, make_model, read_metrics, write_jsonl
 from transformers import AutoTokenizer
 
 STEPS = 8
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 FEW = 20  # resamples of a bootstrap: two thousand would take most of the time of so small a run
 
 # --------------------------------------------------------------------------- runs, in this process and in others
@@ -114,7 +115,7 @@ def assert_same(out: Path, whole: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def as_found():
     """One thread and few resamples, as the runs in other processes have; afterwards all is as before, signals too."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in SIGNALS}
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "RESAMPLES", FEW)

@@ -285,7 +285,9 @@ def test_impossible_configs_are_refused_by_field(field, values):
     that have no end; a nested rope whose theta is 10,000 without a word; a string that is true. And a message that
     doesn't say which field it is."""
     named = {"architectures": "architecture", "quantization_config": "quantisation", "layer_types": "sliding"}
-    named |= dict.fromkeys(("rope_scaling", "rope_parameters"), "rope|factor|beta|mscale|original_max_position_embeddings")
+    named |= dict.fromkeys(
+        ("rope_scaling", "rope_parameters"), "rope|factor|beta|mscale|original_max_position_embeddings"
+    )
     named |= {"hidden_size": "hidden_size|head_dim", "num_attention_heads": "num_attention_heads|head_dim"}
     for value in values:
         with pytest.raises(ValueError, match=named.get(field, field)) as error:
@@ -300,7 +302,9 @@ def test_fields_that_may_be_missing(name, config_class):
     config, theirs = Config.from_dict(needed), config_class()
     assert config.max_positions == theirs.max_position_embeddings and config.norm_eps == theirs.rms_norm_eps
     assert config.rope_theta == 10_000.0 and not config.tied
-    optional = {*NUMBERS, "tie_word_embeddings", "attention_bias", "mlp_bias", "layer_types", "rope_scaling"} - {*SIZE_FIELDS}
+    optional = {*NUMBERS, "tie_word_embeddings", "attention_bias", "mlp_bias", "layer_types", "rope_scaling"} - {
+        *SIZE_FIELDS
+    }
     assert Config.from_dict(needed | dict.fromkeys(optional)) == dataclasses.replace(config, raw=ANY)
 
 
@@ -319,9 +323,18 @@ def test_damaged_files_of_a_model_directory(qwen3, tmp_path):
     config, weights = (path / "config.json").read_bytes(), (path / "model.safetensors").read_bytes()
     no_json(path, "config.json")
     (path / "config.json").write_bytes(config)
-    for content in (b"", b"{}", weights[:-1], weights[: len(weights) // 2], b"\xff" * 9, weights[:8] + b"[" + weights[9:]):
+    for content in (
+        b"",
+        b"{}",
+        weights[:-1],
+        weights[: len(weights) // 2],
+        b"\xff" * 9,
+        weights[:8] + b"[" + weights[9:],
+    ):
         (path / "model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=r"model.safetensors: not a whole file .*fetch it again|weights are missing"):
+        with pytest.raises(
+            ValueError, match=r"model.safetensors: not a whole file .*fetch it again|weights are missing"
+        ):
             load_model(path)
 
     tensors = load(weights)
@@ -335,7 +348,14 @@ def test_damaged_files_of_a_model_directory(qwen3, tmp_path):
     (path / "model.safetensors").unlink()
     index = "model.safetensors.index.json"
     no_json(path, index)
-    for other in ({}, {"weight_map": None}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": "a"}, {"metadata": {}}):
+    for other in (
+        {},
+        {"weight_map": None},
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": "a"},
+        {"metadata": {}},
+    ):
         (path / index).write_text(json.dumps(other))
         with pytest.raises(ValueError, match=f"{index}: no weight_map; fetch the file again"):
             load_model(path)
