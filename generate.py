@@ -369,16 +369,20 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 # A chat template is a program that came with the model: what it may raise.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-# What it is told when it asks for the date: the one of Llama 3.2's template. With today's, a run resumed tomorrow would
-# sample from other prompts, and a reward model would be asked in another way than it was trained.
-TODAY = datetime(2024, 7, 26)
+# The day that a template is told. With today's, a run resumed tomorrow would sample from other prompts, and a reward
+# model would be asked in another way than it was trained.
+TODAY = datetime(2024, 7, 26)  # as in Llama's templates
+FORMATS = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBcdHIjmMpSUwWxXyY")
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + FORMATS + " }}{% endmacro %}{{ '' }}"
 
 
 def apply_template(tokenizer, messages: list[dict], **settings) -> str:
     """The messages as text, by the tokenizer's own chat template. Raises InputError if the template fails."""
-    date = {"strftime_now": TODAY.strftime, "date_string": TODAY.strftime("%d %b %Y")}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **date, **settings)
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = FIXED_DATE + template
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
     except TEMPLATE_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({reason}); mend it, or use another "
@@ -484,7 +488,7 @@ def open_tokenizer(path: Path, flag: str = "--model"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, model_max_length=sys.maxsize)
     except Exception as error:  # the tokenizers library raises just that for a damaged file
-        reason = f"{error or type(error).__name__}".splitlines()[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{flag} {path}: no tokenizer that can be loaded ({reason})") from None
     if not tokenizer.chat_template:
         raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
