@@ -166,8 +166,10 @@ def draw_curves(curves: list[dict], out: Path) -> None:
 
     Curves of one name in one panel are seeds: the line is their mean at the points that all have, with a band from the
     lowest to the highest. A single curve has its own band, `low` to `high`, if any. A curve with `right` uses the
-    right-hand axis. It may also bring settings of its panel: AXES.
+    right-hand axis. It may also bring settings of its panel: AXES. Without curves nothing is drawn.
     """
+    if not curves:
+        return
     from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
 
     # 1. Sort the curves: title of the panel -> name -> its seeds.

@@ -101,7 +101,7 @@ class Config:
         kv_heads = read_whole(raw, "num_key_value_heads", heads, default=heads)
         head_dim = read_whole(raw, "head_dim", 10**5, default=hidden_size // heads)
         if heads % kv_heads != 0:
-            raise ValueError(f"config.json: num_attention_heads {heads} isn't a multiple of {kv_heads}, those of keys")
+            raise ValueError(f"config.json: num_key_value_heads {kv_heads} doesn't divide num_attention_heads {heads}")
         if head_dim % 2 != 0:
             raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings pair its numbers")
         rope, positions, theta = read_rope(raw, family)
@@ -137,7 +137,7 @@ def read_number(raw: dict, name: str, least: float, most: float, default: float 
         raise ValueError(f"config.json: {name} is missing")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and least <= value <= most):
-        raise ValueError(f"config.json: {name} must be a number from {least} to {most}, not {value!r:.60}")
+        raise ValueError(f"config.json: {name} must be a number from {least:g} to {most:g}, not {value!r:.60}")
     return value
 
 
@@ -519,8 +519,8 @@ def weight_files(path: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index}: no weight_map; fetch the file again")
     for shard in shards.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: weight_map must name files of this directory, not {shard!r:.60}")
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map must name safetensors files of this directory, not {shard!r:.60}")
     return [path / shard for shard in sorted(set(shards.values()))]
 
 
@@ -572,7 +572,7 @@ def copy_file(file: Path, to: Path) -> None:
     """Copy a file, with its permissions where the disk has some (CIFS and mounted buckets don't)."""
     try:
         shutil.copy(file, to)
-    except PermissionError:
+    except OSError:
         shutil.copyfile(file, to)
 
 

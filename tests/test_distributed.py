@@ -40,7 +40,10 @@ def fail(error: BaseException):
         (InputError("an id \x1b]0;title\x07 of\tsomebody"), r"an id \x1b]0;title\x07 of\tsomebody"),
         (KeyboardInterrupt(), "interrupted; what was saved before is intact, and the same command resumes"),
         (MemoryError(), "out of memory; free some, or use smaller files; the same command resumes"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "CUDA out of memory. lower --slots (rows of the KV cache"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+            "CUDA out of memory. lower --slots (rows of the KV cache",
+        ),
         (BrokenPipeError(32, "Broken pipe"), "[Errno 32] Broken pipe; what was saved before is intact"),
     ],
 )
@@ -87,7 +90,9 @@ def test_a_clock_that_stands_still(monkeypatch):
 # --------------------------------------------------------------------------- devices, processes, signals
 
 
-@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cpu:3", "cuda:99", "cuda:300", "cuda:-1", "gpu", "", "CPU", "hpu"])
+@pytest.mark.parametrize(
+    "name", ["mps", "xpu", "meta", "cpu:3", "cuda:99", "cuda:300", "cuda:-1", "gpu", "", "CPU", "hpu"]
+)
 def test_devices_that_there_are_not(monkeypatch, name):
     """Guards: a traceback, or "fetch the file again", for a device that this program can't use."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -121,7 +126,9 @@ def test_a_world_size_without_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert distributed.init_distributed("cpu") == torch.device("cpu") and distributed.world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set; start .* torchrun"):
+    with pytest.raises(
+        InputError, match=r"WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set; start .* torchrun"
+    ):
         distributed.init_distributed("cpu")
 
 

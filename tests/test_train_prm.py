@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -294,6 +295,16 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
 # --------------------------------------------------------------------------- the loop and its checkpoints
 
 
+@pytest.fixture(scope="module", autouse=True)
+def signals_as_found():
+    """A training sets handlers of its own; here pytest goes on after it."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run that nobody interrupted: 3 epochs of 3 batches, the last one of a single sequence. What is held out is
@@ -378,6 +389,47 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
     assert read_metrics(out) == read_metrics(root / "whole")
     ours, theirs = (load_file(path / "model.safetensors") for path in (out, root / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stopped_in", [3, 6])  # step 4 is evaluated anyway; step 7 is not, and step 6 was the best
+def test_a_signal_ends_the_step_and_saves(world, monkeypatch, tmp_path, stopped_in):
+    """Guards: up to --save_every steps lost to a scheduler's signal; an unplanned evaluation, which chooses another
+    model than the run that nobody interrupted; a step that wasn't evaluated exported in place of the best."""
+    root, flags = world
+    real = train_prm.batch_for_step
+
+    def batch_for_step(step, *rest):
+        if step == stopped_in:
+            signal.raise_signal(signal.SIGUSR1)
+        return real(step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train_prm, "batch_for_step", batch_for_step)
+        run_main(patch, train_prm, *flags, "--out", tmp_path / "out")
+    assert end.value.code == 143 and (tmp_path / "out" / "training" / f"step_{stopped_in + 1:07}").exists()
+    run_main(monkeypatch, train_prm, *flags, "--out", tmp_path / "out")
+    assert read_metrics(tmp_path / "out") == read_metrics(root / "whole")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", root / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("eval_fraction", [0.25, 0])
+def test_a_copy_that_cannot_be_exported_costs_no_step(world, monkeypatch, tmp_path, eval_fraction):
+    """Guards: an export that fails before what resumes is saved; a run that resumes behind its last step, and the best
+    model is never written."""
+    _, flags = world
+    out = tmp_path / "out"
+    flags = [*flags, "--eval_fraction", eval_fraction, "--save_every", 100, "--out", out]
+
+    def export(*_) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(distributed, "export", export)
+        run_main(patch, train_prm, *flags)
+    assert not (out / "model.safetensors").exists()
+    run_main(monkeypatch, train_prm, *flags)
+    assert (out / "model.safetensors").exists() and len(list((out / "training").iterdir())) == 1
 
 
 def test_other_arguments_are_refused_on_resume(world, monkeypatch):

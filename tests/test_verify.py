@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import evaluate
 import generate
 import verify
 from data import records
@@ -243,14 +244,37 @@ def test_only_what_follows_the_last_thought_is_read(kind):
     assert model.parse(f"**{said}**" if kind == "orm" else said.replace("Correct", "*Correct*"), 2) == expected
 
 
-def test_a_verification_of_another_engine_is_parsed():
-    """Guards: a file with only solution_id, sample and text that is refused, or whose own verdicts are replaced."""
+def test_another_engine_needs_three_fields(tmp_path, world, monkeypatch):
+    """Guards: a file with only solution_id, sample and text that is refused by a command that reads verifications, or
+    judged otherwise than one with all fields; verdicts of its own that are replaced."""
     bare = {"solution_id": "p/0", "sample": 3, "text": GOOD}
     whole = {"id": "p/0/3", **bare, "step_verdicts": [True, False], "verdict": False, "tokens": 0}
     assert verify.complete_verification(bare, 2) == whole
     assert verify.complete_verification(bare, 3) == whole | {"step_verdicts": None}
     mine = whole | {"id": "x", "step_verdicts": None, "verdict": True, "tokens": 7}
     assert verify.complete_verification(mine, 2) == mine
+
+    texts = [write([True], True), "<think>" + write([False], False), write([True], True), write([False], True)]
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text("".join(json.dumps({"id": f"p{i}", "answer": str(i + 1)}) + "\n" for i in range(13)))
+    files = []
+    for out in (tmp_path / "bare", tmp_path / "whole"):
+        lines = [{"solution_id": f"p{i}/0", "sample": j, "text": texts[j]} for i in range(1, 13) for j in range(4)]
+        if out.name == "whole":
+            lines = [verify.complete_verification(record, 1) for record in lines]
+        out.mkdir()
+        (out / "verifications.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, world), "--out", str(out)])
+        verify.main()
+        labels = out / "labels_step_consistency.jsonl"
+        flags = ["--labels", labels, "--verifications", out / "verifications.jsonl", "--gold", gold, "--out", out / "l.json"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "labels", *map(str, flags)])
+        evaluate.main()
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "show", "--labels", str(labels)])
+        evaluate.main()
+        files.append([labels.read_text(), (out / "l.json").read_text()])
+        assert json.loads((out / "report.json").read_text())["unparsed"] == 12
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("prompt", [verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.MERGE_PROMPT])
@@ -702,7 +726,7 @@ def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     assert status == 2 and "q0/0 was another solution when it was judged" in stderr
 
 
-def test_two_ranks_write_the_records_of_one(tmp_path, judged):
+def test_two_ranks_write_the_linesof_one(tmp_path, judged):
     """Guards: solutions judged twice or by nobody under torchrun, and samples that depend on the rank."""
     _, arguments = judged
     files = ("verifications.jsonl", "critiques.jsonl")
