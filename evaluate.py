@@ -266,6 +266,7 @@ def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str], list
     if Path(args.out).is_file() and records.read_args(Path(args.out)) == given:
         for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
             rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
+    distributed.barrier()  # rank 0 writes to the file only after every rank has read it
     return rows
 
 

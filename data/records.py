@@ -594,9 +594,9 @@ def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | N
     # 3. What no stage has made. An empty file or directory is free.
     advice = "and no args.json says that this program made it; choose another --out"
     if out.is_dir():
-        for name in ("config.json", "training", "metrics.jsonl", "tokenizer.json", "model.safetensors"):
-            if (out / name).exists():
-                raise InputError(f"--out {out} has a {name}, {advice}")
+        for pattern in ("config.json", "tokenizer*", "*.safetensors", "*.bin", "training", "metrics.jsonl"):
+            for found in out.glob(pattern):
+                raise InputError(f"--out {out} has a {found.name}, {advice}")
     elif out.stat().st_size > 0:
         begins_as_ours = False
         if signature is not None:
@@ -767,7 +767,8 @@ class RecordFile:
             if not is_ours:
                 fields += self.other_fields
             try:
-                for line in scan(self.path, fields, optional=(self.remembered_field or "",), end=end):
+                # Every field has its type now, rather than when the records are used, after hours of sampling.
+                for line in scan(self.path, fields, optional=tuple(FIELD_TYPES), end=end):
                     key = self.key_of(line.value)
                     if key in self.done:
                         raise InputError(f"{line.place}: {key!r} appears twice; ids must be unique")

@@ -132,6 +132,7 @@ FOREIGN = [
     (b"\x00\x01\x02\nPK", "not JSON"),
     (b'{"id": "a", "problem": "b"}\n{"id": "c", "pro', "no field 'sample'"),
     (b'{"id": "a", "answer": "5"}\n', "no field 'problem'"),
+    (b'{"id": "a", "problem": "b", "sample": 0, "text": "c", "tokens": "5"}\n', "tokens must be a whole number"),
     (b"42", "not an output of this command"),
     (b"42\n", "no field 'id'"),
 ]
