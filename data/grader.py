@@ -166,6 +166,7 @@ DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<!\\)\\ |~", " "),
+    (r"(?: |\\[,;:!])+$", ""),
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
     (r"\\[dtc]frac", r"\\frac"),
