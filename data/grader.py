@@ -53,7 +53,7 @@ TEXT = re.compile(r"\\boxed|\n|\$.*\$|(?=.*\d)(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[^\\
 SYMBOLS = {
     "−": "-", "–": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "±": r"\pm ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∞": r"\infty ", "°": r"^\circ ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")", "∶": ":",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "′": "'",
     "’": "'", "…": r"\ldots ", "€": "", "£": "", "¥": "", "₹": "", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
     "δ": r"\delta ", "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "θ": r"\theta ", "κ": r"\kappa ",
@@ -61,7 +61,7 @@ SYMBOLS = {
     "τ": r"\tau ", "φ": r"\phi ", "ϕ": r"\phi ", "χ": r"\chi ", "ψ": r"\psi ", "ω": r"\omega ", "Γ": r"\Gamma ",
     "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ω": r"\Omega ",
 }  # fmt: skip
-SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
+SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱˣ]+")
 SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉ₐₙₓ]+")
 VULGAR_FRACTIONS = re.compile("[¼½¾⅐-⅞]")  # one character each
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -88,8 +88,11 @@ def write_fraction(character: re.Match) -> str:
     return f"\\frac{{{above}}}{{{below}}}"
 
 
-MARK = re.compile(r"\\(?:(?:textcolor|colorbox|color)\s*\{[^{}]*\}|underline|underbar|emph|math(?:bf|it)|text(?:bf|it)"
-    r"|boldsymbol|bm|fbox)\s*(?=\{)|\\color\s*\{[^{}]*\}")  # fmt: skip
+MARK = re.compile(
+    r"\\(?:(?:textcolor|colorbox|color) ?(?:\[[^\]]*\])? ?\{[^{}]*\}|fcolorbox ?\{[^{}]*\} ?\{[^{}]*\}"
+    r"|uline|underline|underbar|underbrace|overbrace|emph|fbox|math(?:bf|it|sf|tt)|text(?:bf|it|sc|sl|tt|up|md)"
+    r"|boldsymbol|bm) ?(?=\{)|\\color ?(?:\[[^\]]*\])? ?\{[^{}]*\}"
+)
 
 
 def remove_marks(text: str) -> str:
@@ -169,8 +172,9 @@ DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<!\\)\\ |~", " "),
     (r"(?: |\\[,;:!])+$", ""),
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}(?: ?\.(?!\d))?", ""),
+    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|it|large|Large){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
+    (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),
     (r"\\[dtc]frac", r"\\frac"),
     # numbers
     (rf"(?<![\d.])\d{{1,3}}(?:(?:{THIN} ?| )\d{{3}})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 1 000
@@ -187,6 +191,8 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),
+    (rf"\\degree{END}", r"^\\circ "),
+    (rf"\\lg{END}", r"\\log "),
     (rf"\\langle{END}", "("),
     (rf"\\rangle{END}", ")"),
     (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),
@@ -221,7 +227,7 @@ def normalise(answer: str) -> str:
     """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence. A text
     stays as it is, but for its box."""
     answer = re.sub(r"[^\S\n]+", " ", answer.strip())  # math-verify takes seconds for a long run of blanks
-    answer = re.sub(r"^(\*\*|__|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
+    answer = re.sub(r"^(\*\*?|__|`|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
     if is_text(answer):
         return answer
     answer = remove_marks(from_unicode(answer))
