@@ -82,8 +82,10 @@ RESAMPLES = 2000  # of every bootstrap
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
-    crashed. Both are LaTeX, with or without `\boxed{…}`; no answer (None, "") is False. timeout: seconds of CPU time
-    per reading; a number like 4.5e33 is tried in two readings, so it takes at most twice that.
+    crashed. Both are LaTeX or plain text, with or without `\boxed{…}`; no answer (None, "") is False.
+
+    Units are dropped (5 g is 5 kg); a capital letter is another symbol; data/grader.py lists these decisions. timeout:
+    seconds of CPU time per reading; a number like 4.5e33 and a percent sign have a second reading each.
 
     A worker process does the algebra; it starts when first needed and stays. Equal strings and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
