@@ -937,7 +937,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     }
 
     # 3. Write, print and draw.
-    records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
+    records.write_args(Path(args.out), args)
     records.write_json(Path(args.out), {**counts, "rows": rows})
     report.print_label_report(rows, LABEL_METRICS)
     report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))

@@ -606,25 +606,21 @@ def open_engine(name: str, device: torch.device, slots: int | None, flag: str = 
 
 
 def find_incomplete(problems: list[dict], output: records.RecordFile, num_samples: int) -> list[dict]:
-    """The problems that still lack a solution in `output`, which remembers the problem of each solution.
+    """The problems that still lack a solution in `output`, which remembers the problem of each solution. A collective.
 
     Raises InputError if a solution there was generated from a different problem with the same id.
     """
-    incomplete = []
     for problem in problems:
-        complete = True
         for k in range(num_samples):
-            solution_id = f"{problem['id']}/{k}"
-            if solution_id not in output.done:
-                complete = False
-            elif output.done[solution_id] != problem["problem"]:
+            # Only rank 0 has read the file, so the others find no reason to object.
+            generated_from = output.done.get(f"{problem['id']}/{k}", problem["problem"])
+            if generated_from != problem["problem"]:
                 raise InputError(
                     f"{output.path}: problem {problem['id']} was generated from a different problem; "
                     "choose another --out or remove it"
                 )
-        if not complete:
-            incomplete.append(problem)
-    return incomplete
+    solution_ids = ([f"{problem['id']}/{k}" for k in range(num_samples)] for problem in problems)
+    return [problems[i] for i in output.find_missing(solution_ids)]
 
 
 def sample_from_queue(
@@ -658,7 +654,7 @@ def generate_solutions(
         if limit is not None:
             incomplete.append(problem)
             prompts.append(prompt)
-    check_limits(str(output.path), limits, args.max_new_tokens, resumed=bool(output.done))
+    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
 
     # 2. The samples.
     stream = sample_from_queue(
@@ -715,10 +711,13 @@ def main() -> None:
     records.check_numbers(args, "num_samples", "max_new_tokens", "limit", "slots")
     device = distributed.init_distributed(args.device)
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-    with records.RecordFile(args.out, args, MAY_CHANGE_ON_RESUME, remembered_field="problem") as output:
+    fields = ("problem", "sample", "text")
+    with records.RecordFile(args.out, args, MAY_CHANGE_ON_RESUME, ("id",), "problem", fields) as output:
         if not find_incomplete(problems, output, args.num_samples):
             distributed.log(f"{args.out}: complete, {len(output.done)} solutions")
             return
+        model = records.hash_model(find_model(args.model))
+        output.check_made_with(model_sha256=model, prompt_sha256=records.hash_text(SOLVE_PROMPT))
         engine = open_engine(args.model, device, args.slots)
         started = time.time()
         generate_solutions(engine, problems, output, args)

@@ -1087,12 +1087,13 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
 def main() -> None:
     args = parse_arguments()
     device = distributed.init_distributed(args.device)
-    run = set_up(args, device)
     out = Path(args.out)
-    if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
-    with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
-        train(run, args, metrics)
+    with records.lock_run(out, args):
+        run = set_up(args, device)
+        if distributed.rank() == 0:
+            records.write_args(out, args, CONSTANTS)
+        with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
+            train(run, args, metrics)
     distributed.log(f"{out}: done")
 
 

@@ -496,13 +496,13 @@ class Setup:
     start: int  # steps done by an earlier run
 
 
-def set_up(args: argparse.Namespace) -> Setup:
+def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. The device and the labels.
-    device = distributed.init_distributed(args.device)
+    # 1. The labels.
     fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
     labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
+    args.model_sha256 = records.hash_model(find_model(args.model))
 
     # 2. The model, with fp32 weights.
     model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
@@ -527,7 +527,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
+        records.write_args(out, args, CONSTANTS)
 
     tokens = sum(len(example.ids) for example in examples) / len(examples)
     resumed = f", resumed after step {start}" if start else ""
@@ -702,7 +702,9 @@ def main() -> None:
     records.check_numbers(args, "eval_fraction", least=0, most=0.9)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
-    train(set_up(args), args)
+    device = distributed.init_distributed(args.device)
+    with records.lock_run(args.out, args):
+        train(set_up(args, device), args)
     distributed.log(f"{args.out}: done")
 
 

@@ -31,11 +31,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data import records
-from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
+from generate import Engine, check_limits, find_model, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, with_progress
@@ -240,7 +242,7 @@ class Label:
 
     step_labels: list[bool] | None  # None only if nothing voted
     outcome: bool | None
-    text: str | None  # a real verification, unchanged; None if dropped
+    text: str | int | None  # a real verification, unchanged, or its place in the file; None if dropped
     votes: list[list[int]]  # per step: [correct, incorrect]
     dropped: str | None  # None, or the reason
     ties: int = 0  # tied votes among the steps and the outcome
@@ -346,10 +348,10 @@ AGGREGATES = {
 
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
     """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
-    InputError for a verification with another number of steps: it was made from another solution."""
+    InputError for one that appears twice, or has another number of steps: it was made from another solution."""
     groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
     num_steps = {s["id"]: len(s["steps"]) for s in solutions}
-    for verification in sorted(verifications, key=lambda v: v["sample"]):
+    for verification in verifications:
         solution_id = verification["solution_id"]
         if solution_id not in groups:
             continue
@@ -358,6 +360,11 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
             mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
             raise InputError(f"{mismatch}; both files must come from the same solutions")
         groups[solution_id].append(verification)
+    for solution_id, group in groups.items():
+        group.sort(key=itemgetter("sample"))
+        for one, next_one in pairwise(group):
+            if one["sample"] == next_one["sample"]:
+                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
     return groups
 
 
@@ -381,24 +388,28 @@ def hash_solution(solution: dict) -> str:
 
 
 def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
-    """The solutions that lack some of their verifications. Raises InputError if one was judged before under its id, but
-    was another solution then."""
-    unverified = []
-    for solution in solutions:
+    """The solutions that lack some of their verifications. A collective. Raises InputError if one was judged before
+    under its id, but was another solution then."""
+    # Without steps there is nothing to judge: no verifications, and the label is no_votes.
+    with_steps = [solution for solution in solutions if solution["steps"]]
+    for solution in with_steps:
         digest = hash_solution(solution)
-        done = 0
         for j in range(num_verifications):
-            verification_id = f"{solution['id']}/{j}"
-            if verification_id in output.done:
-                done += 1
-                earlier = output.done[verification_id]  # what was judged; None where another engine left it out
-                if earlier is not None and earlier != digest:
-                    reason = f"{solution['id']} was another solution when it was judged"
-                    raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
-        # Without steps there is nothing to judge: no verifications, and the label is no_votes.
-        if solution["steps"] and done < num_verifications:
-            unverified.append(solution)
-    return unverified
+            # What was judged; None where another engine left it out, and on the ranks that haven't read the file.
+            judged = output.done.get((solution["id"], j))
+            if judged is not None and judged != digest:
+                reason = f"{solution['id']} was another solution when it was judged"
+                raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
+    keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
+    return [with_steps[i] for i in output.find_missing(keys)]
+
+
+def hash_prompt(args: argparse.Namespace) -> str:
+    """A fingerprint of the prompt apart from the solution: verifications that were asked for otherwise don't vote
+    together."""
+    solution = {"problem": "problem", "steps": ["step"], "answer": "answer"}
+    reference = "reference" if METHODS[args.method].reads_answers else None
+    return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
 def verify_solutions(
@@ -415,7 +426,7 @@ def verify_solutions(
         if limit is not None:
             prompts.append(prompt)
             judged.append(solution)
-    check_limits("verify", limits, args.max_new_tokens, resumed=bool(output.done))
+    check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
 
     # 2. The samples. A solution's verifications are written as soon as its last one ends.
     stream = sample_from_queue(
@@ -442,6 +453,68 @@ def verify_solutions(
             verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
             verifications.append(verification)
         output.append(verifications)
+
+
+# --------------------------------------------------------------------------- reading verifications
+
+
+@dataclass(slots=True)
+class StoredVerification:
+    """What is kept in memory of a verification in a file, read like a record: verification["verdict"]. The texts of a
+    million would not fit."""
+
+    solution_id: str
+    sample: int
+    step_verdicts: list[bool] | None
+    verdict: bool | None
+    tokens: int
+    text: int  # its place: the byte at which the record's line begins
+
+    def __getitem__(self, field: str) -> Any:
+        return getattr(self, field)
+
+
+def read_verifications(path: str | Path, solutions: list[dict]) -> list[StoredVerification]:
+    """The verifications of these solutions, without their texts. Another engine's may have only solution_id, sample and
+    text: they are parsed."""
+    num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
+    optional = ("step_verdicts", "verdict", "tokens")
+    shared: dict = {}  # equal ids and lists of verdicts are kept once
+    verifications = []
+    for line in records.scan(path, ["solution_id", "sample", "text"], "python verify.py", optional):
+        solution_id = line.value["solution_id"]
+        if solution_id not in num_steps:
+            continue  # from before a smaller --limit
+        record = complete_verification(line.value, num_steps[solution_id])
+        step_verdicts = record["step_verdicts"]
+        if step_verdicts is not None:
+            step_verdicts = shared.setdefault(tuple(step_verdicts), step_verdicts)
+        stored = StoredVerification(
+            shared.setdefault(solution_id, solution_id),
+            record["sample"],
+            step_verdicts,
+            record["verdict"],
+            shared.setdefault(record["tokens"], record["tokens"]),
+            line.start,
+        )
+        verifications.append(stored)
+    return verifications
+
+
+def chosen_text(label: Label, verifications: BinaryIO) -> str | None:
+    """The text of a label: read from the file of verifications if the label has only its place."""
+    if isinstance(label.text, int):
+        return records.read_at(verifications, label.text)["text"]
+    return label.text
+
+
+def complete_verification(verification: dict, num_steps: int) -> dict:
+    """A verification with all its fields, from one that may have only solution_id, sample and text, as another engine
+    writes it: it is parsed and gets its id; its tokens are unknown and count as 0. What is there stays."""
+    missing = {"id": f"{verification['solution_id']}/{verification['sample']}", "tokens": 0}
+    if "step_verdicts" not in verification or "verdict" not in verification:
+        missing |= asdict(parse_verification(verification["text"], num_steps))
+    return missing | verification
 
 
 # --------------------------------------------------------------------------- critique and merge
@@ -545,28 +618,44 @@ CRITIQUE_KEY = ("id", "method", "round")  # what names a record of critiques.jso
 
 
 def write_critiques(
-    args: argparse.Namespace, solutions: list[dict], labels: list[Label], engine: Engine | None, device: torch.device
+    args: argparse.Namespace,
+    solutions: list[dict],
+    labels: list[Label],
+    verifications: Path,
+    engine: Engine | None,
+    device: torch.device,
 ) -> None:
     """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, each round
     from the merge of the round before. Each rank does its share. engine: opened if it is None and needed."""
     mine = distributed.my_part(list(zip(solutions, labels, strict=True)))
-    path = Path(args.out) / "critiques.jsonl"
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, CRITIQUE_KEY, remembered_field="merged") as output:
+    my_ids = {solution["id"] for solution, _ in mine}
+    output = records.RecordFile(
+        Path(args.out) / "critiques.jsonl",
+        args,
+        MAY_CHANGE_ON_RESUME,
+        CRITIQUE_KEY,
+        remembered_field="merged",
+        other_fields=("critique", "merged"),
+        is_mine=lambda record: record["id"] in my_ids,
+    )
+    with output, open(verifications, "rb") as texts_file:
         for number in range(1, args.critique_rounds + 1):
             # 1. The texts of this round. A dropped label has none; a merge that does not parse ends the rounds.
             todo, texts = [], []
             for solution, label in mine:
-                text = label.text
+                chosen = label
                 if number > 1:
                     merged = output.done.get((solution["id"], args.method, number - 1))
-                    text = merged_label(label, merged, len(solution["steps"])).text
-                if text is not None and (solution["id"], args.method, number) not in output.done:
+                    chosen = merged_label(label, merged, len(solution["steps"]))
+                if chosen.text is not None and (solution["id"], args.method, number) not in output.done:
                     todo.append(solution)
-                    texts.append(text)
+                    texts.append(chosen_text(chosen, texts_file))
             if not todo:
                 continue
 
             # 2. Two calls for each.
+            prompts = records.hash_text(CRITIQUE_PROMPT + MERGE_PROMPT)
+            output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
             if engine is None:
                 engine = open_engine(args.model, device, args.slots)
             stream = critique_and_merge(args, engine, todo, texts)
@@ -581,17 +670,19 @@ def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[L
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
         return labels, 0  # all were dropped before
-    found = records.read(path, [*CRITIQUE_KEY, "merged", "tokens"], unique=CRITIQUE_KEY)
-    by_key = {(record["id"], record["method"], record["round"]): record for record in found}
+    merges = {}  # (solution id, round) -> (the merge, the tokens of both calls)
+    for line in records.scan(path, [*CRITIQUE_KEY, "merged", "tokens"]):
+        record = line.value
+        if record["method"] == args.method:
+            merges[record["id"], record["round"]] = (record["merged"], record["tokens"])
     merged_labels = []
     tokens = 0
     for solution, label in zip(solutions, labels, strict=True):
         last_merge = None
         for number in range(1, args.critique_rounds + 1):
-            record = by_key.get((solution["id"], args.method, number))
-            if record is not None:
-                last_merge = record["merged"]
-                tokens += record["tokens"]
+            if (solution["id"], number) in merges:
+                last_merge, of_round = merges[solution["id"], number]
+                tokens += of_round
         merged_labels.append(merged_label(label, last_merge, len(solution["steps"])))
     return merged_labels, tokens
 
@@ -611,13 +702,23 @@ def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
     return references
 
 
-def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> None:
-    """Write labels_<method>.jsonl: what was judged, by which method, and the label."""
-    lines = []
-    for solution, label in zip(solutions, labels, strict=True):
-        judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
-        lines.append(judged | {"method": args.method} | asdict(label))
-    records.write_records(Path(args.out) / f"labels_{args.method}.jsonl", lines, args)
+def labels_path(args: argparse.Namespace) -> Path:
+    """The file of labels."""
+    return Path(args.out) / f"labels_{args.method}.jsonl"
+
+
+def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label], verifications: Path) -> None:
+    """Write labels_<method>.jsonl: what was judged, by which method, and the label, whose text the file of
+    verifications has."""
+
+    def lines(texts_file: BinaryIO) -> Iterator[dict]:
+        for solution, label in zip(solutions, labels, strict=True):
+            judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
+            label = replace(label, text=chosen_text(label, texts_file))
+            yield judged | {"method": args.method} | asdict(label)
+
+    with open(verifications, "rb") as texts_file:
+        records.write_records(labels_path(args), lines(texts_file), args)
 
 
 def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
@@ -673,7 +774,11 @@ def main() -> None:
     started = time.time()
 
     # 1. Read the solutions, and reference answers for the one method that may see them.
-    solutions = records.read(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
+    records.check_output(args.out, args)
+    records.check_output(labels_path(args), args)
+    records.check_output(Path(args.out) / "report.json", args, signature=b'{\n  "method"')
+    fields = ["id", "problem", "steps", "answer"]
+    solutions = records.read(args.solutions, fields, "python generate.py", only=True)[: args.limit]
     references = {}
     if method.reads_answers:
         references = read_references(args.answers, solutions)
@@ -684,9 +789,12 @@ def main() -> None:
     if method.reads_answers:
         path = Path(args.out) / "verifications_reference.jsonl"
     engine = None
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, remembered_field="solution_sha256") as output:
+    key = ("solution_id", "sample")
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
         todo = find_unverified(solutions, args.num_verifications, output)
         if todo:
+            model = records.hash_model(find_model(args.model))
+            output.check_made_with(model_sha256=model, prompt_sha256=hash_prompt(args))
             engine = open_engine(args.model, device, args.slots)
             verify_solutions(args, engine, todo, references, output)
     speed = {}
@@ -697,20 +805,21 @@ def main() -> None:
     # 3. Turn the verifications into labels. Rank 0 does so; the others stay for critiques, to sample their share.
     if distributed.rank() != 0 and not method.needs_critique:
         return
-    fields = ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
-    ids = {solution["id"] for solution in solutions}  # the file may have others, from before a smaller --limit
-    verifications = [v for v in records.read(path, fields) if v["solution_id"] in ids]
-    labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
+    verifications, labels = [], []
+    if distributed.rank() == 0:
+        verifications = read_verifications(path, solutions)
+        labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
     critique_tokens = 0
     if method.needs_critique:
-        write_critiques(args, solutions, labels, engine, device)
+        labels = distributed.broadcast(labels)
+        write_critiques(args, solutions, labels, path, engine, device)
     if distributed.rank() != 0:
         return
     if method.needs_critique:
         labels, critique_tokens = merge_labels(args, solutions, labels)
 
     # 4. Write the labels, and what they cost.
-    write_labels(args, solutions, labels)
+    write_labels(args, solutions, labels, path)
     report = {"method": args.method, **describe_labels(labels, verifications), "critique_tokens": critique_tokens}
     report |= {**speed, "seconds": round(time.time() - started, 1)}
     records.write_json(Path(args.out) / "report.json", report)

@@ -107,7 +107,7 @@ COLOURS = 10  # of Matplotlib's cycle
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
     """key -> {step: value} from a run's metrics.jsonl, in order; if a step was repeated, its last record counts."""
     by_step = {}
-    for record in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py"):
+    for record in records.read_metrics(Path(run) / "metrics.jsonl", "python grpo.py"):
         by_step[record["step"]] = record
     metrics: dict[str, dict[int, float]] = {}
     for step in sorted(by_step):
@@ -139,7 +139,7 @@ def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
     for pattern in patterns:
         for run in sorted(glob(pattern)) or [pattern]:
             if run.endswith(".jsonl"):
-                curves += records.read(run, ["panel", "curve", "x", "y"])
+                curves += records.read(run, ["panel", "curve", "x", "y"], optional=("low", "high", "ylim"))
             else:
                 curves += run_curves(run, pattern, keys)
     return curves

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from kernels.transformer import Transformer, save_model
 
@@ -180,6 +181,15 @@ def gather(mine: list) -> list:
         owner = i % world_size()
         everything.append(parts[owner][i // world_size()])
     return everything
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank. A collective."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def sum_over_ranks(*values: float) -> list[float]:

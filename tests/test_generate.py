@@ -990,7 +990,8 @@ def test_escape_sequences_are_shown():
 
 
 def test_long_problems_are_left_out_and_counted(tmp_path, model_dir, monkeypatch, capsys):
-    """Guards: one long problem that refuses the whole run, and a result although no prompt fits."""
+    """Guards: one long problem that refuses the whole run, and a result although no prompt fits; a resumed run that is
+    refused because --model m is called m/ now."""
     out, problems = tmp_path / "out.jsonl", tmp_path / "problems.jsonl"
     texts = {"short": "2 + 2?", "longer": "2 + 2?" + " 1" * 50, "too long": "2 + 2?" + " 1" * 500}
     problems.write_text("".join(json.dumps({"id": k, "problem": text}) + "\n" for k, text in texts.items()))
@@ -1001,6 +1002,8 @@ def test_long_problems_are_left_out_and_counted(tmp_path, model_dir, monkeypatch
     assert counted in capsys.readouterr().out
     assert {record["id"] for record in records.read(out, ["id"])} == {"short/0", "longer/0"}
     before = out.read_bytes()
+    monkeypatch.chdir(tmp_path)  # the same inputs, written in another way
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--model", f"{model_dir}/", "--problems", "./problems.jsonl"])
     generate.main()
     assert out.read_bytes() == before and "1 are too long" in capsys.readouterr().out
 

@@ -313,7 +313,7 @@ def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
     """Guards: a run begun with another warm-up that goes on with the constant; a run refused because a flag is gone;
     constants missing in args.json."""
     root, flags = world
-    path = root / "whole.args.json"
+    path = root / "whole/args.json"
     written = path.read_text()
     now = json.loads(written)
     assert now["constants"] == {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0}
