@@ -431,9 +431,7 @@ def verify_solutions(
         if limit is not None:
             prompts.append(prompt)
             judged.append(solution)
-    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
-    if not prompts:
-        return  # everything that fits is already there
+    check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
 
     # 2. The samples. A solution's verifications are written as soon as its last one ends.
     stream = sample_from_queue(

@@ -536,7 +536,7 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
     for name in sorted(arguments.keys() - may_change):
         before = earlier.get(name)
         now = arguments.get(name)
-        if before == now or (name.endswith("_sha256") and name not in earlier):
+        if same_value(before, now) or (name.endswith("_sha256") and name not in earlier):
             continue
         difference = f"made with --{name} {before}, this run has --{name} {now}"
         if name == "prompt_sha256":
@@ -544,6 +544,13 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
         elif name.endswith("_sha256"):
             difference = f"the contents of --{name.removesuffix('_sha256')} have changed"
         raise InputError(f"{output}: {difference}; choose another --out or remove it")
+
+
+def same_value(before: object, now: object) -> bool:
+    """Whether two values of an argument are the same. A path may be written in several ways: m, m/, ./m."""
+    if isinstance(before, str) and isinstance(now, str):
+        return os.path.realpath(before) == os.path.realpath(now)
+    return before == now
 
 
 # --------------------------------------------------------------------------- whose is an existing output?

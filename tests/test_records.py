@@ -215,6 +215,41 @@ def test_model_directories_and_runs_of_others_are_refused(tmp_path, trained, mon
     assert snapshot(root) == before and snapshot(tmp_path / "model") == snapshot(root / "model")
 
 
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("prm", {"step_labels": [1, -1], "outcome": -1}, "step_labels must be a list of true and false, not"),
+        ("prm", {"step_labels": [True]}, "1 step_labels for 2 steps"),
+        ("prm", {"step_labels": []}, "0 step_labels for 2 steps"),
+        ("prm", {"step_labels": None}, "step_labels must be a list of true and false, not None"),
+        ("orm", {"outcome": "No"}, "outcome must be true or false, not No"),
+        ("orm", {"outcome": "incorrect", "step_labels": ["correct", "incorrect"]}, ".*must be .*true"),
+        ("orm", {"id": None}, "id must be a string or a number, not None"),
+        ("prm_cot", {"text": None}, 'text must be a string, not None; null is for labels .* "dropped" must then give'),
+    ],
+)
+def test_wrong_labels_are_never_trained(tmp_path, trained, monkeypatch, kind, change, message):
+    """Guards: PRM800K's and Math-Shepherd's marks, or "No", trained as Correct and Yes; as many lines as there are
+    labels, for other numbers of steps."""
+    labels = write(tmp_path / "labels.jsonl", [make_label(3), make_label(0) | change])
+    flags = [*trained[1], "--labels", labels, "--kind", kind, "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match=rf"labels.jsonl:2: {message}"):
+        run_main(monkeypatch, train_prm, *flags)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize("change", [{"verdict": 5}, {"step_verdicts": [7, -3]}, {"text": None}, {"sample": "3"}])
+def test_wrong_verifications_never_vote(tmp_path, trained, monkeypatch, change):
+    """Guards: a verdict of 5 that counts as five votes; text that is null in a label; types found after sampling."""
+    solutions = write(tmp_path / "solutions.jsonl", [SOLUTION])
+    path = write(tmp_path / "verifications.jsonl", [VERIFICATION | change])
+    before = Path(path).read_bytes()
+    flags = ["--model", trained[0] / "model", "--solutions", solutions, "--device", "cpu", "--num_verifications", 2]
+    with pytest.raises(InputError, match=rf"verifications.jsonl:1: {next(iter(change))} must be"):
+        run_main(monkeypatch, verify, *flags, "--out", tmp_path)
+    assert Path(path).read_bytes() == before
+
+
 def test_the_args_json_of_a_run(tmp_path, trained, monkeypatch):
     """Guards: a renamed run that resumes with other settings; an older run, whose args.json lies beside its directory,
     resumed unchecked; other weights behind --model taken without a word; args.json rewritten by a run that is refused;
