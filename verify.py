@@ -784,6 +784,8 @@ def main() -> None:
     records.check_output(Path(args.out) / "report.json", args, signature=b'{\n  "method"')
     fields = ["id", "problem", "steps", "answer"]
     solutions = records.read(args.solutions, fields, "python generate.py", only=True)[: args.limit]
+    if not any(solution["steps"] for solution in solutions):
+        raise InputError(f"{args.solutions}: no solution has steps, so there is nothing to judge")
     references = {}
     if method.reads_answers:
         references = read_references(args.answers, solutions)

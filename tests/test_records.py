@@ -238,6 +238,13 @@ def test_wrong_labels_are_never_trained(tmp_path, trained, monkeypatch, kind, ch
     assert not list((tmp_path / "out").glob("*.json"))
 
 
+def test_solutions_without_steps(tmp_path, monkeypatch):
+    """Guards: "verifications.jsonl: no such file; create it with verify.py" by verify.py."""
+    solutions = write(tmp_path / "solutions.jsonl", [SOLUTION | {"steps": []}])
+    with pytest.raises(InputError, match="no solution has steps"):
+        run_main(monkeypatch, verify, "--model", "none", "--solutions", solutions, "--out", tmp_path / "out")
+
+
 @pytest.mark.parametrize("change", [{"verdict": 5}, {"step_verdicts": [7, -3]}, {"text": None}, {"sample": "3"}])
 def test_wrong_verifications_never_vote(tmp_path, trained, monkeypatch, change):
     """Guards: a verdict of 5 that counts as five votes; text that is null in a label; types found after sampling."""
