@@ -36,18 +36,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import grader, records, report
+from data.chat import check_model, find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
-from generate import (
-    SOLVE_PROMPT,
-    Engine,
-    check_model,
-    extract_answer,
-    find_incomplete,
-    find_model,
-    fit_prompts,
-    generate_solutions,
-    open_engine,
-)
+from data.text import extract_answer
+from generate import SOLVE_PROMPT, Engine, find_incomplete, fit_prompts, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
 from train_prm import REWARD_MODELS, Judge, Judgement, check_votes, judge_prompt, score_solutions
@@ -323,7 +315,9 @@ def check_place(args: argparse.Namespace) -> None:
         raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
     figure_begins = report.FORMATS.get(out.suffix.lower())
     if (figure_begins is not None) != (args.command == "plot"):
-        raise InputError(f"--out {out}: figures are named {', '.join(report.FORMATS)}, other results otherwise; rename it")
+        raise InputError(
+            f"--out {out}: figures are named {', '.join(report.FORMATS)}, other results otherwise; rename it"
+        )
     records.check_output(out, args, figure_begins)
 
 
@@ -758,7 +752,9 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
             of_both.append(dict(zip(problem_ids, graded.correct.mean(axis=1), strict=True)))
         mine, others = of_both
         # Those that fit the contexts of both models.
-        change = np.array([mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others])  # (P,)
+        change = np.array(
+            [mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others]
+        )  # (P,)
         if len(change) == 0:
             continue
         metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))

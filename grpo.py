@@ -45,26 +45,13 @@ from functools import partial
 from pathlib import Path
 
 from data import records, report
+from data.chat import decode, find_model, open_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
+from data.text import STEP_TAG, count_empty_boxes, extract_answer, find_boxes, has_layout_line, hidden_text, split_steps
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
-from generate import (
-    SOLVE_PROMPT,
-    STEP_TAG,
-    Engine,
-    count_empty_boxes,
-    decode,
-    extract_answer,
-    find_boxes,
-    find_model,
-    format_valid,
-    has_layout_line,
-    hidden_text,
-    open_engine,
-    open_model,
-    split_steps,
-)
+from generate import SOLVE_PROMPT, Engine, format_valid, open_engine
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler

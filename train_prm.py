@@ -31,21 +31,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from data.chat import encode_chat, escape_special_tokens, find_model, open_model, opens_thought, render_chat
 from data.records import COUNT, POSITIVE, SEED, real
-from generate import (
-    SOLVE_PROMPT,
-    Engine,
-    encode_chat,
-    escape_special_tokens,
-    find_model,
-    format_valid,
-    open_model,
-    opens_thought,
-    render_chat,
-    render_response,
-    render_steps,
-    unwrap_boxes,
-)
+from data.text import unwrap_boxes
+from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import with_progress

@@ -37,8 +37,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data import records
+from data.chat import find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
-from generate import Engine, check_limits, find_model, open_engine, render_steps, sample_from_queue
+from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, with_progress

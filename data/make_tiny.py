@@ -40,18 +40,10 @@ from pathlib import Path
 
 import verify
 from data import records
+from data.chat import encode_chat, open_model
+from data.text import extract_answer, split_steps
 from evaluate import first_error, gold_labels
-from generate import (
-    SOLVE_PROMPT,
-    Engine,
-    encode_chat,
-    extract_answer,
-    format_valid,
-    open_model,
-    render_response,
-    render_steps,
-    split_steps,
-)
+from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import ORM_PROMPT, PRM_PROMPT, pack, targets_after_prompt, write_prm_target
@@ -423,7 +415,9 @@ def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate
             [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for _, answer in turns
         ]
         prompts = [encode_chat(tokenizer, user) for user, _ in turns]
-        ids, lengths, targets = pack([targets_after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device)
+        ids, lengths, targets = pack(
+            [targets_after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device
+        )
         logprobs, _ = model.packed(ids, lengths, targets)
         loss = -logprobs.sum() / (targets >= 0).sum()
         loss.backward()

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from data.text import find_boxes
 from evaluate import grade_all
-from generate import find_boxes
 from kernels import distributed
 from kernels.distributed import InputError
 

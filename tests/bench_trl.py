@@ -31,7 +31,8 @@ from argparse import Namespace
 from statistics import NormalDist
 
 from data import records
-from generate import SOLVE_PROMPT, Engine, open_model, render_chat
+from data.chat import open_model, render_chat
+from generate import SOLVE_PROMPT, Engine
 from grpo import MAX_GRAD_NORM, group_advantages, rollout_metrics, sample_rollouts, spread_advantages, update_policy
 from kernels import distributed
 from kernels.sampler import Sampler

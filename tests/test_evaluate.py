@@ -13,6 +13,7 @@ from pathlib import Path
 import evaluate
 import grpo
 from data import grader, report
+from data.chat import open_model, open_tokenizer
 from data.records import RecordFile
 from evaluate import (
     Graded,
@@ -30,7 +31,7 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import Engine, open_model, open_tokenizer
+from generate import Engine
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler
@@ -395,7 +396,9 @@ def test_damaged_cases_are_refused(layout, change, tmp_path):
     """Guards: steps judged letter by letter, null as a problem, true as the label 1, in an array more than in lines."""
     damaged = {**CASE, **change} if isinstance(change, dict) else change
     path = tmp_path / "cases"
-    path.write_text(json.dumps([CASE, damaged]) if layout == "array" else f"{json.dumps(CASE)}\n{json.dumps(damaged)}\n")
+    path.write_text(
+        json.dumps([CASE, damaged]) if layout == "array" else f"{json.dumps(CASE)}\n{json.dumps(damaged)}\n"
+    )
     with pytest.raises(InputError, match=r"cases: case 1\b|cases:2: "):
         read_cases(str(path))
 
@@ -495,7 +498,14 @@ def test_a_reward_model_chooses_among_anybodys_samples(checkpoint, tmp_path, mon
          "answer": str(k), "finish": "stop", "tokens": 3, "model": "m"}
         for k in range(4) for i in range(6)
     ]  # fmt: skip
-    files = ["--solutions", write_lines(tmp_path / "s.jsonl", solutions), "--prm", checkpoint, "--prm_max_new_tokens", 8]
+    files = [
+        "--solutions",
+        write_lines(tmp_path / "s.jsonl", solutions),
+        "--prm",
+        checkpoint,
+        "--prm_max_new_tokens",
+        8,
+    ]
     files += ["--gold", write_lines(tmp_path / "g.jsonl", [{"id": f"p{i}", "answer": str(i)} for i in range(6)])]
     run(monkeypatch, "benchmark", *files, "--out", tmp_path / "out.jsonl")
     rows = {r["metric"]: r["value"] for r in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
@@ -503,7 +513,15 @@ def test_a_reward_model_chooses_among_anybodys_samples(checkpoint, tmp_path, mon
     assert rows["unparsed"] == 1 and rows["best@4/verdict"] == rows["best@2/mean"] == pytest.approx(1 / 6)
     del solutions[-1]
     with pytest.raises(InputError, match="different numbers of samples"):
-        run(monkeypatch, "benchmark", "--solutions", write_lines(tmp_path / "t.jsonl", solutions), *files[2:], "--out", "x")
+        run(
+            monkeypatch,
+            "benchmark",
+            "--solutions",
+            write_lines(tmp_path / "t.jsonl", solutions),
+            *files[2:],
+            "--out",
+            "x",
+        )
     with pytest.raises(InputError, match="as they are"):
         run(monkeypatch, "benchmark", *files, "--greedy", "--out", "x")
     few = write_lines(tmp_path / "few.jsonl", [{"id": "p0", "answer": "0"}])
@@ -523,7 +541,10 @@ def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
     flags += ["--num_samples", 2, "--greedy", "--prm", checkpoint, "--prm_max_new_tokens", 8, "--slots", 4]
     run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "whole.jsonl")
     name = str(model).strip("/").replace("/", "-")
-    assert {path.name for path in (tmp_path / "whole_samples").glob("*.jsonl")} == {f"{name}_few.jsonl", f"{name}_few_greedy.jsonl"}
+    assert {path.name for path in (tmp_path / "whole_samples").glob("*.jsonl")} == {
+        f"{name}_few.jsonl",
+        f"{name}_few_greedy.jsonl",
+    }
     whole = (tmp_path / "whole_samples" / f"{name}_few.jsonl").read_text()
 
     class Killed(Exception):
@@ -609,7 +630,10 @@ def test_mistakes_are_found_before_sampling(checkpoint, tmp_path, monkeypatch, n
     """Guards: hours of sampling for the first benchmark or model before it is seen that the second has no gold answers or
     doesn't exist, that no prompt fits, or that the results can't be written."""
     problems = read_lines(TINY / "heldout.jsonl")
-    one, two = write_lines(tmp_path / "one.jsonl", problems[:2]), write_lines(tmp_path / "two.jsonl", [{**problems[3], "id": "?"}])
+    one, two = (
+        write_lines(tmp_path / "one.jsonl", problems[:2]),
+        write_lines(tmp_path / "two.jsonl", [{**problems[3], "id": "?"}]),
+    )
     (tmp_path / "broken").mkdir()
     solutions = [{"id": "p/0", "problem_id": "p", "problem": "?", "sample": 0, "steps": ["x"], "answer": "1"}]
     solutions = write_lines(tmp_path / "s.jsonl", [{**solutions[0], "finish": "stop", "tokens": 3, "model": "m"}])
@@ -623,7 +647,10 @@ def test_mistakes_are_found_before_sampling(checkpoint, tmp_path, monkeypatch, n
         ([*benchmark[:3], tmp_path / "none", *benchmark[3:], *out], "none: "),
         ([*benchmark[:3], tmp_path / "broken", *benchmark[3:], *out], "broken: "),
         ([*benchmark, "--prm", tmp_path / "none", *out], "--prm .*none: "),
-        ([*benchmark, "--prm", checkpoint, "--prm_kind", "disc_prm", "--prm_votes", 4, *out], "--prm_votes 4: a disc_prm"),
+        (
+            [*benchmark, "--prm", checkpoint, "--prm_kind", "disc_prm", "--prm_votes", 4, *out],
+            "--prm_votes 4: a disc_prm",
+        ),
         ([*benchmark[:-1], 8000, *out], "one, .*no prompt leaves an eighth of --max_new_tokens 8000"),
         (["benchmark", "--solutions", one, "--gold", gold, *out], "no field"),
         (["benchmark", "--solutions", solutions, "--gold", gold, *out], "problem p: no gold answer"),
@@ -702,7 +729,18 @@ def test_prompts_too_long_are_counted(checkpoint, tmp_path, monkeypatch, capsys)
     config = json.loads((larger / "config.json").read_text())
     (larger / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     out = tmp_path / "out.jsonl"
-    flags = ["--problems", path, "--gold", TINY / "gold.jsonl", "--num_samples", 2, "--max_new_tokens", 300, "--out", out]
+    flags = [
+        "--problems",
+        path,
+        "--gold",
+        TINY / "gold.jsonl",
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        300,
+        "--out",
+        out,
+    ]
     run(monkeypatch, "benchmark", "--model", checkpoint, larger, *flags)
     rows = {(row["settings"]["model"], row["metric"]): row for row in read_lines(out)}
     assert rows[str(checkpoint), "too_long"]["value"] == pytest.approx(1 / 3)
@@ -958,7 +996,15 @@ def test_damaged_rollouts_are_one_line(damaged, tmp_path, monkeypatch):
     """Guards: tracebacks of `show`."""
     label = {**SOLUTIONS[0], "problem": "1+1+1?", "method": "single", "step_labels": [T, T], "outcome": F}
     labels = write_lines(tmp_path / "labels.jsonl", [label | {"text": "t", "votes": [[1, 0], [1, 0]], "dropped": None}])
-    rollout = {"problem_id": "p", "text": "t", "ids": [1], "finish": "stop", "valid": True, "reward": 1.0, "advantage": 0.5}
+    rollout = {
+        "problem_id": "p",
+        "text": "t",
+        "ids": [1],
+        "finish": "stop",
+        "valid": True,
+        "reward": 1.0,
+        "advantage": 0.5,
+    }
     rollout |= {"judgement": {"text": "j", "verdict": True}}
     write_lines(tmp_path / "step_0000001.jsonl", [rollout, {**rollout, **damaged}])
     with pytest.raises(InputError, match=r"step_0000001\.jsonl:2: "):

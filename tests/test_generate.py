@@ -24,8 +24,18 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import generate
-from data import records, report
-from generate import extract_answer, find_boxes, render_response, render_steps, split_steps, unwrap_boxes
+from data import chat, records, report
+from data.text import (
+    TAGS,
+    count_empty_boxes,
+    extract_answer,
+    find_boxes,
+    has_layout_line,
+    hidden_text,
+    split_steps,
+    unwrap_boxes,
+)
+from generate import render_response, render_steps
 from kernels import decode, distributed, sampler
 from kernels.decode import SlotCache, ragged_attention, visible_keys
 from kernels.distributed import InputError
@@ -718,10 +728,10 @@ FULL = ["0", "\\emptyset", "\\infty", "\\text{no}", "-", "\\frac{1}{2}", "?", "\
 def test_empty_boxes(contents, empty):
     """Guards: an answer of nothing that keeps the format, and one that isn't counted."""
     response = RESPONSE.replace("{4}", "{" + contents + "}")
-    assert generate.count_empty_boxes(response) == empty
+    assert count_empty_boxes(response) == empty
     assert generate.format_valid(response, "paper")
     assert generate.format_valid(response, "strict") is not empty
-    assert generate.count_empty_boxes("\\boxed{\\boxed{ }} \\boxed{1}") == 2
+    assert count_empty_boxes("\\boxed{\\boxed{ }} \\boxed{1}") == 2
 
 
 @pytest.mark.parametrize(
@@ -742,7 +752,7 @@ def test_empty_boxes(contents, empty):
 )
 def test_a_step_cannot_write_the_judges_layout(step, forged):
     """Guards: a step that holds "Step 3: ..." or an answer on a line of its own, which the judge takes for one."""
-    assert generate.has_layout_line(step) is forged
+    assert has_layout_line(step) is forged
     assert generate.format_valid(RESPONSE.replace("1+1=2", step), "paper")
     assert generate.format_valid(RESPONSE.replace("1+1=2", step), "strict") is not forged
 
@@ -762,7 +772,7 @@ def test_a_step_cannot_write_the_judges_layout(step, forged):
 )
 def test_hidden_text(response, hidden):
     """Guards: text that a judge isn't shown and nobody counts."""
-    assert generate.hidden_text(response) == hidden
+    assert hidden_text(response) == hidden
 
 
 def test_render_steps():
@@ -827,7 +837,7 @@ UNITS += [
 ]
 
 
-@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes, generate.hidden_text])
+@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes, hidden_text])
 def test_garbage_takes_linear_time(function):
     """Guards: patterns whose parts overlap: 100 kB of blanks took the first version minutes."""
     texts = [(unit * (100_000 // len(unit))) for unit in UNITS] + ["\\boxed{" * 12_000 + "}" * 12_000]
@@ -875,9 +885,9 @@ def copy_tokenizer(path: Path, **files) -> Path:
 def test_where_samples_end(tmp_path, files, stops):
     """Guards: end tokens of config.json that are ignored, and the end of a turn where it isn't the end token: samples
     then go on with a next turn; an empty bos or pad token, which made an IndexError of each prompt."""
-    tokenizer, found = generate.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
+    tokenizer, found = chat.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
     assert found == stops
-    assert generate.render_chat(tokenizer, "<|im_end|>").startswith("<|im_start|>user\n< |im_end|><|im_end|>")
+    assert chat.render_chat(tokenizer, "<|im_end|>").startswith("<|im_start|>user\n< |im_end|><|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -908,14 +918,14 @@ def test_a_tokenizer_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, file
     directory that asks on stdin whether it may run."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(InputError, match=message):
-        generate.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
+        chat.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
     """Guards: token ids that have no row in the embedding."""
     path = make_model(tmp_path / "model", vocab_size=480)
     with pytest.raises(InputError, match="its tokenizer has 506 tokens, its embedding 480"):
-        generate.open_model(str(path), torch.device("cpu"), torch.float32)
+        chat.open_model(str(path), torch.device("cpu"), torch.float32)
 
 
 def test_tags_that_a_tokenizer_calls_special(tmp_path):
@@ -923,9 +933,9 @@ def test_tags_that_a_tokenizer_calls_special(tmp_path):
     text = (ROOT / "data/tiny/tokenizer.json").read_text()
     raw = json.loads(text)
     for token in raw["added_tokens"]:
-        token["special"] |= token["content"] in generate.TAGS
-    tokenizer, _ = generate.open_tokenizer(copy_tokenizer(tmp_path / "m", tokenizer=json.dumps(raw)))
-    assert "<think>" in tokenizer.convert_ids_to_tokens(generate.encode_chat(tokenizer, generate.SOLVE_PROMPT))
+        token["special"] |= token["content"] in TAGS
+    tokenizer, _ = chat.open_tokenizer(copy_tokenizer(tmp_path / "m", tokenizer=json.dumps(raw)))
+    assert "<think>" in tokenizer.convert_ids_to_tokens(chat.encode_chat(tokenizer, generate.SOLVE_PROMPT))
     thought = "<think><step>a</step>"
     ids = tokenizer(f"{thought}<|im_end|>", add_special_tokens=False).input_ids
     engine = generate.Engine(None, tokenizer, [])
@@ -938,8 +948,8 @@ def test_no_template_knows_the_day(tmp_path):
     """Guards: prompts of two days that vote together."""
     template = "{% set f = '%Y' %}{{ strftime_now('%d %b ') }}{{ strftime_now(f) }}\n" + TEMPLATE
     path = copy_tokenizer(tmp_path / "m", tokenizer_config={"chat_template": template})
-    tokenizer, _ = generate.open_tokenizer(path)
-    assert generate.render_chat(tokenizer, "x").startswith("26 Jul 2024\n<|im_start|>user\nx")
+    tokenizer, _ = chat.open_tokenizer(path)
+    assert chat.render_chat(tokenizer, "x").startswith("26 Jul 2024\n<|im_start|>user\nx")
 
 
 PATHS = ["runs/prm_cto", "./m", "../m", "/no/m", "~/m", "m", "m/", "a/b/c", "tests/m", "data/m"]
@@ -951,18 +961,18 @@ def test_a_path_is_not_looked_for_on_the_hub(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match=r"^--prm .*: neither a directory nor a hub name"):
-        generate.find_model(name, "--prm")
+        chat.find_model(name, "--prm")
 
 
 def test_the_hub_has_a_time_limit(monkeypatch, capsys):
     """Guards: a firewall that drops packets, and a stage that waits for an answer forever, without a word."""
-    monkeypatch.setattr(generate, "HUB_TIMEOUT", 0.05)
+    monkeypatch.setattr(chat, "HUB_TIMEOUT", 0.05)
     server = socket.create_server(("127.0.0.1", 0))  # accepts, and says nothing
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.HfApi", partial(huggingface_hub.HfApi, endpoint=url))
     with server, pytest.raises(InputError, match=r"neither a directory nor a hub model .*timed out"):
-        generate.find_model("no-such-organisation/m")
+        chat.find_model("no-such-organisation/m")
     assert "fetched from the Hugging Face hub" in capsys.readouterr().out
 
 

@@ -18,8 +18,9 @@ import evaluate
 import generate
 import verify
 from data import make_sorting, make_tiny, records
+from data.chat import encode_chat
 from data.results import noise
-from generate import SOLVE_PROMPT, encode_chat
+from generate import SOLVE_PROMPT
 from kernels import distributed
 from kernels.distributed import InputError
 from train_prm import ORM_PROMPT, PRM_PROMPT
@@ -57,7 +58,9 @@ LADDER = {
     "data/records": "torch",
     "data/grader": "math_verify",
     "data/report": "numpy matplotlib",
-    "generate": "torch numpy tqdm transformers huggingface_hub",
+    "data/text": "",
+    "data/chat": "torch jinja2 transformers huggingface_hub",
+    "generate": "torch tqdm",
     "verify": "torch numpy tqdm",
     "train_prm": "torch numpy tqdm",
     "evaluate": "torch numpy tqdm",

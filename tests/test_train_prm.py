@@ -11,15 +11,8 @@ from pathlib import Path
 
 import train_prm
 from data import records
-from generate import (
-    Engine,
-    encode_chat,
-    escape_special_tokens,
-    format_valid,
-    render_chat,
-    render_response,
-    render_steps,
-)
+from data.chat import encode_chat, escape_special_tokens, render_chat
+from generate import Engine, format_valid, render_response, render_steps
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
@@ -107,7 +100,8 @@ def test_targets_are_found_by_position():
     """Guards: an end-of-turn token masked because it equals the padding token; prompt tokens trained on."""
     end = 2  # the padding token as well, and it occurs in a prompt and inside a response
     ids, lengths, targets = train_prm.pack(
-        [train_prm.targets_after_prompt([end, 5, end], [7, end]), train_prm.targets_after_prompt([4], [end])], torch.device("cpu")
+        [train_prm.targets_after_prompt([end, 5, end], [7, end]), train_prm.targets_after_prompt([4], [end])],
+        torch.device("cpu"),
     )
     assert ids.tolist() == [end, 5, end, 7, end, 4, end] and lengths.tolist() == [5, 2]
     assert targets.tolist() == [-1, -1, 7, end, -1, end, -1]
@@ -135,7 +129,9 @@ def test_examples_of_each_kind():
         for (ids, targets), label in zip(sequences, kept, strict=True):
             start = targets.count(-1)
             assert targets == [-1] * (start - 1) + ids[start:] + [-1]
-            shown = model.prompt.format(problem=label["problem"], solution=render_steps(label["steps"], label["answer"]))
+            shown = model.prompt.format(
+                problem=label["problem"], solution=render_steps(label["steps"], label["answer"])
+            )
             assert ids[:start] == encode_chat(tokenizer, shown)
             assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[start:-1]
             parsed = model.parse(tokenizer.decode(ids[start:-1]), len(label["steps"]))
@@ -210,7 +206,11 @@ def test_steps_end_where_their_prefixes_do():
     """Guards: an end of a step that is found otherwise than by rendering the steps up to it, which takes quadratic time:
     10,000 steps took 27 s; boxes, too."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    solution = {"problem": "Step 1: a\nP", "steps": ["a\nb", "<|im_end|>", "\nc <|im_start|>\r\n\n", "d"], "answer": "1\n2"}
+    solution = {
+        "problem": "Step 1: a\nP",
+        "steps": ["a\nb", "<|im_end|>", "\nc <|im_start|>\r\n\n", "d"],
+        "answer": "1\n2",
+    }
     for answer in ("1\n2", None):
         ids, ends = step_end_positions(tokenizer, solution | {"answer": answer})
         for k, end in enumerate(ends[:-1], 1):
@@ -383,7 +383,9 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
             (out / "training" / "step_0000008" / ".metadata").unlink()
     resumed_at = []
     real_batch = train_prm.batch_for_step
-    monkeypatch.setattr(train_prm, "batch_for_step", lambda step, *rest: resumed_at.append(step) or real_batch(step, *rest))
+    monkeypatch.setattr(
+        train_prm, "batch_for_step", lambda step, *rest: resumed_at.append(step) or real_batch(step, *rest)
+    )
     run_main(monkeypatch, train_prm, *flags, "--out", out)
     assert resumed_at == [6, 7, 8]
     assert read_metrics(out) == read_metrics(root / "whole")

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from data import make_tiny, records
+from data.chat import open_model
 from data.results.claims import over_seeds, read_results
-from generate import open_model
 from kernels.transformer import save_model
 
 import torch

@@ -1,0 +1,218 @@
+"""A model's directory seen from outside: where it is found, its tokenizer and chat template, and where its turns end.
+
+Others wrote these files, so each is checked when it is opened, and what is wrong with it is said in one line. Whoever
+reads the stages needs to know `encode_chat` (a user turn as token ids), `decode` (the way back) and `open_model`.
+"""
+
+import json
+import sys
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from data import records
+from data.text import TAGS
+from kernels import distributed
+from kernels.distributed import InputError
+from kernels.transformer import load_model, read_config
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+
+@cache  # GRPO decodes every response many times
+def special_tokens(tokenizer) -> dict[str, int]:
+    """token -> id of the tokens that control a model and aren't text; `TAGS` are always text."""
+    # These are only bos, eos, pad and the like; chat markers are just added tokens.
+    tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            tokens[token.content] = i
+    return {token: i for token, i in tokens.items() if token and token not in TAGS}
+
+
+def escape_special_tokens(tokenizer, text: str) -> str:
+    """Insert a space into any special token spelled out in the text: a solution that spells `<|im_end|>` must not end
+    its judge's prompt and begin the verdict."""
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    """The text of token ids, without special tokens. `TAGS` stay even where the tokenizer calls them special: without
+    its tags, a thought would pass for a solution or a judgement."""
+    special = set(special_tokens(tokenizer).values())
+    return tokenizer.decode([i for i in ids if i not in special])
+
+
+# A chat template is a program that came with the model: what it may raise.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# The day that a template is told. With today's, a run resumed tomorrow would sample from other prompts, and a reward
+# model would be asked in another way than it was trained.
+TODAY = datetime(2024, 7, 26)  # as in Llama's templates
+FORMATS = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBcdHIjmMpSUwWxXyY")
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + FORMATS + " }}{% endmacro %}{{ '' }}"
+
+
+def apply_template(tokenizer, messages: list[dict], **settings) -> str:
+    """The messages as text, by the tokenizer's own chat template. Raises InputError if the template fails."""
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = FIXED_DATE + template
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
+    except TEMPLATE_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({reason}); mend it, or use another "
+                         "model") from None  # fmt: skip
+
+
+def render_chat(tokenizer, user: str) -> str:
+    """One user turn and the opening of the assistant's, by the tokenizer's own chat template."""
+    messages = [{"role": "user", "content": escape_special_tokens(tokenizer, user)}]
+    return apply_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def encode_chat(tokenizer, user: str) -> list[int]:
+    """Token ids of `render_chat`."""
+    return tokenizer(render_chat(tokenizer, user), add_special_tokens=False).input_ids
+
+
+def opens_thought(tokenizer, prompt: list[int]) -> bool:
+    """Whether the prompt ends with an opening `<think>`. Some chat templates write it."""
+    end_of_prompt = tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it
+    return end_of_prompt.rstrip().endswith("<think>")
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template writes behind an assistant's turn; None if it writes none. The models
+    that the template was made for end their turns with it, even where it isn't their end-of-sequence token."""
+    answer = "Forty-two."
+    messages = [{"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": answer}]
+    _, found, behind = apply_template(tokenizer, messages).rpartition(answer)
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids
+    if found and ids and ids[0] in special_tokens(tokenizer).values():
+        return ids[0]
+    return None
+
+
+HUB_TIMEOUT = 10  # seconds that the hub has for an answer
+
+
+def find_model(name: str, flag: str = "--model") -> Path:
+    """The directory of a model given as a directory or as a hub name. Raises InputError, naming the flag, if there is
+    no such model.
+
+    A name that may be meant as a path never goes to the hub: whoever registers it there would supply the weights.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name in records.MADE_BY:
+        raise InputError(f"{flag} {name}: no such directory; create it with: python {records.MADE_BY[name]}")
+    first, *others = name.split("/")
+    if len(others) != 1 or not others[0] or first in ("", ".", "..", "~", "runs", "data") or Path(first).exists():
+        raise InputError(f"{flag} {name}: neither a directory nor a hub name (organisation/name)")
+    return fetch_model(name, flag)
+
+
+@cache  # a trainer comes back for the tokenizer files at each save
+def fetch_model(name: str, flag: str) -> Path:
+    """The directory of a hub model, downloaded or found in the hub's cache."""
+    from huggingface_hub import HfApi, snapshot_download  # here, because they take a while to import
+
+    distributed.log(f"{flag} {name}: no such directory, so it is fetched from the Hugging Face hub, or from its cache")
+    revision, reason = None, None
+    try:
+        # snapshot_download would ask for the revision, too, but wait for the answer forever.
+        revision = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
+    except Exception as error:  # of the hub, or of whichever HTTP library it uses
+        reason = error
+    files = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=revision is None, allow_patterns=files))
+    except (ValueError, OSError) as error:  # hub and network errors are OSErrors
+        reason = f"{reason or error}".splitlines()[0]
+        raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
+
+
+def open_tokenizer(path: Path, flag: str = "--model"):
+    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's
+    end-of-sequence token, those of config.json and generation_config.json, and what the chat template writes behind an
+    assistant's turn.
+
+    Raises InputError without a chat template that can be used (one that takes no notice of add_generation_prompt can),
+    without a stop id, and for a tokenizer that doesn't give back a text: one whose file is missing is empty.
+    """
+    # 1. The tokenizer. Code that came with it doesn't run, and sequences of any length are encoded without a warning.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, model_max_length=sys.maxsize)
+    except Exception as error:  # the tokenizers library raises just that for a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{flag} {path}: no tokenizer that can be loaded ({reason})") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
+    given = "What is 3 + 4?"
+    decoded = decode(tokenizer, tokenizer(given, add_special_tokens=False).input_ids)
+    if decoded.strip() != given:
+        raise InputError(f"{flag} {path}: its tokenizer makes {decoded!r} of {given!r}; is tokenizer.json missing?")
+
+    # 2. Where samples end.
+    render_chat(tokenizer, given)
+    stop_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    for name in ("config.json", "generation_config.json"):
+        stop_ids |= read_end_tokens(path / name)
+    stop_ids.discard(None)
+    if not stop_ids:
+        raise InputError(f"{flag} {path}: no end token, so no sample would end; set eos_token in tokenizer_config.json")
+    return tokenizer, sorted(stop_ids)
+
+
+def read_end_tokens(path: Path) -> set[int]:
+    """The end tokens that a configuration lists; none if there is no such file. Raises InputError if it is damaged."""
+    if not path.is_file():
+        return set()
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); fetch the file again") from None
+    if listed is None:
+        return set()
+    if not isinstance(listed, list):
+        listed = [listed]
+    for token in listed:
+        if type(token) is not int:
+            raise InputError(f"{path}: eos_token_id must be an integer or a list of integers, not {token!r}")
+    return set(listed)
+
+
+def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
+    """(model, tokenizer, stop ids) of a Hugging Face directory or hub name. Raises InputError if it can't be used."""
+    path = find_model(name, flag)
+    tokenizer, stop_ids = open_tokenizer(path, flag)  # first: it takes less time to fail
+    try:
+        model = load_model(path, device, dtype)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > model.vocabulary:
+        raise InputError(f"{flag} {name}: its tokenizer has {tokens} tokens, its embedding {model.vocabulary}; they "
+                         "belong to different models")  # fmt: skip
+    model.vocabulary = tokens  # embeddings are padded to more rows than there are tokens; those must not be sampled
+    return model, tokenizer, stop_ids
+
+
+def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
+    """(tokenizer, context) of a model that is loaded later. Raises InputError if there is no such model, or if its
+    directory lacks something."""
+    path = find_model(name, flag)
+    tokenizer, _ = open_tokenizer(path, flag)
+    try:
+        config = read_config(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
+    return tokenizer, config.max_positions

@@ -1,0 +1,232 @@
+"""Reading what models write: steps, boxes, answers, thoughts. `generate.py` has the format that they are asked for.
+
+A policy answers `<think><step>…</step></think><answer>\\boxed{…}</answer>`, an instruct model "Step 1: … Answer: …", a
+reasoning generator whatever it likes. All that tells these apart is here, with the reasons; whoever reads the stages
+needs to know `split_steps` and `extract_answer`, and nothing else of it. No tokens: those are in `chat.py`.
+"""
+
+import re
+import unicodedata
+
+# The tags of this format. A tokenizer may call some of them special tokens; here they are always text.
+TAGS = ("<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>")
+# In these patterns each run of blanks is matched by exactly one character class; overlapping classes backtrack
+# quadratically.
+# "<step>2 + 3 = 5</step>" and "<step id=1>2 + 3 = 5</step>". (?:(?!<step\b).)*? is text in which no other <step> opens,
+# so of nested tags the innermost pair matches.
+STEP_TAG = re.compile(r"<step(?:\s[^<>]*)?>((?:(?!<step\b).)*?)</step>", re.DOTALL)
+# "<answer>5</answer>", or cut off
+ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+# "Step 2: ", "**Step 2:** ", "Step #2) ", "> Step 2 of 3 - ", "### Step 2" alone on its line, and the "Step 2" of
+# "Step 2 (add): ", whose title belongs to the text. "Step 2.1: " is part of a step, and "Step 2.5 m" is a number.
+STEP_HEADING = re.compile(
+    r"""^[ \t#*_>`•+-]* Step [ \t*_\#№-]* (\d+) (?:[ \t]*(?:of|/)[ \t]*\d+)?
+    (?: [ \t*_]* (?:[:：)）\]、]|[.．](?!\d)) [*_]* [ \t]*
+      | [ \t]+ [–—-] [ \t]+
+      | (?= [ \t]* \([^()\n]*\) [ \t*_]* [:：] )
+      | [ \t*_\#\r]* $ )""",
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
+)
+# "Answer: 5", "**Final answer:** 5", "- Answer: 5", and "### Answer" alone on its line
+ANSWER_LINE = re.compile(
+    r"^[ \t#*_>`•+-]*(?:final[ \t]+)?answer[ \t*_#\r]*(?:[:：](.*))?$", re.MULTILINE | re.IGNORECASE
+)
+BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+# "---" below a blank line, where it isn't part of a long addition
+RULE = re.compile(r"(\A|\n[^\S\n]*\n)[ \t]*([-*_])(?:[ \t]*\2){2,}[ \t]*(?=\n|\Z)")
+# "**" or "__" at the beginning or the end of a word, but not in 2**3
+EMPHASIS = re.compile(r"(?<!\S)(?:\*\*|__)(?=\S)|(?<=\S)(?:\*\*|__)(?=[\s.,;:!?]|$)")
+
+
+def tagged_steps(text: str) -> list[str]:
+    """The contents of the step tags that aren't empty; none if the tags are only mentioned, "<step>...</step>"."""
+    steps = [step.strip() for step in STEP_TAG.findall(text)]
+    if all(step.strip(".…") == "" for step in steps):
+        return []
+    return [step for step in steps if step]
+
+
+def split_thoughts(text: str) -> tuple[str, str]:
+    """(what a reasoning generator thought, the solution that it wrote then).
+
+    A thought begins with `<think>`, or with the text where the chat template has opened it, and ends with `</think>`,
+    or with the text where it was cut off: then it is nothing but drafts. Not a thought is what stands before a bare
+    `<answer>`: a policy that reasons inside `<think>` without `<step>` tags has no other steps.
+    """
+    if "</think>" in text.partition("<think>")[0]:
+        text = "<think>" + text
+    thoughts, solution = "", ""
+    for part in text.split("</think>"):
+        before, _, thought = part.partition("<think>")
+        solution += before
+        thoughts += thought
+    if "<answer>" in solution and not ANSWER_TAG.sub("", solution).strip():
+        return "", text
+    return thoughts, solution
+
+
+def find_answer_line(text: str) -> re.Match | None:
+    """The last match of `ANSWER_LINE`. A heading at the top with several lines below it doesn't count: it introduces
+    the solution."""
+    top = len(text) - len(text.lstrip())
+    last = None
+    for match in ANSWER_LINE.finditer(text):
+        introduces = match.start() <= top and not read_value(match.group(1)) and "\n" in text[match.end() :].strip()
+        if not introduces:
+            last = match
+    return last
+
+
+def read_value(rest_of_line: str | None) -> str:
+    """What an answer line says: "**5**." -> "5."."""
+    value = EMPHASIS.sub("", rest_of_line or "").strip("*_` \t\r")
+    if value.endswith((".", ",", ";")):  # "*5*." is "5*." by now
+        return value[:-1].rstrip("*_` ") + value[-1]
+    return value
+
+
+def cut_answer(text: str) -> str:
+    """The text without its answer: the last answer line with the rest of its paragraph or, if the line is only a
+    heading, with all that follows. Steps that follow stay."""
+    line = find_answer_line(text)
+    if line is None:
+        return text
+    end = len(text)
+    stops = [STEP_HEADING.search(text, line.end())]
+    if read_value(line.group(1)):
+        stops.append(BLANK_LINE.search(text, line.end()))
+    for stop in stops:
+        if stop is not None:
+            end = min(end, stop.start())
+    return text[: line.start()] + text[end:]
+
+
+def split_steps(text: str) -> list[str]:
+    """The reasoning steps of a solution, in order, without the final answer.
+
+    Three layouts: `<step>…</step>` (the policy's format; contents kept verbatim), "Step 1: …" headings (instruct
+    models; headings removed), and paragraphs separated by blank lines (the fallback, and before a first heading that is
+    not Step 1). Empty steps are dropped, and so are the thoughts of a reasoning generator, see `split_thoughts`.
+
+    Headings are read in English, as the prompts are. A sub-step ("Step 2.1:") stays in its step. A blank line separates
+    paragraphs wherever it stands, in display mathematics or code, too: nothing is lost by that, and an environment that
+    is never closed can't swallow the other steps. A `<step>` that is never closed opens a paragraph.
+    """
+    tagged = tagged_steps(text)
+    if tagged:
+        return tagged
+
+    # No steps in tags. What is left of tags are mentions, and some that don't close.
+    _, body = split_thoughts(text)
+    body = ANSWER_TAG.sub("", STEP_TAG.sub("", body))
+    body = re.sub(r"<step\b[^<>]*>", "\n\n", body)
+    body = re.sub("|".join(TAGS), "", body)
+    body = re.sub(r"\r\n?", "\n", body)
+    body = cut_answer(RULE.sub(r"\1", body))
+
+    # "Now. Step 1: a Step 2: b" is split into "Now. ", "1", "a ", "2", "b".
+    before, *rest = STEP_HEADING.split(body)
+    numbers = rest[0::2]
+    steps = rest[1::2]
+    starts_at_step_1 = bool(numbers) and numbers[0].lstrip("0０") in ("1", "１")  # int() refuses thousands of digits
+    if starts_at_step_1:
+        steps[0] = before + steps[0]  # an introduction belongs to the first step
+    else:
+        steps = BLANK_LINE.split(before) + steps
+    return [step.strip() for step in steps if step.strip()]
+
+
+def find_boxes(text: str) -> list[tuple[int, int]]:
+    r"""(start, end) of the contents of each closed `\boxed{…}`, by start. Braces nest; `\{` and `\}` don't count."""
+    boxes = []
+    open_braces = []  # for each: where its contents start, and whether it belongs to a box
+    for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, flags=re.DOTALL):
+        token = match.group()
+        if token.startswith("\\boxed"):
+            open_braces.append((match.end(), True))
+        elif token == "{":
+            open_braces.append((match.end(), False))
+        elif token == "}" and open_braces:
+            start, is_box = open_braces.pop()
+            if is_box:
+                boxes.append((start, match.start()))
+    return sorted(boxes)  # by start: a box inside another one was closed first
+
+
+def unwrap_boxes(text: str) -> str:
+    r"""Replace each closed `\boxed{x}` by x."""
+    wrappers = []  # (start, end) of each `\boxed{` and of its closing brace: (0, 7) and (8, 9) in `\boxed{7}`
+    for start, end in find_boxes(text):
+        wrappers.append((text.rindex("\\boxed", 0, start), start))
+        wrappers.append((end, end + 1))
+    kept = []
+    position = 0
+    for start, end in sorted(wrappers):
+        kept.append(text[position:start])
+        position = end
+    kept.append(text[position:])
+    return "".join(kept)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The final answer: the last closed `\boxed{…}`, else the contents of the last `<answer>` tag, else the last
+    "Answer: …" line or the line below such a heading; None if missing or empty. Thoughts aren't read.
+
+    The last box counts even if it is empty or only mentioned: an answer that can be chosen isn't final. TeX's `\boxed 73`
+    boxes a single digit, `\\boxed{73}` is a line break and a word, and "#### 73" is a heading: none of them is read.
+    """
+    if not tagged_steps(text):
+        _, text = split_thoughts(text)
+    boxes = find_boxes(text)
+    if boxes:
+        start, end = boxes[-1]
+        return text[start:end].strip() or None
+    tags = [match.group(1).strip(" \t\r\n.…") for match in ANSWER_TAG.finditer(text)]
+    if tags and "\\boxed" not in tags[-1]:  # a box without its closing brace isn't an answer
+        return tags[-1] or None
+    line = find_answer_line(text)
+    if line is None:
+        return None
+    value = read_value(line.group(1))
+    if not value:
+        below = text[line.end() :].lstrip().partition("\n")[0]
+        if not STEP_HEADING.match(below):
+            value = read_value(below)
+    return value or None
+
+
+# Commands and characters that set nothing: spaces of TeX, and commands around text.
+INVISIBLE = re.compile(
+    r"\\(?:text|math|mbox|hbox|fbox|boxed|operatorname|quad|qquad|[hv]?phantom)[a-z]*|\\[,;:! ]|[{}$~]"
+)
+
+
+def count_empty_boxes(response: str) -> int:
+    r"""How many closed boxes show nothing, as `\boxed{}`, `\boxed{\text{ }}`, or one with a zero-width space. Under
+    `paper` such a response is valid, as in the paper."""
+    count = 0
+    for start, end in find_boxes(response):
+        visible = INVISIBLE.sub("", response[start:end])
+        # Categories C and Z: control and format characters, separators.
+        count += all(unicodedata.category(character)[0] in "CZ" for character in visible)
+    return count
+
+
+def has_layout_line(step: str) -> bool:
+    """Whether a line of a step begins as a line of `render_steps` does: "Step 3:" or "Answer:". The judge would take it
+    for one. Lines end wherever a reader may see them end, at a carriage return or U+2028, too."""
+    for line in step.splitlines():
+        words = re.sub(r"^\W+", "", line)
+        if STEP_HEADING.match(words) or ANSWER_LINE.match(words):
+            return True
+    return False
+
+
+def hidden_text(response: str) -> str:
+    """What a judge isn't shown of a response: where there are step tags, the text outside of steps and answer, else the
+    thoughts."""
+    if not tagged_steps(response):
+        thoughts, _ = split_thoughts(response)
+        return thoughts.strip()
+    outside = ANSWER_TAG.sub("", STEP_TAG.sub("", response))
+    return re.sub("|".join(TAGS), "", outside).strip()
