@@ -854,6 +854,8 @@ class MetricsFile:
 
 LARGEST = 1e30  # for numbers that have to be finite, and need no other bound
 
+ROOT = Path(__file__).parents[1]  # where the default paths of the tiny world begin
+
 # Checkpoints of the tiny world, and the scripts that create them.
 MADE_BY = {
     "data/tiny/policy": "-m data.make_tiny",
@@ -952,9 +954,8 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> arg
 
 def check_directory(args: argparse.Namespace, inputs: set[str]) -> None:
     """Raise InputError if files of these flags, which begin at the project's root, aren't here but there."""
-    root = Path(__file__).parents[1]
     for name in sorted(inputs):
         value = getattr(args, name)
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, str) and not Path(path).exists() and (root / path).exists():
-                raise InputError(f"--{name} {path}: not here, but in {root}; run this command there: cd {root}")
+            if isinstance(path, str) and not Path(path).exists() and (ROOT / path).exists():
+                raise InputError(f"--{name} {path}: not here, but in {ROOT}; run this command there: cd {ROOT}")

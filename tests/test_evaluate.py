@@ -1050,5 +1050,6 @@ def test_show_counts_the_votes_on_the_answer(tmp_path, monkeypatch, capsys):
 def test_bad_input_says_what_to_do(command, message, tmp_path, monkeypatch):
     """Guards against a traceback for a newcomer who runs the commands in the wrong order."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)  # a project in which nothing has been run
     with pytest.raises(InputError, match=message):
         run(monkeypatch, *command)

@@ -1287,7 +1287,7 @@ BAD_INPUT = [
     (break_architecture, "MambaForCausalLM is not supported"),
     (lambda *_: ["--model", "/no/such/model"], "--model /no/such/model: neither a directory nor"),
     (lambda *_: ["--max_new_tokens", 4000], r"no prompt leaves an eighth of --max_new_tokens 4000 in .* context"),
-    (lambda *_: ["--top_p", 0], "top_p=0.0"),
+    (lambda *_: ["--top_p", 0], "--top_p 0: it must be"),
     (lambda tmp_path, _: ["--out", tmp_path], "Is a directory"),
     (break_problems, r"broken.jsonl:2: not JSON"),
     (lambda tmp_path, _: ["--problems", tmp_path / "none.jsonl"], "none.jsonl: no such file; create it with: python"),

@@ -412,7 +412,7 @@ def test_top_level_holds_nothing_else():
     listing = ["git", "ls-files", "-co", "--exclude-standard"]
     files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     allowed = {f"{stage}.py" for stage in STAGES} | {"kernels", "data", "tests", "requirements.txt"}
-    allowed |= {"README.md", "LICENSE", "pyproject.toml", ".gitignore", ".ci"}
+    allowed |= {"README.md", "LICENSE", "pyproject.toml", ".gitignore", ".gitattributes", ".ci"}
     assert {file.split("/")[0] for file in files if (ROOT / file).exists()} <= allowed
     assert not [file for file in files if Path(file).name in ("utils.py", "common.py", "helpers.py")]
 
