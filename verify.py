@@ -25,6 +25,7 @@ What `parse_verification` cannot read is *unparsed*: it is counted and never bec
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
 import time
@@ -369,6 +370,59 @@ def label_solutions(solutions: list[dict], verifications: list[dict], aggregate:
         rng = random.Random(f"{seed}/{solution_id}")
         labels.append(aggregate(group, rng))
     return labels
+
+
+# --------------------------------------------------------------------------- when the votes are settled (--stop)
+
+Vote = tuple[bool, ...]  # of one parsed verification: its step verdicts, then its verdict
+
+
+def vote_of(verification: dict) -> Vote | None:
+    """What a verification votes; None if it is unparsed."""
+    if not keep_parsed([verification]):
+        return None
+    return (*verification["step_verdicts"], verification["verdict"])
+
+
+def fewest_to_settle(votes: list[Vote | None], total: int) -> int:
+    """How many further votes, at least, until the `total` votes of a solution can no longer change a label; 0: now.
+
+    A column is a step, or the outcome. Of its votes c say correct, w incorrect, and R are left. It is settled as correct
+    if c > w + R and as incorrect if w >= c + R, since a tie is incorrect. m further votes that agree also reduce R by m,
+    which makes 2m > w + R - c, or 2m >= c + R - w. With c = 6, w = 2, R = 8: 3, since 9 > 2 + 5, but not 8 > 2 + 6.
+    """
+    left = total - len(votes)
+    parsed = [vote for vote in votes if vote is not None]
+    if not parsed:
+        return math.ceil(left / 2)  # the columns are still empty: w >= c + R as above
+    fewest = 0
+    for column in zip(*parsed, strict=True):
+        correct = sum(column)
+        incorrect = len(column) - correct
+        until_correct = (incorrect + left - correct) // 2 + 1
+        until_incorrect = math.ceil((correct + left - incorrect) / 2)
+        fewest = max(fewest, min(until_correct, until_incorrect))
+    return fewest
+
+
+def fewest_to_lead(votes: list[Vote | None], total: int, lead: int) -> int:
+    """The same for `--stop lead`: after 4, 6, 8, ... votes, stop if every column is ahead by `lead`. That may be wrong."""
+    parsed = [vote for vote in votes if vote is not None]
+    looked_at = len(votes) >= 4 and len(votes) % 2 == 0
+    margins = [abs(2 * sum(column) - len(column)) for column in zip(*parsed, strict=True)]
+    if looked_at and parsed and min(margins) >= lead:
+        return 0
+    next_look = max(4, len(votes) + 2 - len(votes) % 2)
+    return min(next_look, total) - len(votes)
+
+
+def fewest_further_votes(votes: list[Vote | None], args: argparse.Namespace) -> int:
+    """How many votes a solution needs at least beside these, by the rule of --stop; 0: it stops here."""
+    if args.stop == "settled":
+        return fewest_to_settle(votes, args.num_verifications)
+    if args.stop == "lead":
+        return fewest_to_lead(votes, args.num_verifications, args.lead)
+    return args.num_verifications - len(votes)
 
 
 # --------------------------------------------------------------------------- sampling verifications
