@@ -20,24 +20,38 @@ is counted: an unparsed verification is wrong on ProcessBench, an answer that ca
 """
 
 import argparse
+import codecs
+import functools
 import inspect
-import json
 import math
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from data import grader, records, report
-from generate import SOLVE_PROMPT, Engine, extract_answer, find_incomplete, find_model, generate_solutions, open_engine
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
+from generate import (
+    SOLVE_PROMPT,
+    Engine,
+    check_model,
+    extract_answer,
+    find_incomplete,
+    find_model,
+    fit_prompts,
+    generate_solutions,
+    open_engine,
+)
 from kernels import distributed
 from kernels.distributed import InputError
-from train_prm import REWARD_MODELS, Judge, Judgement, score_solutions
-from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, single
+from train_prm import REWARD_MODELS, Judge, Judgement, check_votes, judge_prompt, score_solutions
+from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, read_verifications, single
 
 import numpy as np
 import torch
@@ -137,9 +151,32 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+@functools.lru_cache  # maj@k and the votes of best-of-k ask about the same samples
+def cluster_answers(answers: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Each answer's cluster, named by its first answer: ("5", "7", "5.0", None) -> ("5", "7", "5", None).
+
+    Answers are clustered by value: each distinct string joins the first cluster whose first answer it equals by
+    `grade`, or begins a new one. The grader is asked at most once per distinct string and cluster. None, and an empty
+    answer, has no cluster.
+    """
+    cluster_of = {}
+    unclustered = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
+    while unclustered:
+        first, *others = unclustered
+        cluster_of[first] = first
+        equal = grade_all([(other, first) for other in others])
+        unclustered = []
+        for other, same in zip(others, equal, strict=True):
+            if same:
+                cluster_of[other] = first
+            else:
+                unclustered.append(other)
+    return tuple(cluster_of.get(answer) for answer in answers)
+
+
 def majority_answer(answers: list[str | None]) -> str | None:
-    """The most frequent answer, compared as a string, the earliest of equals; None (no answer) doesn't vote."""
-    votes = Counter(answer for answer in answers if answer is not None)
+    """The first answer of the largest cluster, the earliest of equals; None (no answer) doesn't vote."""
+    votes = Counter(cluster for cluster in cluster_answers(tuple(answers)) if cluster is not None)
     if not votes:
         return None
     [(winner, _)] = votes.most_common(1)
@@ -148,12 +185,8 @@ def majority_answer(answers: list[str | None]) -> str | None:
 
 def sizes_up_to(n: int) -> list[int]:
     """2, 4, 8, ... below n, and n."""
-    sizes = []
-    k = 2
-    while k < n:
-        sizes.append(k)
-        k *= 2
-    return [*sizes, n]
+    powers = [2**i for i in range(1, n.bit_length())]
+    return [*(k for k in powers if k < n), n]
 
 
 def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
@@ -219,37 +252,76 @@ def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
     return result_rows(benchmark, "average", {metric: average}, rows[0]["settings"], seconds, tokens)
 
 
-def publish(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print the results and write their file."""
-    report.print_results(rows)
+def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str], list[dict]]:
+    """(model, benchmark, subset) -> rows that a run with these arguments and inputs wrote to --out before it was killed.
+    A complete file is measured anew. Fingerprints of the inputs are added to args."""
+    given = vars(args)
+    for flag in ("data", "problems", "solutions", "gold"):
+        given[f"{flag}_sha256"] = [records.hash_file(path) for path in given.get(flag) or []]
+    for flag in ("model", "prm"):
+        names = [given[flag]] if isinstance(given.get(flag), str) else given.get(flag) or []
+        given[f"{flag}_sha256"] = [records.hash_model(find_model(name)) for name in names]
+    args.complete = False
+    rows: dict[tuple[str, str, str], list[dict]] = {}
+    if Path(args.out).is_file() and records.read_args(Path(args.out)) == given:
+        for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+            rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
+    return rows
+
+
+def write_results(rows: list[dict], args: argparse.Namespace, complete: bool = False) -> None:
+    """Write the rows so far; print them when they are complete."""
+    args.complete = complete
     if distributed.rank() == 0:
         records.write_records(Path(args.out), rows, args)
+    if complete:
+        report.print_results(rows)
+
+
+def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Metric]:
+    """The shares of prompts that are too long (None) and of those that get fewer new tokens; none for a share of 0."""
+    n = len(limits)
+    counts = {"too_long": limits.count(None), "shortened": n - limits.count(None) - limits.count(max_new_tokens)}
+    return {name: Metric(count / n, n) for name, count in counts.items() if count}
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
     """The flags that all commands with a model have."""
     parser.add_argument("--out", help="results.jsonl to write")
-    parser.add_argument("--temperature", type=float, default=temperature, help="of samples; a greedy pass has none")
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per sample")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use only the first N records of each file")
-    parser.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=temperature, help="a greedy pass has none")
+    parser.add_argument("--max_new_tokens", type=POSITIVE, default=max_new_tokens, help="per sample")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--limit", type=POSITIVE, help="use only the first N records of each file")
+    parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
 
 
 def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | None = None) -> argparse.Namespace:
     """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults,
     unless there is a flag that makes do without them."""
-    args = parser.parse_args()
+    args = records.parse_flags(parser)
     missing = [name for name in inputs if getattr(args, name) is None]
     if missing and not (unless and getattr(args, unless)):
         args = records.parse_args(parser, TINY[args.command], missing[0])
-    records.check_numbers(args, "limit", "num_samples", "votes", "max_new_tokens", "prm_max_new_tokens", "slots")
     if "out" in args and args.out is None:
         raise InputError("--out is missing; say where to write the result")
-    if "out" in args and Path(args.out).is_dir():  # fail early, not after hours of sampling
-        raise InputError(f"--out {args.out} is a directory; name a file in it")
+    if "out" in args:  # fail early, not after hours of sampling
+        check_place(args)
     return args
+
+
+def check_place(args: argparse.Namespace) -> None:
+    """Raise InputError if --out can't be written, or if it is somebody's file."""
+    out = Path(args.out)
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; name a file in it")
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
+    figure_begins = report.FORMATS.get(out.suffix.lower())
+    if (figure_begins is not None) != (args.command == "plot"):
+        raise InputError(f"--out {out}: figures are named {', '.join(report.FORMATS)}, other results otherwise; rename it")
+    records.check_output(out, args, figure_begins)
 
 
 def name_files(flag: str, paths: list[str]) -> dict[str, str]:
@@ -266,42 +338,50 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
 def read_cases(path: str) -> list[dict]:
     """ProcessBench cases (problem, steps, label) from JSON Lines or, as published, a JSON array.
 
-    Raises InputError for a missing file or field, and for a label that is neither -1 nor the index of a step.
+    Raises InputError, with the number of the case, for a field that is missing or of another type, and for a label that
+    is neither -1 nor the index of a step.
     """
-    fields = ["problem", "steps", "label"]
-    text = Path(path).read_text(encoding="utf-8").lstrip() if Path(path).is_file() else ""
-    if text.startswith("["):
-        try:
-            cases = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+    fields = ["problem", "steps"]
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        cases = records.parse_json(data, path, "fetch the file again")
+        for number, case in enumerate(cases):
+            records.check_record(case, fields, f"{path}: case {number}")
         if not cases:
             raise InputError(f"{path}: an empty array, no cases; fetch the file again")
     else:
         cases = records.read(path, fields, "python -m data.make_tiny")
     for number, case in enumerate(cases):
-        if any(field not in case for field in fields):
-            raise InputError(f"{path}: case {number} has only {', '.join(case)}; it needs {', '.join(fields)}")
-        label, num_steps = case["label"], len(case["steps"])
-        if label not in range(-1, num_steps):
+        label = case.get("label")
+        num_steps = len(case["steps"])
+        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
             given = f"label {label!r} and {num_steps} steps"
             raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
+        final_answer_correct(case, f"{path}: case {number}")
     return cases
+
+
+def final_answer_correct(case: dict, place: str) -> bool:
+    """Is the final answer of a case correct? Its final_answer_correct, which some tools write as a string; without it,
+    whether no step is wrong. Raises InputError, beginning with `place`, for any other value."""
+    value = case.get("final_answer_correct", case["label"] == -1)
+    named = {"true": True, "false": False}
+    known = named.get(str(value).lower())
+    if known is None:
+        raise InputError(f"{place}: final_answer_correct must be true or false, not {value!r}")
+    return known
 
 
 def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
     """An ORM names no step. Its verdict is compared with final_answer_correct where a case has it, else with "no wrong
     step"."""
     n = len(cases)
-    right = np.zeros(n)
-    unparsed = 0
-    for i, (case, judgement) in enumerate(zip(cases, judgements, strict=True)):
-        truth = case.get("final_answer_correct", case["label"] == -1)
-        right[i] = judgement.verdict == truth
-        unparsed += judgement.verdict is None
+    truths = [final_answer_correct(case, f"case {i}") for i, case in enumerate(cases)]
+    verdicts = [judgement.verdict for judgement in judgements]
+    right = np.array([verdict == truth for verdict, truth in zip(verdicts, truths, strict=True)], dtype=float)
     return {
         "outcome_acc": Metric(float(right.mean()), n, bootstrap_interval(right, seed)),
-        "unparsed": Metric(unparsed / n, n),
+        "unparsed": Metric(verdicts.count(None) / n, n),
     }
 
 
@@ -338,28 +418,46 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
     parser.add_argument("--data", nargs="+", help="one file per subset: JSON Lines or array of problem, steps, label")
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
-    parser.add_argument("--votes", type=int, default=1, help="1: one greedy pass; K: sample K and take majorities")
+    parser.add_argument("--votes", type=COUNT, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = parse_command(parser, "model", "data")
+
+    # 1. Whatever is wrong with the input is found before the first judgement.
+    check_votes(args.kind, args.votes, "--votes")
     subsets = {}
     for name, path in name_files("data", args.data).items():
-        subsets[name] = read_cases(path)[: args.limit]
-    engine = open_engine(args.model, distributed.init_distributed(args.device), args.slots)
-    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
+        # ProcessBench has no separate answer, so an answer field of a case is ignored.
+        cases = read_cases(path)[: args.limit]
+        subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
+    tokenizer, context = check_model(args.model)
+    limits = {}
+    for name, cases in subsets.items():
+        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in cases]
+        _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
+    device = distributed.init_distributed(args.device)
+    earlier = earlier_results(args)
+
+    # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    engine = None
     rows = []
     for subset, cases in subsets.items():
+        if (args.model, "processbench", subset) in earlier:
+            rows += earlier[args.model, "processbench", subset]
+            continue
+        engine = engine or open_engine(args.model, device, args.slots)
+        judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
         started = time.time()
-        # ProcessBench has no separate answer, so an answer field of a case is ignored.
-        solutions = [{**case, "id": f"{subset}/{i}", "answer": None} for i, case in enumerate(cases)]
-        mine = distributed.my_part(solutions)
+        mine = distributed.my_part(cases)
         judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
         metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
+        metrics |= limit_metrics(limits[subset], args.max_new_tokens)
         tokens = sum(judgement.tokens for judgement in judgements)
         rows += result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
+        write_results(rows, args)
     headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
-    publish(rows + average_rows("processbench", rows, headline), args)
+    write_results(rows + average_rows("processbench", rows, headline), args, complete=True)
 
 
 # --------------------------------------------------------------------------- benchmarks
@@ -406,39 +504,33 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
 
 
 def heldout_accuracy(
-    engine: Engine,
-    problems: list[dict],
-    gold: dict[str, str],
-    *,
-    num_samples: int,
-    temperature: float,
-    top_p: float = 1.0,
-    max_new_tokens: int,
-    seed: int,
+    engine: Engine, problems: list[dict], gold: dict[str, str], *, max_new_tokens: int, seed: int, **settings
 ) -> Graded:
-    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer).
+    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer). settings:
+    num_samples and temperature, optionally top_p, as for the sampler.
 
     Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
-    rank calls it, does its share, and returns the same. Raises InputError for a problem without a gold answer or too
-    long for the context.
+    rank calls it, does its share, and returns the same. Problems that are too long for the context are left out. Raises
+    InputError for a problem without a gold answer, and if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
-    mine = distributed.my_part(problems)
+    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
+    prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, max_new_tokens, "held-out problems")
+    fitting = [i for i, limit in enumerate(limits) if limit is not None]
+    mine = distributed.my_part(fitting)
     groups = engine.sample(
-        [engine.encode(SOLVE_PROMPT.format(problem=problem["problem"])) for problem in mine],
-        keys=[problem["id"] for problem in mine],
-        num_samples=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
+        [prompts[i] for i in mine],
+        keys=[problems[i]["id"] for i in mine],
+        max_new_tokens=[limits[i] for i in mine],
         seed=seed,
+        **settings,
     )
     solutions = []
-    for problem, samples in zip(mine, groups, strict=True):
+    for i, samples in zip(mine, groups, strict=True):
         of_problem = []
         for sample in samples:
-            text = engine.text(sample.ids)
-            solution = {"problem_id": problem["id"], "text": text, "answer": extract_answer(text)}
+            text = engine.text(sample.ids, prompts[i])
+            solution = {"problem_id": problems[i]["id"], "text": text, "answer": extract_answer(text)}
             of_problem.append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
         solutions.append(of_problem)
     return grade_samples(distributed.gather(solutions), gold, seed)
@@ -454,8 +546,9 @@ def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) 
     majority = np.zeros(P)
     for p, group in enumerate(graded.samples):
         answers = [sample["answer"] for sample in group]
-        # A sample with the majority answer was graded. If no sample has an answer, it is a None, graded as wrong.
-        majority[p] = graded.correct[p, answers.index(majority_answer(answers))]
+        winner = majority_answer(answers)
+        if winner is not None:  # a sample's answer, so it was graded
+            majority[p] = graded.correct[p, answers.index(winner)]
     per_problem[f"maj@{k}"] = majority
     per_problem |= others
 
@@ -506,13 +599,14 @@ def best_of_k(
 
 
 def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
-    """Each sample's sum of the scores (P, n) of all samples with its answer, among the first k of a problem -> (P, k).
-    Answers are compared as strings; a sample without one gets 0."""
+    """Each sample's sum of the scores (P, n) of all samples with an equal answer, among the first k of a problem ->
+    (P, k). A sample without an answer gets 0."""
     sums = np.zeros((len(answers), k))
     for p, group in enumerate(answers):
+        clusters = cluster_answers(tuple(group))
         for i in range(k):
-            if group[i] is not None:
-                sums[p, i] = sum(scores[p, j] for j in range(k) if group[j] == group[i])
+            if clusters[i] is not None:
+                sums[p, i] = sum(scores[p, j] for j in range(k) if clusters[j] == clusters[i])
     return sums
 
 
@@ -537,6 +631,7 @@ class Benchmark:
     settings: dict  # of sampling, as far as known
     graded: Graded
     greedy: Graded | None
+    limits: dict[str, Metric]  # `limit_metrics` of all its problems
     seconds: float  # of sampling and grading
 
 
@@ -551,49 +646,74 @@ def read_samples(path: str | Path) -> dict[str, list[dict]]:
     return groups
 
 
-def read_benchmarks(args: argparse.Namespace, gold: dict[str, str]) -> list[Benchmark]:
-    """Samples from any source, one benchmark per solutions file."""
-    benchmarks = []
+def read_files(args: argparse.Namespace, gold: dict[str, str]) -> dict[str, list[list[dict]]]:
+    """name -> P lists of k samples, of the solutions files."""
+    files = {}
     for name, path in name_files("solutions", args.solutions).items():
+        files[name] = list(read_samples(path).values())[: args.limit]
+        require_answers([group[0]["problem_id"] for group in files[name]], gold)
+    return files
+
+
+def grade_files(
+    files: dict[str, list[list[dict]]], gold: dict[str, str], args: argparse.Namespace
+) -> Iterator[Benchmark]:
+    """Samples from any source, one benchmark per solutions file."""
+    for name, samples in files.items():
         started = time.time()
-        samples = list(read_samples(path).values())[: args.limit]
-        require_answers([group[0]["problem_id"] for group in samples], gold)
         graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0]), "seed": args.seed}
-        benchmarks.append(Benchmark(samples[0][0]["model"], name, settings, graded, None, time.time() - started))
-    return benchmarks
+        yield Benchmark(samples[0][0]["model"], name, settings, graded, None, {}, time.time() - started)
+
+
+def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> dict[str, dict[str, tuple]]:
+    """model -> benchmark -> (the problems that fit the model's context, `limit_metrics`). Raises InputError for what
+    would otherwise be found after hours of sampling."""
+    files = {}
+    for name, path in name_files("problems", args.problems).items():
+        files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
+        require_answers([problem["id"] for problem in files[name]], gold)
+    plans: dict[str, dict[str, tuple]] = {}
+    for model in args.model:
+        tokenizer, context = check_model(model)
+        plans[model] = {}
+        for name, problems in files.items():
+            turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
+            _, limits = fit_prompts(tokenizer, context, turns, args.max_new_tokens, f"{name}, {model}")
+            fitting = [problem for problem, limit in zip(problems, limits, strict=True) if limit is not None]
+            plans[model][name] = fitting, limit_metrics(limits, args.max_new_tokens)
+    return plans
 
 
 def sample_benchmarks(
-    model: str, files: dict[str, list[dict]], gold: dict[str, str], args: argparse.Namespace, device: torch.device
-) -> list[Benchmark]:
-    """Sample a model's solutions to the problems of each file, which stay in solutions files beside --out. What an
-    earlier run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    model: str, plan: dict[str, tuple], gold: dict[str, str], args: argparse.Namespace, device: torch.device
+) -> Iterator[Benchmark]:
+    """Sample a model's solutions as `plan_samples` says; they stay in solutions files beside --out. What an earlier run
+    has written to them isn't sampled again. Raises InputError if it was made with other settings."""
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
-    # A fingerprint of the weights: a model that has been trained on under the same name isn't the one that sampled.
-    weights = [records.hash_file(path) for path in sorted(find_model(model).glob("*.safetensors"))]
+    # A model that has been trained on under the same name isn't the one that sampled.
+    weights = records.hash_model(find_model(model))
+    prompt = records.hash_text(SOLVE_PROMPT)
     directory = Path(args.out.removesuffix(".jsonl") + "_samples")
     engine = None  # opened only if a solution is missing
-
-    benchmarks = []
-    for name, problems in files.items():
+    for name, (problems, limits) in plan.items():
         started = time.time()
         graded = {}  # suffix -> Graded
         for suffix, how in passes.items():
             path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
-            described = argparse.Namespace(model=model, model_sha256=weights, **how)
+            described = argparse.Namespace(model=model, model_sha256=weights, prompt_sha256=prompt, **how)
             with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
                 if find_incomplete(problems, output, how["num_samples"]):
                     engine = engine or open_engine(model, device, args.slots)
                     generate_solutions(engine, problems, output, described)
             groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
             graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
-        benchmarks.append(Benchmark(model, name, settings, graded[""], graded.get("_greedy"), time.time() - started))
-    return benchmarks
+        greedy = graded.get("_greedy")
+        yield Benchmark(model, name, settings, graded[""], greedy, limits, time.time() - started)
 
 
 def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.Namespace) -> list[dict]:
@@ -616,7 +736,7 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         for p, group in enumerate(judgements):
             others["unparsed"][p] = np.mean([judgement.verdict is None for judgement in group])
             tokens += sum(judgement.tokens for judgement in group)
-    metrics = benchmark_numbers(graded, others, args.seed)
+    metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
     seconds = benchmark.seconds + time.time() - started
     return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
 
@@ -629,8 +749,15 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     for benchmark in benchmarks:
         if benchmark.model == last_model or benchmark.name not in last:
             continue
-        other = last[benchmark.name]
-        change = benchmark.graded.correct.mean(axis=1) - other.graded.correct.mean(axis=1)  # (P,)
+        of_both = []  # problem id -> accuracy
+        for graded in (benchmark.graded, last[benchmark.name].graded):
+            problem_ids = [group[0]["problem_id"] for group in graded.samples]
+            of_both.append(dict(zip(problem_ids, graded.correct.mean(axis=1), strict=True)))
+        mine, others = of_both
+        # Those that fit the contexts of both models.
+        change = np.array([mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others])  # (P,)
+        if len(change) == 0:
+            continue
         metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
         settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
         rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
@@ -650,20 +777,22 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
         unparsed       judgements without a verdict (--prm)
         unknown        answers that can't be graded
         truncated      solutions cut off at the limit of tokens
+        too_long       problems left out because their prompts fill the context, if any
+        shortened      problems with a lower limit of new tokens, which the context leaves, if any
 
     Several models are each compared with the last, problem by problem. The samples are kept beside --out as solutions
     files, so a killed run resumes."""
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
     parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
-    parser.add_argument("--num_samples", type=int, default=4, help="k, samples per problem")
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--num_samples", type=COUNT, default=4, help="k, samples per problem")
+    parser.add_argument("--top_p", type=TOP_P, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="also one greedy solution per problem")
     parser.add_argument("--solutions", nargs="+", help="measure these solutions files, one per benchmark, instead")
     parser.add_argument("--prm", help="reward model that chooses among the samples: a directory or hub name")
     parser.add_argument("--prm_kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
-    parser.add_argument("--prm_votes", type=int, default=1, help="judgements per sample; 1: a greedy one")
-    parser.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
+    parser.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per sample; 1: a greedy one")
+    parser.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
     args = parse_command(parser, "model", "problems", "gold", unless="solutions")
     if args.solutions and (args.model or args.problems or args.greedy):
@@ -671,35 +800,46 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     if not args.gold:
         raise InputError("--gold is missing; it goes with --solutions")
 
-    # 1. The samples: read them, or sample what is missing of them; and grade them.
+    # 1. Whatever is wrong with the input is found before the first sample.
     gold = records.read_answers(args.gold)
-    device = distributed.init_distributed(args.device)
-    benchmarks = []
-    if args.solutions:
-        benchmarks = read_benchmarks(args, gold)
-    else:
-        files = {}
-        for name, path in name_files("problems", args.problems).items():
-            files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-            require_answers([problem["id"] for problem in files[name]], gold)  # fail early
-        for model in args.model:  # a model is freed on return, before the next is loaded
-            benchmarks += sample_benchmarks(model, files, gold, args, device)
-
-    # 2. Measure them; if there is a reward model, let it choose.
-    judge = None
     if args.prm:
-        engine = open_engine(args.prm, device, args.slots, "--prm")
-        judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+        check_votes(args.prm_kind, args.prm_votes, "--prm_votes")
+        check_model(args.prm, "--prm")
+    device = distributed.init_distributed(args.device)
+    if args.solutions:
+        benchmarks = grade_files(read_files(args, gold), gold, args)
+    else:
+        plans = plan_samples(args, gold)
+        of_models = (sample_benchmarks(model, plan, gold, args, device) for model, plan in plans.items())
+        benchmarks = chain.from_iterable(of_models)
+    earlier = earlier_results(args)
+
+    # 2. Benchmark by benchmark: sample, grade, measure, write. If a reward model is to choose, all samples come first: it
+    # needs the memory.
+    engine = None
+    if args.prm:
+        benchmarks = list(benchmarks)
+    measured = []
     by_model: dict[str, list[dict]] = {}  # model -> rows
     for benchmark in benchmarks:
-        by_model.setdefault(benchmark.model, []).extend(measure_benchmark(benchmark, judge, args))
+        of_model = by_model.setdefault(benchmark.model, [])
+        measured.append(benchmark)
+        if (benchmark.model, benchmark.name, "all") in earlier:
+            of_model += earlier[benchmark.model, benchmark.name, "all"]
+            continue
+        judge = None
+        if args.prm:
+            engine = engine or open_engine(args.prm, device, args.slots, "--prm")
+            judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+        of_model += measure_benchmark(benchmark, judge, args)
+        write_results(list(chain.from_iterable(by_model.values())), args)
 
     # 3. Average over benchmarks, compare models.
-    headline = f"avg@{benchmarks[0].settings['num_samples']}"
+    headline = f"avg@{measured[0].settings['num_samples']}"
     rows = []
     for of_model in by_model.values():
         rows += of_model + average_rows("benchmarks", of_model, headline)
-    publish(rows + compare_with_last(benchmarks, headline, args.seed), args)
+    write_results(rows + compare_with_last(measured, headline, args.seed), args, complete=True)
 
 
 # --------------------------------------------------------------------------- the labels of Stage I
@@ -903,7 +1043,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verifications", help="verifications.jsonl of verify.py")
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
     parser.add_argument("--out", help="labels.json to write")
-    parser.add_argument("--seed", type=int, default=0, help="verify.py's, for the same choices; also the bootstrap's")
+    parser.add_argument("--seed", type=SEED, default=0, help="verify.py's, for the same choices; also the bootstrap's")
     args = parse_command(parser, "labels", "verifications", "gold")
 
     # 1. Read the labels, what they were made from, and what would be right.
@@ -912,8 +1052,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     solutions = {}
     for file in files:
         solutions.update({label["id"]: label for label in file})
-    fields = ["solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
-    verifications = records.read(args.verifications, fields, "python verify.py")
+    verifications = read_verifications(args.verifications, list(solutions.values()))
     others = {}  # sampled by other methods, if their files lie beside the verifications
     for name in ("verifications_reference", "critiques"):
         path = Path(args.verifications).with_name(f"{name}.jsonl")
@@ -937,7 +1076,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     }
 
     # 3. Write, print and draw.
-    records.write_json(Path(f"{args.out}.args.json"), records.describe_run(args))
+    records.write_args(Path(args.out), args)
     records.write_json(Path(args.out), {**counts, "rows": rows})
     report.print_label_report(rows, LABEL_METRICS)
     report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))
@@ -981,7 +1120,7 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     if not found and not rollouts:
         raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
     path = Path(args.labels).with_name("verifications.jsonl")
-    verifications = records.read(path, ["solution_id", "step_verdicts", "verdict"]) if path.exists() else []
+    verifications = read_verifications(path, found) if path.exists() else []
     report.print_problem(found, keep_parsed(verifications), rollouts)
 
 
@@ -1000,11 +1139,11 @@ def main() -> None:
     """Each command has a parser of its own, so that its --help shows its flags only."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     run = COMMANDS.get(command)
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser()
     if run is None:
         parser.description = __doc__
         parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
-        parser.parse_args()  # prints the help or says what is wrong, and exits
+        records.parse_flags(parser)  # prints the help or says what is wrong, and exits
     parser.description = inspect.cleandoc(run.__doc__)
     parser.add_argument("command", choices=[command])
     run(parser)

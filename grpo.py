@@ -39,32 +39,37 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from data import records, report
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import grade_all, heldout_accuracy, majority_answer
+from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
 from generate import (
     SOLVE_PROMPT,
-    STEP_TAG,
     Engine,
+    count_empty_boxes,
+    decode,
     extract_answer,
     find_boxes,
     find_model,
     format_valid,
+    has_layout_line,
+    hidden_text,
     open_engine,
     open_model,
     split_steps,
+    tagged_steps,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler
 from kernels.transformer import Transformer, load_model
-from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, clip_and_step, score_solutions
+from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, check_votes, clip_and_step, score_solutions
 
 import torch
 from torch import Tensor
@@ -93,7 +98,7 @@ TINY = {
 }
 MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
-    "heldout", "activation_checkpointing", "max_gap",
+    "heldout", "activation_checkpointing", "max_gap", "prm", "prm_sha256",
 }  # fmt: skip
 WEIGHT_DECAY = 0.01  # of the released code
 MAX_GRAD_NORM = 1.0  # the paper's gradient clip
@@ -167,7 +172,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
         keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
         num_samples=args.group_size,
         temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=[p.get("limit", args.max_new_tokens) for p in problems],
         seed=args.seed,
         certainty=REWARDS[args.reward].needs_certainty,
     )
@@ -181,7 +186,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
                     prompt=p["prompt"],
                     ids=sample.ids,
                     logprobs=sample.logprobs,
-                    text=engine.text(sample.ids),
+                    text=engine.text(sample.ids, p["prompt"]),
                     finish=sample.finish,
                     certainty=sample.certainty,
                 )
@@ -262,9 +267,7 @@ def majority_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
     response has an answer."""
     answers = [extract_answer(r.text) for r in group]
     winner = majority_answer(answers)
-    if winner is None:
-        return [0.0] * len(group)
-    return [float(grade is True) for grade in grade_all([(answer, winner) for answer in answers])]
+    return [float(cluster is not None and cluster == winner) for cluster in cluster_answers(tuple(answers))]
 
 
 def self_certainty_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
@@ -298,15 +301,19 @@ def groups_of(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:
     return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
 
 
-def score_rollouts(rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int):
-    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements."""
+def score_rollouts(
+    rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int, clock=nullcontext
+):
+    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements. A
+    `Clock` measures how long the rewards take, because some compare answers with each other."""
     seed = f"{args.seed}/{step}"
     for r in rollouts:
         r.valid = format_valid(r.text, args.format_constraints, finished=r.finish == "stop")
     if REWARDS[args.reward].needs_judge:
         judge_responses(rollouts, judge, tokenizer, seed, args)
     inputs = RewardInputs(seed, gold if REWARDS[args.reward].reads_answers else {})
-    give_rewards(rollouts, inputs, args)
+    with clock("reward"):
+        give_rewards(rollouts, inputs, args)
 
 
 # --------------------------------------------------------------------------- 3. advantages
@@ -599,6 +606,8 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
     signals = distributed.stop_on_signal()
     if run.start == 0 and run.heldout:
         metrics.append({"step": 0, **measure(0)})
+    if run.start == args.steps:  # an earlier run may have been killed just before its last export
+        distributed.export(run.model, find_model(args.policy), out)
     todo = range(run.start, args.steps)
     main_rank = distributed.rank() == 0
     bar = tqdm(todo, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=not main_rank)
@@ -613,7 +622,7 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
 
         # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
         with clock("score"):
-            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step)
+            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step, clock)
             groups = distributed.gather(groups_of(rollouts, args.group_size))
             rollouts = [r for group in groups for r in group]  # all B responses, on every rank
             distributed.free_cached_memory()
@@ -639,8 +648,9 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
             show_progress(bar, record, rollouts, advantages, args, step)
         metrics.append(record)
         if last or stopped or (step + 1) % args.save_every == 0:
-            distributed.export(run.model, find_model(args.policy), out)
+            # First what the run resumes from: whatever goes wrong with the copy for others then costs nothing.
             distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+            distributed.export(run.model, find_model(args.policy), out)
         if stopped and not last:
             distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
             raise SystemExit(143)
@@ -664,13 +674,15 @@ def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list
     step and the beginning of the next belongs to the first; a step's range may then be empty.
     """
 
+    opened = len(text) - len(decode(tokenizer, ids))  # of a <think> that the prompt ended with
+
     def characters(count: int) -> int:
         """How many characters the first `count` tokens decode to; one split over several tokens counts from its
         last."""
-        return len(tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
+        return opened + len(decode(tokenizer, ids[:count]).rstrip("\ufffd"))
 
     counts = range(len(ids) + 1)
-    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
+    tags = [match.start(1) for match in tagged_steps(text)]
     spans = []
     text_end, token_end = 0, 0  # of the step before
     for k, step in enumerate(steps):
@@ -790,6 +802,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     share_correct = [sum(r.step_verdicts) / len(r.step_verdicts) for r in judged if r.step_verdicts]
     mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
     rewards = torch.tensor([r.reward for r in rollouts])
+    steps = [split_steps(r.text) for r in rollouts]
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
@@ -802,11 +815,15 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "reward/unknown": mean([r.ungradable for r in rollouts]),
         "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
+        "reward/too_long": mean([r.judgement.too_long for r in judged]),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
+        "format/empty_boxes": mean([count_empty_boxes(r.text) for r in rollouts]),
         "format/answers": mean([r.text.count("<answer>") for r in rollouts]),
         "format/text_after_answer": mean([bool(r.text.partition("</answer>")[2].strip()) for r in rollouts]),
-        "response/steps": mean([len(split_steps(r.text)) for r in rollouts]),
+        "format/hidden_text": mean([bool(hidden_text(r.text)) for r in rollouts]),
+        "format/layout_lines": mean([any(map(has_layout_line, of_response)) for of_response in steps]),
+        "response/steps": mean([len(of_response) for of_response in steps]),
         "response/length": mean([len(r.ids) for r in rollouts]),
         "response/penalised": mean([r.wrong_step_count for r in rollouts]),
         "response/truncated": mean([r.finish == "length" for r in rollouts]),
@@ -827,13 +844,17 @@ def heldout_metrics(
     valid = torch.tensor([format_valid(text) for text in texts])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
+    if len(texts) < len(heldout):
+        numbers["too_long"] = 1 - len(texts) / len(heldout)
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
     if judge is not None:
         responses = []
-        for problem, (sample,) in zip(heldout, result.samples, strict=True):
-            text, finish = sample["text"], sample["finish"]
-            responses.append(Rollout(problem["id"], [], [], [], text, finish, problem=problem["problem"]))
+        problems = {problem["id"]: problem["problem"] for problem in heldout}
+        for (sample,) in result.samples:
+            problem_id = sample["problem_id"]
+            response = Rollout(problem_id, [], [], [], sample["text"], sample["finish"], problem=problems[problem_id])
+            responses.append(response)
         mine = distributed.my_part(responses)
         score_rollouts(mine, judge, engine.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
@@ -871,7 +892,8 @@ def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
 
 def print_sample(r: Rollout, advantage: float, step: int) -> None:
     """One response with its judgement: reading samples is the first diagnostic."""
-    tqdm.write(f"--- step {step} · {r.problem}\n{report.show_rollout(describe_rollout(r, advantage))}")
+    shown = report.show_rollout(describe_rollout(r, advantage))
+    tqdm.write(f"--- step {step} · {report.printable(r.problem)}\n{shown}")
 
 
 class Clock:
@@ -887,15 +909,16 @@ class Clock:
         self.seconds[phase] = time.perf_counter() - start
 
     def metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one."""
+        """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one. The time of the
+        rewards is part of that of the scores."""
         sampled = sum(len(r.ids) for r in rollouts)
         judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
-        tokens = {"sample": sampled, "score": judged, "update": sampled}
-        numbers = {}
-        for phase, seconds in self.seconds.items():
-            numbers[f"time/{phase}"] = seconds
-            numbers[f"time/{phase}_tokens_per_second"] = tokens[phase] / seconds
-        numbers["time/tokens_per_second"] = sampled / sum(self.seconds.values())
+        numbers = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        total = 0.0
+        for phase, tokens in (("sample", sampled), ("score", judged), ("update", sampled)):
+            total += self.seconds[phase]
+            numbers[f"time/{phase}_tokens_per_second"] = distributed.per_second(tokens, self.seconds[phase])
+        numbers["time/tokens_per_second"] = distributed.per_second(sampled, total)
         return numbers
 
 
@@ -917,7 +940,7 @@ def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     group = parser.add_argument_group("data and models")
     group.add_argument("--policy", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
     group.add_argument("--prm", help="reward model: a Hugging Face directory or hub name")
@@ -929,37 +952,38 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("reward")
     group.add_argument("--reward", default="process_aware", choices=list(REWARDS))
     group.add_argument("--format_constraints", default="paper", choices=["none", "paper", "strict"])
-    group.add_argument("--prm_max_new_tokens", type=int, default=4096, help="per judgement")
-    group.add_argument("--prm_votes", type=int, default=1, help="judgements per response; 1: a greedy one")
-    group.add_argument("--selective_discount", type=float, default=0.0, help="0.5 halves what is 0 in the paper")
-    group.add_argument("--min_steps", type=int,
+    group.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
+    group.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per response; 1: a greedy one")
+    group.add_argument("--selective_discount", type=real(0, 1), default=0.0, help="0.5 halves what is 0 in the paper")
+    group.add_argument("--min_steps", type=POSITIVE,
                        help="fewer steps: reward 0; default: 4 (selective), 3 (global_step)")  # fmt: skip
-    group.add_argument("--max_steps", type=int, default=20, help="more steps: reward 0, under these two rewards")
+    group.add_argument("--max_steps", type=POSITIVE, default=20, help="more steps: reward 0, under these two rewards")
     group = parser.add_argument_group("GRPO")
-    group.add_argument("--steps", type=int, default=300, help="batches of responses")
-    group.add_argument("--batch_size", type=int, default=256, help="problems per step")
-    group.add_argument("--group_size", type=int, default=16, help="G, responses per problem")
-    group.add_argument("--max_new_tokens", type=int, default=2048, help="per response")
-    group.add_argument("--max_prompt_tokens", type=int, default=2048, help="longer problems are left out")
-    group.add_argument("--temperature", type=float, default=1.0, help="of the rollouts and of every log-prob")
-    group.add_argument("--lr", type=float, default=1e-6, help="constant")
-    group.add_argument("--clip_low", type=float, default=0.2)
-    group.add_argument("--clip_high", type=float, default=0.2)
-    group.add_argument("--updates", type=int, default=1, help="per batch")
-    group.add_argument("--tis_cap", type=float, default=0.0, help="caps importance weights, trainer/sampler; 0: none")
-    group.add_argument("--kl_coef", type=float, default=0.001, help="0 turns the KL term off")
+    group.add_argument("--steps", type=COUNT, default=300, help="batches of responses")
+    group.add_argument("--batch_size", type=COUNT, default=256, help="problems per step")
+    group.add_argument("--group_size", type=integer(2, 100_000), default=16,
+                       help="G, responses per problem; of a single one the advantage is always 0")  # fmt: skip
+    group.add_argument("--max_new_tokens", type=POSITIVE, default=2048, help="per response")
+    group.add_argument("--max_prompt_tokens", type=POSITIVE, default=2048, help="longer problems are left out")
+    group.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="of the rollouts and of every log-prob")
+    group.add_argument("--lr", type=real(0), default=1e-6, help="constant")
+    group.add_argument("--clip_low", type=real(0, 1), default=0.2)
+    group.add_argument("--clip_high", type=real(0), default=0.2)
+    group.add_argument("--updates", type=COUNT, default=1, help="per batch")
+    group.add_argument("--tis_cap", type=real(0), default=0.0, help="caps the weights trainer/sampler; 0: none")
+    group.add_argument("--kl_coef", type=real(0), default=0.001, help="0 turns the KL term off")
     group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"],
                        help="weight of a token, see loss_weights; dr_grpo also leaves out the group's std")  # fmt: skip
-    group.add_argument("--max_gap", type=float, default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
+    group.add_argument("--max_gap", type=real(0), default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
     group = parser.add_argument_group("running")
-    group.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
+    group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
-    group.add_argument("--heldout_every", type=int, default=10, help="steps between measurements on --heldout")
-    group.add_argument("--sample_every", type=int, default=10, help="steps between printed samples")
+    group.add_argument("--heldout_every", type=POSITIVE, default=10, help="steps between measurements on --heldout")
+    group.add_argument("--sample_every", type=POSITIVE, default=10, help="steps between printed samples")
     group.add_argument("--dump_rollouts", action="store_true", help="write every step's responses to <out>/rollouts")
-    group.add_argument("--save_every", type=int, default=20, help="steps between checkpoints")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--save_every", type=POSITIVE, default=20, help="steps between checkpoints")
+    group.add_argument("--seed", type=SEED, default=0)
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "policy", "problems", "out")
     check_settings(args)
@@ -971,11 +995,6 @@ def check_settings(args: argparse.Namespace) -> None:
     reward = REWARDS[args.reward]
     if args.min_steps is None:
         args.min_steps = reward.least_steps or 1
-    records.check_numbers(args, "steps", "updates", "prm_votes", "min_steps", "max_steps", "batch_size",
-                 "max_new_tokens", "prm_max_new_tokens", "micro_tokens", "slots", "heldout_every", "sample_every",
-                 "save_every")  # fmt: skip
-    records.check_numbers(args, "lr", "kl_coef", least=0)
-    records.check_numbers(args, "group_size", least=2)  # a group of one always has zero advantage
     if reward.needs_judge and args.prm is None:
         raise InputError("--policy also needs --prm with this --reward")
     if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:
@@ -987,8 +1006,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
     if not args.temperature > 0:
         raise InputError(f"--temperature {args.temperature}: it must be positive, a greedy group has no advantage")
-    if Path(args.out).resolve() == Path(args.policy).resolve():
-        raise InputError(f"--out {args.out} is the policy itself, which the KL term needs as it is; choose another")
+    check_votes(args.prm_kind, args.prm_votes, "--prm_votes")
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
@@ -1014,19 +1032,32 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
 
 
 def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
-    """The problems whose prompts leave room for a response, each with its `prompt`; InputError if there are none."""
-    left = engine.context - args.max_new_tokens
+    """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new
+    tokens; InputError if there are none."""
     fitting = []
     for problem in problems:
         prompt = engine.encode(SOLVE_PROMPT.format(problem=problem["problem"]))
-        if len(prompt) <= min(args.max_prompt_tokens, left):
-            fitting.append(problem | {"prompt": prompt})
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        if limit is not None and len(prompt) <= args.max_prompt_tokens:
+            fitting.append(problem | {"prompt": prompt, "limit": limit})
     if not fitting:
         raise InputError(
             f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and the "
-            f"{max(left, 0)} tokens that --max_new_tokens leaves of the context; change one"
+            f"{engine.context} tokens that the model's context has for it and --max_new_tokens; change one"
         )
     return fitting
+
+
+def note_reward_model(history: list[list], step: int, fingerprint: str) -> list[list]:
+    """[step, fingerprint] of each reward model of a run, with the number of steps that were done when it came. On
+    purpose, --prm may be another when a run resumes.
+
+    [[0, "a"]] becomes [[0, "a"], [20, "b"]] for a run that resumes after step 20 with the model b.
+    """
+    history = [entry for entry in history if entry[0] < step]
+    if not history or history[-1][1] != fingerprint:
+        history.append([step, fingerprint])
+    return history
 
 
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
@@ -1035,21 +1066,25 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     out = Path(args.out)
     # 1. The data.
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
-    args.problems_sha256 = records.hash_file(args.problems)  # a resumed run must find the same problems
     gold = load_gold(args, problems)
     heldout = records.read(args.heldout, ["id", "problem"]) if args.heldout and gold else []
+    require_answers([problem["id"] for problem in heldout], gold)
+    # A resumed run must find the same problems, and the same policy, to which the KL term refers.
+    source = find_model(args.policy, "--policy")
+    args.problems_sha256 = records.hash_file(args.problems)
+    args.policy_sha256 = records.hash_model(source)
+    args.prompt_sha256 = records.hash_text(SOLVE_PROMPT)
 
     # 2. Three copies of the policy: the one that is trained, the frozen one of the KL term, and the one that samples. A
     # single CPU process samples with the trained one itself.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    source = find_model(args.policy, "--policy")
+    model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
+    vocabulary = model.vocabulary
+    model = distributed.prepare_training(model, args.activation_checkpointing)
     reference = None
     if args.kl_coef:
         reference = load_model(source, device, dtype).requires_grad_(False)
         reference = distributed.prepare_training(reference, False)
-    model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
-    vocabulary = model.vocabulary
-    model = distributed.prepare_training(model, args.activation_checkpointing)
     inference = model
     if device.type == "cuda" or distributed.world_size() > 1:
         inference = load_model(source, device, dtype)
@@ -1071,6 +1106,11 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     )
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
+    if start > args.steps:
+        raise InputError(f"--steps {args.steps}: {out} has already {start}; ask for more, or choose another --out")
+    if judge is not None:
+        history = (records.read_args(out) or {}).get("prm_sha256", [])
+        args.prm_sha256 = note_reward_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
     distributed.copy_weights(inference, model)
     distributed.log(
         f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
@@ -1085,12 +1125,13 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
 def main() -> None:
     args = parse_arguments()
     device = distributed.init_distributed(args.device)
-    run = set_up(args, device)
     out = Path(args.out)
-    if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
-    with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
-        train(run, args, metrics)
+    with records.lock_run(out, args):
+        run = set_up(args, device)
+        if distributed.rank() == 0:
+            records.write_args(out, args, CONSTANTS)
+        with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
+            train(run, args, metrics)
     distributed.log(f"{out}: done")
 
 

@@ -26,11 +26,12 @@ import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from data.records import COUNT, POSITIVE, SEED, real
 from generate import (
     SOLVE_PROMPT,
     Engine,
@@ -39,6 +40,7 @@ from generate import (
     find_model,
     format_valid,
     open_model,
+    opens_thought,
     render_chat,
     render_response,
     render_steps,
@@ -48,7 +50,7 @@ from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import with_progress
 from kernels.transformer import Transformer
-from verify import VERDICT, Verification, decode_judgement, exactly_once, majority, parse_verification, without_thinking
+from verify import VERDICT, Verification, exactly_once, majority, parse_verification, readable_lines, without_thinking
 
 import torch
 from torch import Tensor
@@ -88,15 +90,15 @@ def write_orm_target(label: dict) -> str:
 
 
 def parse_orm(text: str, num_steps: int) -> Verification:
-    """Parses `write_orm_target`: Yes or No and nothing else."""
-    verdict = {"yes": True, "no": False}.get(text.strip().lower())
+    """Parses `write_orm_target`: Yes or No and nothing else but thinking and emphasis."""
+    verdict = {"yes": True, "no": False}.get("\n".join(readable_lines(text)))
     return Verification(step_verdicts=None, verdict=verdict)
 
 
 # PRM: every step and the outcome, without reasons.
 
 PRM_PROMPT = "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
-PRM_LINE = re.compile(r"[ \t]*Step (\d{1,6}): (Correct|Incorrect)[ \t.]*", re.IGNORECASE)
+PRM_LINE = re.compile(r"[# ]*step (\d{1,6}): (correct|incorrect)[ .]*")
 
 
 def write_prm_target(label: dict) -> str:
@@ -109,14 +111,14 @@ def write_prm_target(label: dict) -> str:
 
 
 def parse_prm(text: str, num_steps: int) -> Verification:
-    """Parses `write_prm_target`."""
+    """Parses `write_prm_target`, behind thinking or not."""
     steps = []
     verdicts = []
-    for line in text.replace("\r", "").rstrip().split("\n"):
+    for line in readable_lines(text):
         if match := PRM_LINE.fullmatch(line):
-            steps.append((int(match.group(1)), match.group(2).lower() == "correct"))
+            steps.append((int(match.group(1)), match.group(2) == "correct"))
         elif match := VERDICT.fullmatch(line):
-            verdicts.append(match.group(1).lower() == "yes")
+            verdicts.append(match.group(1) == "yes")
     return exactly_once(steps, verdicts, num_steps)
 
 
@@ -171,10 +173,12 @@ class Judgement:
     tokens: int
     step_scores: list[float] | None = None
     score: float | None = None
+    too_long: bool = False  # for the context, so the model wasn't asked
 
 
-# Also the judgement of a solution that the model is never asked about.
+# The judgements of solutions that the model is never asked about: without steps, and too long for the context.
 UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)
+TOO_LONG = replace(UNPARSED, too_long=True)
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,19 @@ class Judge:
     temperature: float = 0.8
 
 
+def check_votes(kind: str, votes: int, flag: str) -> None:
+    """Raise InputError for several votes of a reward model that has only one."""
+    if votes > 1 and not REWARD_MODELS[kind].generative:
+        raise InputError(f"{flag} {votes}: a {kind} is deterministic; leave it at 1")
+
+
 def score_solutions(
     judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
 ) -> list[Judgement]:
     """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows
     progress.
 
-    A solution without steps, or whose prompt leaves too little context for max_new_tokens, is unparsed. Raises
+    A solution without steps, or whose prompt is too long by `generate.output_limit`, is unparsed. Raises
     InputError for several votes of a discriminative PRM.
     """
     engine = judge.engine
@@ -206,13 +216,18 @@ def score_solutions(
         return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
 
     # 1. Which solutions can be asked about, and how.
-    prompts = {}  # index of a solution -> token ids
+    judgements = [UNPARSED] * len(solutions)
+    prompts, limits = {}, {}  # index of a solution -> token ids, most tokens of its judgement
     for i, solution in enumerate(solutions):
         if not solution["steps"]:
             continue
         prompt = engine.encode(judge_prompt(model.prompt, solution))
-        if len(prompt) + judge.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, judge.max_new_tokens)
+        if limit is None:
+            judgements[i] = TOO_LONG
+        else:
             prompts[i] = prompt
+            limits[i] = limit
     asked = list(prompts)
 
     # 2. Sample. The stream yields (index in `asked`, samples) as prompts are finished.
@@ -221,17 +236,16 @@ def score_solutions(
         keys=[str(solutions[i].get("id", i)) for i in asked],
         num_samples=judge.votes,
         temperature=judge.temperature if judge.votes > 1 else 0.0,
-        max_new_tokens=judge.max_new_tokens,
+        max_new_tokens=list(limits.values()),
         seed=seed,
     )
     if title:
         stream = with_progress(stream, engine.sampler, title, len(asked), judge.votes)
 
     # 3. Parse and vote.
-    judgements = [UNPARSED] * len(solutions)
     for index, samples in stream:
         i = asked[index]
-        texts = [decode_judgement(engine, prompts[i], sample.ids) for sample in samples]
+        texts = [engine.text(sample.ids, prompts[i]) for sample in samples]
         verifications = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
         tokens = sum(len(sample.ids) for sample in samples)
         judgements[i] = put_to_vote(verifications, texts[0], tokens)
@@ -241,27 +255,20 @@ def score_solutions(
 def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Judgement:
     """One judgement from all votes on a solution: majorities, a tie counts as incorrect. As in Stage I
     (`verify.step_consistency`), but nothing is dropped. An ORM gives no steps; then the verdicts alone vote."""
-    # 1. Who votes?
-    if len(verifications) == 1:  # a greedy judgement counts as far as it was parsed
-        voters = verifications
-    else:  # as in Stage I: those parsed whole
+    # 1. Who votes? As in Stage I, those parsed whole; but a greedy judgement counts as far as it was parsed.
+    voters = verifications
+    if len(verifications) > 1:
         voters = [v for v in verifications if v.step_verdicts and v.verdict is not None]
 
     # 2. The steps, one after another.
-    step_verdicts = None
-    step_scores = None
-    step_votes = [voter.step_verdicts for voter in voters if voter.step_verdicts]
-    if step_votes:
-        votes_by_step = list(zip(*step_votes, strict=True))
-        step_verdicts = [majority(votes) for votes in votes_by_step]
-        step_scores = [sum(votes) / len(votes) for votes in votes_by_step]
+    votes_by_step = list(zip(*(voter.step_verdicts for voter in voters if voter.step_verdicts), strict=True))
+    step_verdicts = [majority(votes) for votes in votes_by_step] or None
+    step_scores = [sum(votes) / len(votes) for votes in votes_by_step] or None
 
     # 3. The outcome.
     verdict = None
     score = None
-    if not voters:
-        voters = verifications
-    verdicts = [voter.verdict for voter in voters if voter.verdict is not None]
+    verdicts = [voter.verdict for voter in voters or verifications if voter.verdict is not None]
     if verdicts:
         verdict = majority(verdicts)
         score = sum(verdicts) / len(verdicts)
@@ -270,6 +277,9 @@ def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Ju
 
 # --------------------------------------------------------------------------- examples
 
+# What an example is made from, beside the solution: these fields of a label are needed, the others may be missing.
+SOURCES = {"orm": ["outcome"], "prm": ["step_labels", "outcome"], "prm_cot": ["text"],
+           "disc_prm": ["step_labels", "outcome"], "policy": ["outcome"]}  # fmt: skip
 NO_TARGET = -1  # a position that predicts nothing: `token_logprobs` ignores negative targets
 
 
@@ -285,7 +295,13 @@ def training_texts(kind: str, label: dict) -> tuple[str, str] | None:
     if kind == "policy":
         return policy_texts(label)
     model = REWARD_MODELS[kind]
-    return judge_prompt(model.prompt, label), model.write_target(label)
+    target = model.write_target(label)
+    if not target:  # another program's text, of thinking alone
+        return None
+    return judge_prompt(model.prompt, label), target
+
+
+STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>")
 
 
 def policy_texts(label: dict) -> tuple[str, str] | None:
@@ -293,9 +309,10 @@ def policy_texts(label: dict) -> tuple[str, str] | None:
     it has no answer or can't be written in that format."""
     if not label["outcome"] or label["answer"] is None:
         return None
-    # Instruct models often box the answer in the last step, too, but the format allows one box.
-    steps = [unwrap_boxes(step) for step in label["steps"]]
-    response = render_response(steps, label["answer"])
+    # Instruct models often box the answer in the last step, too, but the format allows one box; and a step may still
+    # have a tag that its generator did not close, or wrote with an attribute.
+    steps = [STRAY_TAG.sub("", unwrap_boxes(step)).strip() for step in label["steps"]]
+    response = render_response([step for step in steps if step], label["answer"])
     if not format_valid(response, "strict"):  # a policy isn't taught what GRPO would give nothing for
         return None
     return SOLVE_PROMPT.format(problem=label["problem"]), response
@@ -309,8 +326,12 @@ def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | 
     if texts is None:
         return None
     user_turn, target = texts
+    prompt = encode_chat(tokenizer, user_turn)
+    if opens_thought(tokenizer, prompt):
+        # The policy's format begins with this tag. A judgement has no thought, so this one is closed before it.
+        target = target.removeprefix("<think>") if kind == "policy" else "\n</think>\n\n" + target
     response = tokenizer(target, add_special_tokens=False).input_ids
-    return targets_after_prompt(encode_chat(tokenizer, user_turn), [*response, end_id])
+    return targets_after_prompt(prompt, [*response, end_id])
 
 
 def encode_labels(
@@ -460,14 +481,19 @@ def cosine_schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+def check_finite(name: str, value: float) -> None:
+    """Raise RunError for a number that shows that training has diverged."""
+    if not math.isfinite(value):
+        raise RunError(f"{name} is {value}; stopped, the last checkpoint is intact; "
+                         "start again with a lower --lr and another --out")  # fmt: skip
+
+
 def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
     """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping. A collective. Raises
     RunError for a gradient that isn't finite, before it reaches the weights."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = distributed.whole(norm)
-    if not torch.isfinite(norm):
-        raise RunError(f"the gradient's norm is {norm.item()}; stopped, the last checkpoint is intact; "
-                         "start again with a lower --lr and another --out")  # fmt: skip
+    check_finite("the gradient's norm", norm.item())
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -490,13 +516,13 @@ class Setup:
     start: int  # steps done by an earlier run
 
 
-def set_up(args: argparse.Namespace) -> Setup:
+def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. The device and the labels.
-    device = distributed.init_distributed(args.device)
-    fields = ["id", "problem", "steps", "answer", "step_labels", "outcome", "text", "dropped"]
+    # 1. The labels.
+    fields = ["id", "problem", "steps", "answer", "dropped", *SOURCES[args.kind]]
     labels = records.read(args.labels, fields, "python verify.py")
     args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
+    args.model_sha256 = records.hash_model(find_model(args.model))
 
     # 2. The model, with fp32 weights.
     model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
@@ -507,8 +533,9 @@ def set_up(args: argparse.Namespace) -> Setup:
 
     # 3. The examples.
     training, evaluation = split_by_problem(labels, args.eval_fraction)
-    examples, counts = encode_labels(args.kind, training, tokenizer, end_id, args.max_length)
-    held_out, _ = encode_labels(args.kind, evaluation, tokenizer, end_id, args.max_length)
+    max_length = min(args.max_length, model.config.max_positions)  # --max_length may be more than the model's context
+    examples, counts = encode_labels(args.kind, training, tokenizer, end_id, max_length)
+    held_out, _ = encode_labels(args.kind, evaluation, tokenizer, end_id, max_length)
     if not examples:
         raise InputError(f"{args.labels}: no usable label for --kind {args.kind} ({counts})")
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
@@ -521,7 +548,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if distributed.rank() == 0:
-        records.write_json(Path(f"{out}.args.json"), records.describe_run(args, CONSTANTS))
+        records.write_args(out, args, CONSTANTS)
 
     tokens = sum(len(example.ids) for example in examples) / len(examples)
     resumed = f", resumed after step {start}" if start else ""
@@ -544,19 +571,23 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
 
 
 def train(run: Setup, args: argparse.Namespace) -> None:
-    """The exported model is the best by evaluation loss, or the last one if nothing is held out."""
+    """The exported model is the best by evaluation loss, or the last one if nothing is held out. A signal ends the
+    training after its step: it is saved, but not evaluated, so that it resumes as if nothing had been."""
     out = Path(args.out)
     source = find_model(args.model)
     warmup = math.ceil(WARMUP * run.steps)
+    signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
         best = min((record["eval/loss"] for record in metrics.records if "eval/loss" in record), default=math.inf)
+        if run.start > 0 and metrics.records[-1].get("eval/loss", best) == best:
+            distributed.export(run.model, source, out)  # an earlier run may have ended between saving and exporting
         bar = tqdm(
             range(run.start, run.steps), initial=run.start, total=run.steps,
             desc="train", unit="step", disable=distributed.rank() != 0,
         )  # fmt: skip
         for step in bar:
             # 1. The batch: the same on every rank.
-            started = time.time()
+            started = time.perf_counter()
             batch = batch_for_step(step, run.examples, args.batch_size, args.seed)
 
             # 2. Loss and gradient.
@@ -568,17 +599,26 @@ def train(run: Setup, args: argparse.Namespace) -> None:
 
             # 4. Log; from time to time, and at the end, evaluate and save.
             record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
-            tokens_per_second = sum(len(example.ids) for example in batch) / (time.time() - started)
+            tokens = sum(len(example.ids) for example in batch)
+            tokens_per_second = distributed.per_second(tokens, time.perf_counter() - started)
             record["time/tokens_per_second"] = tokens_per_second
             saving = step + 1 == run.steps or (step + 1) % args.save_every == 0
-            if saving and run.held_out:
-                record["eval/loss"] = sft_batch_loss(run.model, run.held_out, args.micro_tokens, train=False)
-            metrics.append(record)
             if saving:
-                if not run.held_out or record["eval/loss"] < best:
-                    best = record.get("eval/loss", best)
-                    distributed.export(run.model, source, out)
+                # Without held-out examples the loss on the batch still tells whether the weights are sound.
+                eval_loss = sft_batch_loss(run.model, run.held_out or batch, args.micro_tokens, train=False)
+                check_finite("the evaluation loss", eval_loss)
+                if run.held_out:
+                    record["eval/loss"] = eval_loss
+            metrics.append(record)
+            stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+            if saving or stopped:
                 distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
+            if saving and (not run.held_out or eval_loss < best):
+                best = eval_loss
+                distributed.export(run.model, source, out)
+            if stopped and step + 1 < run.steps:
+                distributed.log(f"{out}: stopped by a signal after step {step + 1}; the same command resumes it")
+                raise SystemExit(143)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
 
 
@@ -613,11 +653,14 @@ def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begins = [begin for begin, _ in encoded.offset_mapping]  # the character at which each token begins
 
+    # Escaping adds blanks, but no lines: a step ends where its last line does.
     solution_start = text.rindex(rendered)
+    line_ends = [match.start() for match in re.finditer("\n|$", rendered)]
+    lines = 0
     positions = []
-    for k in range(1, len(solution["steps"]) + 1):
-        up_to_step = escape_special_tokens(tokenizer, render_steps(solution["steps"][:k]))
-        step_end = solution_start + len(up_to_step)
+    for step in solution["steps"]:
+        lines += 1 + step.count("\n")
+        step_end = solution_start + line_ends[lines - 1]
         positions.append(bisect_left(begins, step_end) - 1)
     positions.append(len(begins) - 1)
     return encoded.input_ids, positions
@@ -645,15 +688,17 @@ def score_discriminative(
     towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
 
     # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
+    judgements = [UNPARSED] * len(solutions)
     prompts = []  # (index of the solution, token ids, positions)
     for i, solution in enumerate(solutions):
         if solution["steps"]:
             ids, positions = step_end_positions(tokenizer, solution)
             if len(ids) <= model.config.max_positions:
                 prompts.append((i, ids, positions))
+            else:
+                judgements[i] = TOO_LONG
 
     # 2. The log-odds of every token, packed, then those at the positions.
-    judgements = [UNPARSED] * len(solutions)
     for group in group_by_length([len(ids) for _, ids, _ in prompts], batch_tokens):
         batch = [prompts[j] for j in group]
         lengths = [len(ids) for _, ids, _ in batch]
@@ -673,28 +718,25 @@ def score_discriminative(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py")
     parser.add_argument("--out", help="directory of the new checkpoint")
     parser.add_argument("--kind", default="prm_cot", choices=KINDS)
-    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (ours: the paper gives none)")
-    parser.add_argument("--epochs", type=int, default=2, help="(ours)")
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences per update (ours)")
-    parser.add_argument("--max_length", type=int, default=8192, help="longer sequences are left out, in tokens")
-    parser.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass and rank")
-    parser.add_argument("--eval_fraction", type=float, default=0.05, help="share of the problems held out")
-    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints and evaluations")
+    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate (ours: the paper gives none)")
+    parser.add_argument("--epochs", type=COUNT, default=2, help="(ours)")
+    parser.add_argument("--batch_size", type=COUNT, default=64, help="sequences per update (ours)")
+    parser.add_argument("--max_length", type=POSITIVE, default=8192, help="longer sequences are left out, in tokens")
+    parser.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
+    parser.add_argument("--eval_fraction", type=real(0, 0.9), default=0.05, help="share of the problems held out")
+    parser.add_argument("--save_every", type=POSITIVE, default=200, help="steps between checkpoints and evaluations")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     args = records.parse_args(parser, TINY, "model", "labels", "out")
-    records.check_numbers(args, "epochs", "batch_size", "max_length", "micro_tokens", "save_every")
-    records.check_numbers(args, "lr", least=0)
-    records.check_numbers(args, "eval_fraction", least=0, most=0.9)
-    if Path(args.out).resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {args.out} would overwrite the starting model; choose another")
-    train(set_up(args), args)
+    device = distributed.init_distributed(args.device)
+    with records.lock_run(args.out, args):
+        train(set_up(args, device), args)
     distributed.log(f"{args.out}: done")
 
 

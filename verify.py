@@ -32,11 +32,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data import records
-from generate import Engine, open_engine, render_steps, sample_from_queue
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
+from generate import Engine, check_limits, find_model, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, with_progress
@@ -99,53 +102,64 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-# "## Step 2: Pythagoras"
-HEADING = re.compile(r"[ \t]*#+[ \t*]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
-# "**Step 2: Pythagoras**"
-BOLD_HEADING = re.compile(r"[ \t]*\*\*[ \t]*Step[ \t]+(\d{1,6})", re.IGNORECASE)
-# "**This step is correct.**"
-STEP_VERDICT = re.compile(r"[^\w\n]*This step is (correct|incorrect)[^\w\n]*", re.IGNORECASE)
-# "**Verification: Is the answer correct (Yes/No)? Yes**"
-VERDICT = re.compile(
-    r"[^\w\n]*Verification[^\w\n]*Is the answer correct[ \t]*\(Yes/No\)[^\w\n]*(Yes|No)[^\w\n]*", re.IGNORECASE
+# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
+HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
+BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
+# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
+EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
+# Line breaks within the Verification line: before its question, and before a lone yes or no.
+LATE_VERDICT = re.compile(
+    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
 )
+# A verdict is a whole line; what is struck through (~) or put as a question is none.
+STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
+VERDICT = re.compile(
+    r"[^\w~]*(?:final )?verification[^\w~]*is the answer correct[ ?]*\(yes ?/ ?no\)[^\w~]*(yes|no)[^\w~?？]*"
+)
+
+
+def readable_lines(text: str) -> list[str]:
+    """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
+    blanks, and with the Verification line in one piece."""
+    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
+    text = without_thinking(text).lower()
+    # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
+    if not any(HEADING.match(line) for line in text.split("\n")):
+        text = BOLD_HEADING.sub("# ", text)
+    lines = [" ".join(line.split()) for line in EMPHASIS.sub("", text).split("\n")]
+    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
 
 
 def parse_verification(text: str, num_steps: int) -> Verification:
     """Read the step verdicts and the final verdict of a verification; num_steps is the solution's number of steps.
 
     `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and none for any
-    other; `verdict` is None unless there is exactly one Verification line. One field may be None without the other.
-    Thinking, up to the last `</think>`, is not read. Linear in len(text).
+    other; a verification that stops at the first error has none, by design. `verdict` is None unless there is exactly
+    one Verification line. One field may be None without the other. Thinking is not read. Linear in len(text).
+
+    The sentences are those of FORM, with any emphasis and blanks. "(Yes / No)?", "Final Verification:", `\\boxed{No}`,
+    and a Yes or No on the next line are read, too. Other wording is not: a verdict is never a guess.
     """
-    # 1. Only what follows the thinking counts. If that was cut off, there is nothing but drafts.
-    if stopped_while_thinking(text):
-        return Verification(None, None)
-    lines = without_thinking(text).split("\n")
-
-    # 2. Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
-    heading = HEADING
-    if not any(HEADING.match(line) for line in lines):
-        heading = BOLD_HEADING
-
-    # 3. Line by line: a heading opens the section of its step, and with it the analysis; the step's verdict, alone on
-    #    a line, closes the analysis.
+    # A heading opens the section of its step, and with it the analysis; the step's verdict closes the analysis.
     step = None  # whose section it is
     in_analysis = False
     step_verdicts: list[tuple[int, bool]] = []  # (number of the step, its verdict)
     verdicts: list[bool] = []
+    lines = readable_lines(text)
     for number, line in enumerate(lines, 1):
         is_last = number == len(lines)
-        if match := heading.match(line):
+        if match := HEADING.match(line):
             step = int(match.group(1))
+            if match.group(2):
+                step = 0  # no step has this number, so a verdict here leaves all steps unparsed
             in_analysis = True
         elif match := STEP_VERDICT.fullmatch(line):
             if step is not None:  # before the first heading, a verdict belongs to no step
-                step_verdicts.append((step, match.group(1).lower() == "correct"))
+                step_verdicts.append((step, match.group(1) == "correct"))
                 in_analysis = False
         elif (match := VERDICT.fullmatch(line)) and (is_last or not in_analysis):
             # Inside an analysis it would be a quotation; but the last line counts even if its section has no verdict.
-            verdicts.append(match.group(1).lower() == "yes")
+            verdicts.append(match.group(1) == "yes")
     return exactly_once(step_verdicts, verdicts, num_steps)
 
 
@@ -169,23 +183,16 @@ def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], nu
 
 
 def without_thinking(text: str) -> str:
-    """What follows the last `</think>`; the whole text if there is none."""
-    return text.rpartition("</think>")[2].strip()
+    """What follows the last thought: the whole text if there is none, nothing if the last one was cut off. Every parser
+    reads a judgement through this, because a thought is full of drafts.
 
-
-def stopped_while_thinking(text: str) -> bool:
-    """Did the text end, at the length limit, in a thought that was never closed?"""
-    return "<think>" in text and "</think>" not in text
-
-
-def decode_judgement(engine: Engine, prompt: list[int], ids: list[int]) -> str:
-    """The text that a judge wrote, from its token ids, with the `<think>` that may stand in its prompt."""
-    text = engine.text(ids)
-    # Some chat templates end with an opening <think>. Without it, a thought that is cut off would pass for a judgement.
-    end_of_prompt = engine.tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it
-    if end_of_prompt.rstrip().endswith("<think>"):
-        text = "<think>" + text
-    return text
+    The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
+    judgement that is lost does less harm than a draft that votes.
+    """
+    after_thought = text.rpartition("</think>")[2]
+    if "<think>" in after_thought:
+        return ""
+    return after_thought.strip()
 
 
 # --------------------------------------------------------------------------- verification: two examples, for the prompt
@@ -241,7 +248,7 @@ class Label:
 
     step_labels: list[bool] | None  # None only if nothing voted
     outcome: bool | None
-    text: str | None  # a real verification, unchanged; None if dropped
+    text: str | int | None  # a real verification, unchanged, or its place in the file; None if dropped
     votes: list[list[int]]  # per step: [correct, incorrect]
     dropped: str | None  # None, or the reason
     ties: int = 0  # tied votes among the steps and the outcome
@@ -347,10 +354,10 @@ AGGREGATES = {
 
 def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
     """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
-    InputError for a verification with another number of steps: it was made from another solution."""
+    InputError for one that appears twice, or has another number of steps: it was made from another solution."""
     groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
     num_steps = {s["id"]: len(s["steps"]) for s in solutions}
-    for verification in sorted(verifications, key=lambda v: v["sample"]):
+    for verification in verifications:
         solution_id = verification["solution_id"]
         if solution_id not in groups:
             continue
@@ -359,6 +366,11 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
             mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
             raise InputError(f"{mismatch}; both files must come from the same solutions")
         groups[solution_id].append(verification)
+    for solution_id, group in groups.items():
+        group.sort(key=itemgetter("sample"))
+        for one, next_one in pairwise(group):
+            if one["sample"] == next_one["sample"]:
+                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
     return groups
 
 
@@ -435,40 +447,45 @@ def hash_solution(solution: dict) -> str:
 
 
 def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
-    """The solutions that lack some of their verifications. Raises InputError if one was judged before under its id, but
-    was another solution then."""
-    unverified = []
-    for solution in solutions:
+    """The solutions that lack some of their verifications. A collective. Raises InputError if one was judged before
+    under its id, but was another solution then."""
+    # Without steps there is nothing to judge: no verifications, and the label is no_votes.
+    with_steps = [solution for solution in solutions if solution["steps"]]
+    for solution in with_steps:
         digest = hash_solution(solution)
-        done = 0
         for j in range(num_verifications):
-            verification_id = f"{solution['id']}/{j}"
-            if verification_id in output.done:
-                done += 1
-                earlier = output.done[verification_id]  # what was judged; None where another engine left it out
-                if earlier is not None and earlier != digest:
-                    reason = f"{solution['id']} was another solution when it was judged"
-                    raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
-        # Without steps there is nothing to judge: no verifications, and the label is no_votes.
-        if solution["steps"] and done < num_verifications:
-            unverified.append(solution)
-    return unverified
+            # What was judged; None where another engine left it out, and on the ranks that haven't read the file.
+            judged = output.done.get((solution["id"], j))
+            if judged is not None and judged != digest:
+                reason = f"{solution['id']} was another solution when it was judged"
+                raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
+    keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
+    return [with_steps[i] for i in output.find_missing(keys)]
+
+
+def hash_prompt(args: argparse.Namespace) -> str:
+    """A fingerprint of the prompt apart from the solution: verifications that were asked for otherwise don't vote
+    together."""
+    solution = {"problem": "problem", "steps": ["step"], "answer": "answer"}
+    reference = "reference" if METHODS[args.method].reads_answers else None
+    return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
 def verify_solutions(
     args: argparse.Namespace, engine: Engine, todo: list[dict], references: dict[str, str], output: records.RecordFile
 ) -> None:
     """Sample and write the verifications of these solutions. references: solution id -> reference answer, if used."""
-    # 1. The prompts. One that leaves no space for the output is left out; the solution's label is then no_votes.
-    prompts, judged = [], []
+    # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
+    prompts, judged, limits = [], [], []
     for solution in todo:
         turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
         prompt = engine.encode(turn)
-        if len(prompt) + args.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        limits.append(limit)
+        if limit is not None:
             prompts.append(prompt)
             judged.append(solution)
-    if not prompts and not output.done:
-        raise InputError(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's context")
+    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
     if not prompts:
         return  # everything that fits is already there
 
@@ -482,7 +499,7 @@ def verify_solutions(
         num_samples=args.num_verifications,
         temperature=args.temperature,
         top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=[limit for limit in limits if limit is not None],
         seed=args.seed,
     )
     for i, samples in stream:
@@ -490,13 +507,75 @@ def verify_solutions(
         digest = hash_solution(solution)
         verifications = []
         for j, sample in enumerate(samples):
-            text = decode_judgement(engine, prompts[i], sample.ids)
+            text = engine.text(sample.ids, prompts[i])
             parsed = parse_verification(text, len(solution["steps"]))
             verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
             verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
             verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
             verifications.append(verification)
         output.append(verifications)
+
+
+# --------------------------------------------------------------------------- reading verifications
+
+
+@dataclass(slots=True)
+class StoredVerification:
+    """What is kept in memory of a verification in a file, read like a record: verification["verdict"]. The texts of a
+    million would not fit."""
+
+    solution_id: str
+    sample: int
+    step_verdicts: list[bool] | None
+    verdict: bool | None
+    tokens: int
+    text: int  # its place: the byte at which the record's line begins
+
+    def __getitem__(self, field: str) -> Any:
+        return getattr(self, field)
+
+
+def read_verifications(path: str | Path, solutions: list[dict]) -> list[StoredVerification]:
+    """The verifications of these solutions, without their texts. Another engine's may have only solution_id, sample and
+    text: they are parsed."""
+    num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
+    optional = ("step_verdicts", "verdict", "tokens")
+    shared: dict = {}  # equal ids and lists of verdicts are kept once
+    verifications = []
+    for line in records.scan(path, ["solution_id", "sample", "text"], "python verify.py", optional):
+        solution_id = line.value["solution_id"]
+        if solution_id not in num_steps:
+            continue  # from before a smaller --limit
+        record = complete_verification(line.value, num_steps[solution_id])
+        step_verdicts = record["step_verdicts"]
+        if step_verdicts is not None:
+            step_verdicts = shared.setdefault(tuple(step_verdicts), step_verdicts)
+        stored = StoredVerification(
+            shared.setdefault(solution_id, solution_id),
+            record["sample"],
+            step_verdicts,
+            record["verdict"],
+            shared.setdefault(record["tokens"], record["tokens"]),
+            line.start,
+        )
+        verifications.append(stored)
+    return verifications
+
+
+def chosen_text(label: Label, verifications: BinaryIO) -> str | None:
+    """The text of a label: read from the file of verifications if the label has only its place."""
+    if isinstance(label.text, int):
+        return records.read_at(verifications, label.text)["text"]
+    return label.text
+
+
+def complete_verification(verification: dict, num_steps: int) -> dict:
+    """A verification with all its fields, from one that may have only solution_id, sample and text, as another engine
+    writes it: it is parsed and gets its id; its tokens are unknown and count as 0. What is there stays."""
+    missing = {"id": f"{verification['solution_id']}/{verification['sample']}", "tokens": 0}
+    if "step_verdicts" not in verification or "verdict" not in verification:
+        missing |= asdict(parse_verification(verification["text"], num_steps))
+    return missing | verification
 
 
 # --------------------------------------------------------------------------- critique and merge
@@ -553,19 +632,22 @@ class Reply(NamedTuple):
 
 
 def ask(args: argparse.Namespace, engine: Engine, solutions: list[dict], turns: list[str | None]) -> list[Reply]:
-    """Greedy replies to one user turn per solution. Not asked are turns that are None or leave no space for a reply."""
+    """Greedy replies to one user turn per solution. Not asked are turns that are None or too long for the context."""
     replies = [Reply(None, 0)] * len(turns)
     prompts = {}  # by place in `turns`
+    limits = []
     for i, turn in enumerate(turns):
         if turn is None:
             continue
         prompt = engine.encode(turn)
-        if len(prompt) + args.max_new_tokens <= engine.context:
+        limit = engine.output_limit(prompt, args.max_new_tokens)
+        if limit is not None:
             prompts[i] = prompt
+            limits.append(limit)
     keys = [solutions[i]["id"] for i in prompts]
-    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=args.max_new_tokens)
+    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=limits)
     for i, (sample,) in zip(prompts, groups, strict=True):
-        replies[i] = Reply(decode_judgement(engine, prompts[i], sample.ids), len(sample.ids))
+        replies[i] = Reply(engine.text(sample.ids, prompts[i]), len(sample.ids))
     return replies
 
 
@@ -582,10 +664,10 @@ def critique_and_merge(
         turns = [critique_prompt(solution, text) for solution, text in zip(judged, verifications, strict=True)]
         critiques = ask(args, engine, judged, turns)
 
-        # 2. A merge of each verification with its critique; not with the drafts of one that was cut off while thinking.
+        # 2. A merge of each verification with its critique; none if the critique is nothing but thinking.
         turns = []
         for solution, text, critique in zip(judged, verifications, critiques, strict=True):
-            if critique.text is None or stopped_while_thinking(critique.text):
+            if critique.text is None or not without_thinking(critique.text):
                 turns.append(None)
             else:
                 turns.append(critique_prompt(solution, text, critique.text))
@@ -598,28 +680,44 @@ CRITIQUE_KEY = ("id", "method", "round")  # what names a record of critiques.jso
 
 
 def write_critiques(
-    args: argparse.Namespace, solutions: list[dict], labels: list[Label], engine: Engine | None, device: torch.device
+    args: argparse.Namespace,
+    solutions: list[dict],
+    labels: list[Label],
+    verifications: Path,
+    engine: Engine | None,
+    device: torch.device,
 ) -> None:
     """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, each round
     from the merge of the round before. Each rank does its share. engine: opened if it is None and needed."""
     mine = distributed.my_part(list(zip(solutions, labels, strict=True)))
-    path = Path(args.out) / "critiques.jsonl"
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, CRITIQUE_KEY, remembered_field="merged") as output:
+    my_ids = {solution["id"] for solution, _ in mine}
+    output = records.RecordFile(
+        Path(args.out) / "critiques.jsonl",
+        args,
+        MAY_CHANGE_ON_RESUME,
+        CRITIQUE_KEY,
+        remembered_field="merged",
+        other_fields=("critique", "merged"),
+        is_mine=lambda record: record["id"] in my_ids,
+    )
+    with output, open(verifications, "rb") as texts_file:
         for number in range(1, args.critique_rounds + 1):
             # 1. The texts of this round. A dropped label has none; a merge that does not parse ends the rounds.
             todo, texts = [], []
             for solution, label in mine:
-                text = label.text
+                chosen = label
                 if number > 1:
                     merged = output.done.get((solution["id"], args.method, number - 1))
-                    text = merged_label(label, merged, len(solution["steps"])).text
-                if text is not None and (solution["id"], args.method, number) not in output.done:
+                    chosen = merged_label(label, merged, len(solution["steps"]))
+                if chosen.text is not None and (solution["id"], args.method, number) not in output.done:
                     todo.append(solution)
-                    texts.append(text)
+                    texts.append(chosen_text(chosen, texts_file))
             if not todo:
                 continue
 
             # 2. Two calls for each.
+            prompts = records.hash_text(CRITIQUE_PROMPT + MERGE_PROMPT)
+            output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
             if engine is None:
                 engine = open_engine(args.model, device, args.slots)
             stream = critique_and_merge(args, engine, todo, texts)
@@ -634,17 +732,19 @@ def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[L
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
         return labels, 0  # all were dropped before
-    found = records.read(path, [*CRITIQUE_KEY, "merged", "tokens"], unique=CRITIQUE_KEY)
-    by_key = {(record["id"], record["method"], record["round"]): record for record in found}
+    merges = {}  # (solution id, round) -> (the merge, the tokens of both calls)
+    for line in records.scan(path, [*CRITIQUE_KEY, "merged", "tokens"]):
+        record = line.value
+        if record["method"] == args.method:
+            merges[record["id"], record["round"]] = (record["merged"], record["tokens"])
     merged_labels = []
     tokens = 0
     for solution, label in zip(solutions, labels, strict=True):
         last_merge = None
         for number in range(1, args.critique_rounds + 1):
-            record = by_key.get((solution["id"], args.method, number))
-            if record is not None:
-                last_merge = record["merged"]
-                tokens += record["tokens"]
+            if (solution["id"], number) in merges:
+                last_merge, of_round = merges[solution["id"], number]
+                tokens += of_round
         merged_labels.append(merged_label(label, last_merge, len(solution["steps"])))
     return merged_labels, tokens
 
@@ -664,13 +764,23 @@ def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
     return references
 
 
-def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> None:
-    """Write labels_<method>.jsonl: what was judged, by which method, and the label."""
-    lines = []
-    for solution, label in zip(solutions, labels, strict=True):
-        judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
-        lines.append(judged | {"method": args.method} | asdict(label))
-    records.write_records(Path(args.out) / f"labels_{args.method}.jsonl", lines, args)
+def labels_path(args: argparse.Namespace) -> Path:
+    """The file of labels."""
+    return Path(args.out) / f"labels_{args.method}.jsonl"
+
+
+def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label], verifications: Path) -> None:
+    """Write labels_<method>.jsonl: what was judged, by which method, and the label, whose text the file of
+    verifications has."""
+
+    def lines(texts_file: BinaryIO) -> Iterator[dict]:
+        for solution, label in zip(solutions, labels, strict=True):
+            judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
+            label = replace(label, text=chosen_text(label, texts_file))
+            yield judged | {"method": args.method} | asdict(label)
+
+    with open(verifications, "rb") as texts_file:
+        records.write_records(labels_path(args), lines(texts_file), args)
 
 
 def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
@@ -691,31 +801,30 @@ def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises InputError for values that do not go together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.new_parser(__doc__)
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
     group.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
     group.add_argument("--out", help="directory for verifications, critiques, labels and report")
     group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
-    group.add_argument("--limit", type=int, help="use only the first N solutions")
+    group.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
     group = parser.add_argument_group("labels")
     group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--critique_rounds", type=int, default=1, help="of critique and merge")
+    group.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_verifications", type=int, default=16, help="N, verifications per solution")
-    group.add_argument("--temperature", type=float, default=0.8)
-    group.add_argument("--top_p", type=float, default=0.95)
-    group.add_argument("--max_new_tokens", type=int, default=8192, help="per verification, thinking included")
+    group.add_argument("--num_verifications", type=COUNT, default=16, help="N, verifications per solution")
+    group.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    group.add_argument("--top_p", type=TOP_P, default=0.95)
+    group.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
     group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--slots", type=int, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    group.add_argument("--seed", type=SEED, default=0)
+    group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     if METHODS[args.method].reads_answers and args.answers is None:
         raise InputError(f"--method {args.method} needs --answers")
     if args.answers is not None and not METHODS[args.method].reads_answers:
         raise InputError("--answers is used with --method reference_guided only")
-    records.check_numbers(args, "num_verifications", "critique_rounds", "max_new_tokens", "limit", "slots")
     return args
 
 
@@ -726,7 +835,11 @@ def main() -> None:
     started = time.time()
 
     # 1. Read the solutions, and reference answers for the one method that may see them.
-    solutions = records.read(args.solutions, ["id", "problem", "steps", "answer"], "python generate.py")[: args.limit]
+    records.check_output(args.out, args)
+    records.check_output(labels_path(args), args)
+    records.check_output(Path(args.out) / "report.json", args, signature=b'{\n  "method"')
+    fields = ["id", "problem", "steps", "answer"]
+    solutions = records.read(args.solutions, fields, "python generate.py", only=True)[: args.limit]
     references = {}
     if method.reads_answers:
         references = read_references(args.answers, solutions)
@@ -737,33 +850,38 @@ def main() -> None:
     if method.reads_answers:
         path = Path(args.out) / "verifications_reference.jsonl"
     engine = None
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, remembered_field="solution_sha256") as output:
+    key = ("solution_id", "sample")
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
         todo = find_unverified(solutions, args.num_verifications, output)
         if todo:
+            model = records.hash_model(find_model(args.model))
+            output.check_made_with(model_sha256=model, prompt_sha256=hash_prompt(args))
             engine = open_engine(args.model, device, args.slots)
             verify_solutions(args, engine, todo, references, output)
     speed = {}
     if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
-        sampled = engine.sampler.tokens * distributed.world_size()
-        speed["tokens_per_second"] = sampled / (time.time() - started)
+        sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
+        seconds = distributed.max_over_ranks(time.time() - started)
+        speed["tokens_per_second"] = distributed.per_second(sampled, seconds)
 
     # 3. Turn the verifications into labels. Rank 0 does so; the others stay for critiques, to sample their share.
     if distributed.rank() != 0 and not method.needs_critique:
         return
-    fields = ["id", "solution_id", "sample", "text", "step_verdicts", "verdict", "tokens"]
-    ids = {solution["id"] for solution in solutions}  # the file may have others, from before a smaller --limit
-    verifications = [v for v in records.read(path, fields) if v["solution_id"] in ids]
-    labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
+    verifications, labels = [], []
+    if distributed.rank() == 0:
+        verifications = read_verifications(path, solutions)
+        labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
     critique_tokens = 0
     if method.needs_critique:
-        write_critiques(args, solutions, labels, engine, device)
+        labels = distributed.broadcast(labels)
+        write_critiques(args, solutions, labels, path, engine, device)
     if distributed.rank() != 0:
         return
     if method.needs_critique:
         labels, critique_tokens = merge_labels(args, solutions, labels)
 
     # 4. Write the labels, and what they cost.
-    write_labels(args, solutions, labels)
+    write_labels(args, solutions, labels, path)
     report = {"method": args.method, **describe_labels(labels, verifications), "critique_tokens": critique_tokens}
     report |= {**speed, "seconds": round(time.time() - started, 1)}
     records.write_json(Path(args.out) / "report.json", report)

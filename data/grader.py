@@ -1,8 +1,29 @@
-"""Grading answers: math-verify in a process that may die, and what is settled before it is asked.
+r"""Grading answers: what is settled here, and math-verify in a process that may die for the rest.
+
+An answer passes three stations:
+
+    1. `normalise`  one typesetting for each thing, by the table `STEPS`           60°  ->  60^\circ
+    2. `compare`    equal strings, integers, choices, moduli and bases, exactly    2516_8  is not  2516_{10}
+    3. the worker   fractions exactly, and what is left by math-verify, as precise
+                    as the smallest number needs                                   (x+1)^2  is  x^2+2x+1
 
 Run as a program, this file is the worker: it reads questions, a JSON list (prediction, reference, seconds) per line,
 and answers each with true, false or null. It imports nothing but the standard library and math-verify, so that a worker
 starts fast wherever it is needed.
+
+Decisions, where a grader could also decide otherwise:
+
+- A unit is dropped, not converted: 5 g, 5 kg, 5 km/h and 5 dollars are all 5, because most references have no unit.
+- A modulus, a base or a percent sign that only one side has is dropped too; if both have one, they must agree.
+- A capital letter is another symbol than its small one (R and r), but words are compared in any case, and a choice is
+  correct in any case: (b) for (B). A word is what stands in \text, any run of four letters, and "Tom", yes, no.
+  e is Euler's number; E is accepted for it where it is the whole answer; i and \pi are constants, I and \Pi are not.
+- 3 1/2 is 3.5; 2*pi, exp(3) and \sqrt(5) are read as they are meant; \langle 1,2\rangle is (1,2); 5=x is x=5.
+- A decimal number equals the number that it rounds if six significant digits agree: 0.333333 is 1/3, 0.333 is not.
+
+Out of reach without computer algebra of our own: identities that math-verify's simplification misses, the branches of
+roots and logarithms of quotients (taken as for positive numbers), converting units, one congruence under two moduli,
+degrees against radians outside a function, and plain text whose words math-verify takes for a number's unit.
 """
 
 import json
@@ -13,10 +34,198 @@ import resource
 import signal
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Callable
+from contextlib import suppress
+from fractions import Fraction
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import IO, NamedTuple
 
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)e([+-]?[0-9]{1,3})(?!\w)", re.IGNORECASE)  # 4.5e33
+# --------------------------------------------------------------------------- one typesetting for each thing
+
+LONGEST_ANSWER = 400  # characters; what is longer is a text, as are four words with a number, and formulas among words
+TEXT = re.compile(r"\\boxed|\n|\$.*\$|(?=.*\d)(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[^\\{}]*?){4}")
+
+SYMBOLS = {
+    "−": "-", "–": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "±": r"\pm ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∞": r"\infty ", "°": r"^\circ ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "′": "'",
+    "’": "'", "…": r"\ldots ", "€": "", "£": "", "¥": "", "₹": "", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
+    "δ": r"\delta ", "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "θ": r"\theta ", "κ": r"\kappa ",
+    "λ": r"\lambda ", "μ": r"\mu ", "ν": r"\nu ", "ξ": r"\xi ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ",
+    "τ": r"\tau ", "φ": r"\phi ", "ϕ": r"\phi ", "χ": r"\chi ", "ψ": r"\psi ", "ω": r"\omega ", "Γ": r"\Gamma ",
+    "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ω": r"\Omega ",
+}  # fmt: skip
+SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
+SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉ₐₙₓ]+")
+VULGAR_FRACTIONS = re.compile("[¼½¾⅐-⅞]")  # one character each
+ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+RADICANDS = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[^\W\d_]))")
+
+
+def from_unicode(text: str) -> str:
+    r"""LaTeX for what is pasted as Unicode: 60° and x² become 60^\circ and x^{2}, １２ becomes 12, ½ and √10 become
+    \frac{1}{2} and \sqrt{10}; characters without a width go."""
+    if text.isascii():
+        return text
+    text = SUPERSCRIPTS.sub(lambda run: "^{" + unicodedata.normalize("NFKC", run[0]) + "}", text)
+    text = SUBSCRIPTS.sub(lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}", text)
+    text = VULGAR_FRACTIONS.sub(write_fraction, text)
+    text = RADICANDS.sub(lambda root: ROOTS[root[1]] + "{" + (root[2] or root[3] or root[4] or "") + "}", text)
+    text = "".join(SYMBOLS.get(character, character) for character in text)
+    text = "".join(SYMBOLS.get(character, character) for character in unicodedata.normalize("NFKC", text))
+    return "".join(character for character in text if unicodedata.category(character) != "Cf")
+
+
+def write_fraction(character: re.Match) -> str:
+    r"""½ -> \frac{1}{2}: NFKC alone would make 31⁄2 of 3½."""
+    above, _, below = unicodedata.normalize("NFKC", character[0]).partition("⁄")
+    return f"\\frac{{{above}}}{{{below}}}"
+
+
+MARK = re.compile(r"\\(?:(?:textcolor|colorbox|color)\s*\{[^{}]*\}|underline|underbar|emph|math(?:bf|it)|text(?:bf|it)"
+    r"|boldsymbol|bm|fbox)\s*(?=\{)|\\color\s*\{[^{}]*\}")  # fmt: skip
+
+
+def remove_marks(text: str) -> str:
+    r"""Colour, underlining, bold and the like change no value: \textcolor{red}{5} -> 5, \underline{x} -> x."""
+    while mark := MARK.search(text):
+        before, behind = text[: mark.start()], text[mark.end() :]
+        end = end_of_braces(behind)
+        text = before + behind[1 : end - 1] + behind[end:] if end else before + behind
+    return text
+
+
+def end_of_braces(text: str) -> int:
+    """The index behind the } that closes the { at the beginning; 0 if there is none."""
+    depth = 0
+    for index, brace in enumerate(text):
+        depth += (brace == "{") - (brace == "}")
+        if depth == 0:
+            return index + 1 if index else 0
+    return 0
+
+
+def from_box(answer: str) -> str:
+    r"""The content of the only \boxed{…}; several are left to math-verify."""
+    behind = answer.partition("\\boxed")[2]
+    end = end_of_braces(behind)
+    if end == 0 or "\\boxed" in behind:
+        return answer
+    return behind[1 : end - 1].strip()
+
+
+def write_repeating(decimal: re.Match) -> str:
+    r"""A repeating decimal as its fraction: 0.1\overline{6} = (16 - 1) / 90.
+
+    With a digits before the bar and b under it, 10^(a+b) x - 10^a x is an integer: the fraction's numerator.
+    """
+    whole, before = decimal["whole"], decimal["before"]
+    repeated = re.sub(r"\D", "", decimal["repeated"])
+    numerator = int(whole + before + repeated) - int("0" + whole + before)
+    denominator = 10 ** len(before) * (10 ** len(repeated) - 1)
+    return f"\\frac{{{numerator}}}{{{denominator}}}"
+
+
+def write_radians(call: re.Match) -> str:
+    r"""math-verify ignores degrees, so in a function's argument they become radians: \sin 30^\circ ->
+    \sin \frac{30\pi}{180}."""
+    return re.sub(r"([\d.]+|[a-zA-Z])\s*\^\s*\{?\s*\\circ\s*\}?", r"\\frac{\1\\pi}{180}", call[0])
+
+
+WORD = re.compile(
+    r"\\text\s*\{(?P<inside>[^{}]*)\}"
+    r"|\\(?:begin|end|operatorname|math[a-z]+)\s*\*?\{[^{}]*\}|\\[A-Za-z]+"  # commands are no words
+    r"|(?<![A-Za-z])(?P<plain>(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[Nn]o|[Yy]es)(?![A-Za-z])(?: (?!and\b|or\b)[A-Za-z]{2,})*)"
+)
+
+
+def write_word(word: re.Match) -> str:
+    r"""east -> \text{east}, which is one symbol, where a bare east is the product of its letters."""
+    inside = word["inside"]
+    if inside is not None:
+        if not re.search("[A-Za-z]", inside):
+            return inside  # \text{5}
+        if re.search("[A-Za-z]{2}", inside):  # the symbol \text{R} is not \text{r}
+            inside = inside.lower()
+        return "\\text{" + inside + "}"
+    if word["plain"]:
+        return "\\text{" + word["plain"].lower() + "}"
+    return word[0]
+
+
+NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
+THIN = r"(?:\\[,;:!]|\{,\}|,\\!)"  # what is typeset between thousands
+END = r"(?![a-zA-Z])"  # of a command
+DIGITS = r"(?P<whole>\d{0,40})\.(?P<before>\d{0,40})"  # of a repeating decimal, before those that are repeated
+FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\})\s*)?"
+DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
+# A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
+STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"(?<!\\)\\ |~", " "),
+    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}(?: ?\.(?!\d))?", ""),
+    (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
+    (r"\\[dtc]frac", r"\\frac"),
+    # numbers
+    (rf"(?<![\d.])\d{{1,3}}(?:(?:{THIN} ?| )\d{{3}})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 1 000
+    (r"(?<=\.)\d{3}(?:\\,\d{1,3})+", lambda number: re.sub(r"\D", "", number[0])),  # 3.141\,592
+    (DIGITS + r"(?P<repeated>\\dot ?\{?\d\}?\d{0,40}\\dot ?\{?\d\}?)", write_repeating),  # 0.\dot{1}4285\dot{7}
+    (DIGITS + r"\\(?:overline|bar|dot) ?(?P<repeated>\d|\{\d{1,40}\})", write_repeating),  # 0.1\overline{6}
+    (DIGITS + r"\((?P<repeated>\d{1,40})\)(?! ?[\w(^])", write_repeating),  # 0.1(6)
+    (r"(?<![\d.^_/{])(\d+) (\d+)/(\d+)(?!\d)", r"(\1+\\frac{\2}{\3})"),  # 3 1/2
+    (r" ?\*\* ?", "^"),
+    (r"\^ ?([-+] ?(?:\d+(?:\.\d+)?|[a-zA-Z]))", r"^{\1}"),  # 10^-2
+    (r" ?(?:\\text ?\{ ?)?(?<![a-zA-Z])(?:percent(?:age)?|pct)(?![a-zA-Z])(?: ?\})?|(?<!\\)%", r"\\%"),
+    # names and brackets
+    (r"(?<![\\a-zA-Z])(?<!name\{)(?<!rm\{)(?<!text\{)(pi|sqrt|exp|ln|log|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),  # 2*pi
+    (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),
+    (rf"\\langle{END}", "("),
+    (rf"\\rangle{END}", ")"),
+    (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),
+    (rf"{FUNCTION}(?:\([^()]*\)|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:{NUMBER}|[a-zA-Z]){DEGREES})", write_radians),
+    # relations, moduli and bases
+    (r"(?<=[\d)])!=", "! ="),  # 5!=120
+    (rf"\\(?:neq|not ?=){END}|(?<= )!=", r"\\ne "),
+    (rf"\\(?:leq|leqslant){END}|<=", r"\\le "),
+    (rf"\\(?:geq|geqslant){END}|>=", r"\\ge "),
+    (rf"\\lt{END}", "<"),
+    (rf"\\gt{END}", ">"),
+    (rf"\\equiv{END}", "="),
+    (rf"^ ?(?:=|\\approx{END})", ""),  # = 5
+    (rf"^(-?{NUMBER}|-?\\frac\{{\d+\}}\{{\d+\}}) ?= ?([a-zA-Z])$", r"\2=\1"),  # 5=x
+    (r"\\text ?\{ ?(\(? ?mod(?:ulo)?(?![a-z])[^{}]*)\}", r"\1"),
+    (r" ?(\()? ?(?:\\(?:operatorname|mathrm) ?\{ ?mod ?\}|\\[pb]?mod|(?<![a-zA-Z])mod(?:ulo)?)(?![a-zA-Z])"
+        r"(?: |\\,)*(?:\{([^{}]*)\}|([\w^*+-]+)) ?(?(1)\))", r" \\pmod{\2\3}"),
+    (r"(?<=[\dA-Z)])(?: |\\,)*(?:\\text ?\{ ?(?:in )?base ?\}|(?:in )?base) ?(\d+|[a-z]+)$", r"_{\1}"),  # 2516 base 8
+    # words
+    (rf"^(-?{NUMBER}) ?(?:km|cm|mi|miles|m|ft|feet) ?/ ?(?:hour|hr|h|second|sec|s|min)(?:\^\{{?2\}}?)?$", r"\1"),
+    (WORD.pattern, write_word),
+]  # fmt: skip
+COMPILED_STEPS = [(re.compile(pattern), replacement) for pattern, replacement in STEPS]
+
+
+def is_text(answer: str) -> bool:
+    """Is an answer only mentioned in it? Its numbers and formulas are then math-verify's to find."""
+    return len(answer) > LONGEST_ANSWER or TEXT.search(answer) is not None
+
+
+def normalise(answer: str) -> str:
+    """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence. A text
+    stays as it is, but for its box."""
+    answer = re.sub(r"[^\S\n]+", " ", answer.strip())  # math-verify takes seconds for a long run of blanks
+    answer = re.sub(r"^(\*\*|__|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
+    if is_text(answer):
+        return answer
+    answer = remove_marks(from_unicode(answer))
+    for pattern, replacement in COMPILED_STEPS:
+        answer = pattern.sub(replacement, answer)
+    return re.sub(r"(?<![.,;])[.,;]$", "", answer.strip()).strip()
+
 
 # --------------------------------------------------------------------------- the asking side
 
@@ -25,59 +234,168 @@ WORKER = Path(__file__).resolve()
 # they end with this process, whose end closes their stdin.
 _idle: list[subprocess.Popen] = []
 
+# Second readings, tried only where the answers differ as written: 2e-1 may also be about Euler's number, and many
+# references leave a percent sign out.
+READINGS = [
+    (re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)e([+-]?\d{1,3})(?!\w)", re.IGNORECASE), r"\1 \\times 10^{\2}"),  # 4.5e33
+    (re.compile(r" ?\\%"), ""),
+]
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+CHOICE = re.compile(r"(?:\\text ?\{ ?)?(\(?)([A-Ea-e])\)? ?\}?")
+LEADING_SIGN = re.compile(r" ?(?:<|>|\\[nlg]e(?![a-zA-Z]))")
+MODULUS = re.compile(r" ?\\pmod\{([^{}]*)\}")
+BASED = re.compile(  # 2516_8, (2516)_{\text{eight}}; A1_{16}, but not the entry A_{12} of a matrix
+    r"(?<![\w}])\(?(\d[0-9A-Fa-f.]*|[A-F][0-9A-F]*(?=\)? ?_ ?\{ ?16))\)? ?_ ?"
+    r"(?:\{ ?(?:\\text ?\{)? ?(?:base )?(\w+) ?\}? ?\}|(\d+))"
+)
+DATE = re.compile("(?<![a-z])(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*")
+BASES = {
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+    "eleven": "11", "twelve": "12", "sixteen": "16",
+}  # fmt: skip
+
 
 def equal(prediction: str, reference: str, timeout: float) -> bool | None:
     """Is the prediction mathematically equal to the reference? None if unknown: out of time or memory, or crashed.
 
-    An empty prediction is False. timeout: seconds of CPU time for a comparison; there is a second one if the prediction
-    has numbers like 4.5e33. Raises ChildProcessError if the worker can't run.
+    An empty prediction is False. timeout: seconds of CPU time for a comparison; a number like 4.5e33 and a percent sign
+    have a second reading each, with a comparison of its own. Raises ChildProcessError if the worker can't run.
     """
-    prediction = clean(prediction)
-    reference = clean(reference)
-    verdict = compare(prediction, reference, timeout)
-    # As written first, because 2e-1 may also be about Euler's number.
-    decimal = E_NOTATION.sub(r"\1 \\times 10^{\2}", prediction)
-    if verdict or decimal == prediction:
-        return verdict
-    return compare(clean(decimal), reference, timeout)
-
-
-def clean(text: str) -> str:
-    """Remove surrounding white space and the full stop of a sentence."""
-    return text.strip().removesuffix(".")
+    pair = (normalise(prediction), normalise(reference))
+    pairs = [pair]
+    for pattern, replacement in READINGS:
+        other = (pattern.sub(replacement, pair[0]), pattern.sub(replacement, pair[1]))
+        if other != pair:
+            pairs.append(other)
+    verdicts = []
+    for one, other in pairs:
+        verdict = compare(one, other, timeout)
+        if verdict:
+            return True
+        verdicts.append(verdict)
+    return None if None in verdicts else False
 
 
 def compare(prediction: str, reference: str, timeout: float) -> bool | None:
-    """Compare two cleaned answers; equal strings and integers need no worker."""
+    """Compare two normalised answers. What math-verify would drop or confuse is settled before it is asked."""
+    # 1. What is equal as it stands, and integers.
     if not prediction:
         return False
-    if prediction == reference:
+    if compact(prediction) == compact(reference):
         return True
     if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):
         return int(prediction) == int(reference)
+    # 2. Choices, and marks of a number that must agree.
+    if is_text(prediction) or is_text(reference):
+        return ask(prediction, reference, timeout)
+    verdict = compare_choices(prediction, reference)
+    if verdict is None:
+        verdict = contradict(prediction, reference)
+    if verdict is not None:
+        return verdict
+
+    # 3. Write out what math-verify would drop, and drop what only one answer has.
+    prediction, reference = drop_moduli(prediction, reference)
+    question = [add_left_side(prediction, reference), add_left_side(reference, prediction)]
+    prediction, reference = [BASED.sub(lambda numeral: numeral[1].lower(), answer) for answer in question]
     return ask(prediction, reference, timeout)
 
 
+def compact(answer: str) -> str:
+    r"""Without \text and without blanks, but for those between digits: \text{october } 30 -> october30."""
+    answer = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", answer)
+    return re.sub(r"(?<!\d) | (?!\d)", "", answer)
+
+
+def compare_choices(prediction: str, reference: str) -> bool | None:
+    """True if both are the same choice (A) to (E), in any case if one is in parentheses or the reference is a capital;
+    else None."""
+    given, right = CHOICE.fullmatch(prediction), CHOICE.fullmatch(reference)
+    if not given or not right or given[2].upper() != right[2].upper():
+        return None
+    if given[1] or right[1] or right[2].isupper():
+        return True
+    return None
+
+
+def contradict(prediction: str, reference: str) -> bool | None:
+    r"""False if both have moduli, or numerals like 2516_8, or dates, and these differ; else None."""
+    moduli = [sorted(MODULUS.findall(answer)) for answer in (prediction, reference)]
+    numerals = [sorted(map(read_numeral, BASED.finditer(answer))) for answer in (prediction, reference)]
+    days = [sorted(DATE.findall(answer)) for answer in (prediction, reference)]  # 30 October: not a unit
+    for one, other in (moduli, numerals, days):
+        if one and other and one != other:
+            return False
+    return None
+
+
+def read_numeral(numeral: re.Match) -> tuple[str, str]:
+    """(digits, base): ("2516", "8"), also for 2516 in base eight."""
+    base = numeral[2] or numeral[3]
+    return numeral[1].lower().lstrip("0"), BASES.get(base, base)
+
+
+def drop_moduli(prediction: str, reference: str) -> tuple[str, str]:
+    r"""Residues in place of congruences, between 0 and the modulus: x = 8 \pmod{5} -> x = 3."""
+    moduli = MODULUS.findall(prediction) or MODULUS.findall(reference)
+    if not moduli:
+        return prediction, reference
+    answers = [MODULUS.sub("", answer) for answer in (prediction, reference)]
+    if len(moduli) == 1 and re.fullmatch(r"0*[1-9]\d{0,17}", moduli[0]):
+        answers = [reduce_residues(answer, int(moduli[0])) for answer in answers]
+    return answers[0], answers[1]
+
+
+def reduce_residues(answer: str, modulus: int) -> str:
+    """x = 8, 11 -> x = 1, 3 for modulus 5; anything but integers stays as it is."""
+    left, sign, right = answer.rpartition("=")
+    residues = re.split(r"\\text\{ ?(?:or|and) ?\}|,|\bor\b|\band\b", right)
+    if not all(re.fullmatch(r" *-?\d{1,18} *", residue) for residue in residues):
+        return answer
+    reduced = sorted({int(residue) % modulus for residue in residues})
+    return left + sign + ", ".join(map(str, reduced))
+
+
+def add_left_side(answer: str, other: str) -> str:
+    """> 5 -> x > 5, with the left side of the other answer if it has one; math-verify would read 5."""
+    if not LEADING_SIGN.match(answer):
+        return answer
+    left = re.match(r"([^<>=\\]+?) ?(?:<|>|\\[nlg]e(?![a-zA-Z]))", other)
+    return (left[1] if left else "x") + answer
+
+
 def ask(prediction: str, reference: str, timeout: float) -> bool | None:
-    """The verdict of an idle worker, or of a new one if all are busy."""
+    """The verdict of an idle worker, or of a new one if all are busy. A worker that was killed from outside is replaced;
+    if that happens twice, the question may be why (the system ran out of memory), and the verdict is unknown."""
+    question = json.dumps([prediction, reference, timeout])
     try:
         worker = _idle.pop()  # atomic: threads that ask at the same time get different workers
     except IndexError:
         worker = start_worker()
-    try:
-        print(json.dumps([prediction, reference, timeout]), file=worker.stdin, flush=True)
-        verdict = json.loads(worker.stdout.readline())
-    except (BrokenPipeError, json.JSONDecodeError):
-        status = worker.wait()
-        raise ChildProcessError(f"the grading worker ended with status {status}; is math-verify installed?") from None
-    _idle.append(worker)
-    return verdict
+    for is_last in (False, True):
+        try:
+            print(question, file=worker.stdin, flush=True)
+            verdict = json.loads(worker.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            status = worker.wait()
+            if status >= 0:
+                advice = "is math-verify installed?"
+                raise ChildProcessError(f"the grading worker ended with status {status}; {advice}") from None
+            if not is_last:
+                worker = start_worker()
+        else:
+            _idle.append(worker)
+            return verdict
+    return None
 
 
 def start_worker() -> subprocess.Popen:
-    """Start this file as a program, in the root directory, so that it can't import the user's files by mistake."""
+    """Start this file as a program that finds the same libraries but nothing of the user's: isolated (-I), in the root
+    directory, with this process's search path behind the standard library, less the current directory and this one."""
+    ours = {Path.cwd(), WORKER.parent, WORKER.parents[1]}
+    libraries = [place for place in sys.path if place and Path(place).resolve() not in ours]
     return subprocess.Popen(
-        [sys.executable, WORKER],
+        [sys.executable, "-I", WORKER, *libraries],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -94,22 +412,65 @@ def start_worker() -> subprocess.Popen:
 # not an import. The alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts.
 # math-verify's own time limits are off, because they return False rather than "unknown".
 
+EXACT_NUMBER = re.compile(
+    r"(-?) ?(?:\\frac ?(?:\{(-?\d{1,400})\} ?\{(\d{1,400})\}|(\d)(\d))|(\d{0,400}(?:\.\d{0,400})?)(?: ?/ ?(\d{1,400}))?)"
+    r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))?"
+)
+ROUNDING = Fraction(1, 10**5)  # relative; numbers that differ by more do not round each other
+DECIMAL_PLACES = 6  # to which decimals are compared; for numbers below 0.1, significant digits
+EXACT_PLACES = 15  # likewise, for numbers that are not decimals
+
 
 def judge(prediction: str, reference: str) -> bool | None:
-    """Is the prediction equal to the reference, as math-verify reads them? None if the comparison fails."""
-    from math_verify import parse, verify  # only the worker has it
+    """Is the prediction equal to the reference? Numbers are compared as fractions, and anything else as math-verify
+    reads it. None if memory or stack ran out.
 
+    Any other exception from a comparison means that the two can't be compared, such as a number and the 1/0 that 2:00
+    is read as. So they are not equal.
+    """
+    from math_verify import parse  # only the worker has it
+
+    same_number = compare_numbers(prediction, reference)
+    if same_number is not None:
+        return same_number
     predicted = parse(boxed(prediction), parsing_timeout=None)  # all readings of the string
     expected = parse(boxed(reference), parsing_timeout=None)
-    failed = False
-    for gold in expected:
-        for answer in predicted:
-            try:
-                if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except Exception:
-                failed = True
-    return None if failed else False
+    exhausted = False
+    for gold, answer in product(expected, predicted):
+        try:
+            if same_value(gold, answer):
+                return True
+        except (MemoryError, RecursionError):
+            exhausted = True
+        except Exception:
+            continue
+    return None if exhausted else False
+
+
+def compare_numbers(prediction: str, reference: str) -> bool | None:
+    """Compare two plain numbers as fractions. None if one is something else, or a decimal that may round the other."""
+    one, other = read_number(prediction), read_number(reference)
+    if one is None or other is None:
+        return None
+    if one == other:
+        return True
+    if "." in prediction + reference and abs(one - other) <= ROUNDING * max(abs(one), abs(other)):
+        return None
+    return False
+
+
+def read_number(answer: str) -> Fraction | None:
+    r"""An integer, a decimal, a fraction (a/b, \frac{a}{b}) or one of these times a power of ten; else None."""
+    match = EXACT_NUMBER.fullmatch(answer)
+    if match is None:
+        return None
+    sign, above, below, above_digit, below_digit, number, divisor, exponent, exponent_digit = match.groups()
+    numerator = above or above_digit or number
+    denominator = Fraction(below or below_digit or divisor or 1)
+    if numerator in ("", ".") or denominator == 0:
+        return None
+    value = Fraction(numerator) / denominator * Fraction(10) ** int(exponent or exponent_digit or 0)
+    return -value if sign else value
 
 
 def boxed(text: str) -> str:
@@ -119,37 +480,177 @@ def boxed(text: str) -> str:
     return "\\boxed{" + text + "}"
 
 
+def same_value(gold: object, answer: object) -> bool:
+    """math-verify's verdict on two of its readings (SymPy objects, or strings that it couldn't read), and more."""
+    import math_verify
+    from sympy import Basic, Eq, Ne, Symbol
+
+    if isinstance(gold, Symbol) and isinstance(answer, Symbol):  # math-verify takes T_1 for t_1
+        return gold.name == answer.name
+    if isinstance(gold, Ne) and isinstance(answer, Ne):  # math-verify compares equations, but no inequations
+        gold = Eq(*gold.args, evaluate=False)
+        answer = Eq(*answer.args, evaluate=False)
+    gold, answer = value_of(gold), value_of(answer)
+    if gold is None or answer is None:
+        return False
+    # Its places are behind the decimal point, so all numbers below 10^-15 would be equal.
+    zeros = max(leading_zeros(gold), leading_zeros(answer))
+    places = {"float_rounding": DECIMAL_PLACES + zeros, "numeric_precision": EXACT_PLACES + zeros}
+    if math_verify.verify(gold, answer, **places, timeout_seconds=None, raise_on_error=True):
+        return True
+    if not isinstance(gold, Basic) or not isinstance(answer, Basic):
+        return False
+    split = (split_quotients(gold), split_quotients(answer))
+    if split == (gold, answer):
+        return False
+    return math_verify.verify(*split, **places, timeout_seconds=None, raise_on_error=True)
+
+
+def value_of(reading):
+    """The right side of an equation of numbers, such as 2+3=5, and None if it is false, because math-verify would take
+    7=5 for 5. Anything else is its own value. 22/7 = 3.14 is meant as an approximation, and passes."""
+    from sympy import Eq, Float
+
+    equations = getattr(reading, "_unsorted_args", [reading])  # a = b = c is read as two equations
+    if not all(
+        isinstance(equation, Eq) and equation.lhs.is_number and equation.rhs.is_number for equation in equations
+    ):
+        return reading
+    for equation in equations:
+        left, right = equation.lhs.evalf(), equation.rhs.evalf()
+        tolerance = 1e-2 if equation.has(Float) else 1e-12
+        if abs(left - right) > tolerance * abs(right):
+            return None
+    return equations[-1].rhs
+
+
+def leading_zeros(reading: object) -> int:
+    """Zeros behind the decimal point of the smallest number in it: 18 for 2.88 * 10^-19; 0 for 0.3, 5 and x."""
+    import sympy
+
+    if isinstance(reading, sympy.MatrixBase):
+        reading = sympy.Tuple(*reading.flat())
+    if not isinstance(reading, sympy.Basic):
+        return 0
+    zeros = 0
+    parts = sympy.preorder_traversal(reading)
+    for part in parts:
+        if isinstance(part, sympy.UnevaluatedExpr):  # the 1/100 of a percent sign
+            parts.skip()
+        elif isinstance(part, (sympy.Number, sympy.Pow, sympy.exp)) and part.is_number and not part.is_Integer:
+            size = abs(part.evalf(3))
+            if 0 < size < 0.1:
+                exponent = sympy.floor(sympy.log(size, 10).evalf())  # -19
+                zeros = max(zeros, -int(exponent) - 1)
+    return zeros
+
+
+def split_quotients(reading):
+    r"""\sqrt{a/b} -> \sqrt{a}/\sqrt{b} and \ln(a/b) -> \ln a - \ln b, as for positive a and b; products, too."""
+    from sympy import Mul, Pow, expand_log, expand_power_base, fraction, log
+
+    def can_split(part) -> bool:
+        if isinstance(part, Pow) and not part.exp.is_integer:
+            return isinstance(part.base, (Mul, Pow))
+        return isinstance(part, log) and isinstance(part.args[0], (Mul, Pow))
+
+    def split_root(part):
+        if isinstance(part, log):
+            return part
+        numerator, denominator = fraction(part.base)
+        return Pow(numerator, part.exp) / Pow(denominator, part.exp)
+
+    if not reading.free_symbols or not any(map(can_split, reading.atoms(Pow, log))):
+        return reading
+    split = reading.replace(can_split, split_root)
+    return expand_log(expand_power_base(split, force=True), force=True)
+
+
+def keep_capitals() -> None:
+    """Have math-verify tell R from r. `parse` has no argument for it, so its converter gets another default."""
+    import math_verify.parser as parser
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+
+    config = ConversionConfig(lowercase_symbols=False)
+    parser.latex2sympy = partial(parser.latex2sympy, conversion_config=config)
+
+
 def set_alarms(seconds: float) -> None:
     """Have this process killed after `seconds` of CPU time or four times as many by the clock; 0 cancels both."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
 
 
+class Child(NamedTuple):
+    """A forked process that judges, and the pipes to it."""
+
+    pid: int
+    questions: IO[str]
+    replies: IO[str]
+
+
 def serve() -> None:
-    """Answer the questions on stdin until it is closed. A child does it; when one is killed, the next takes over."""
+    """Answer the questions on stdin until it is closed, each with exactly one line: a reply too many or too few would
+    give all later verdicts to the wrong questions."""
     logging.disable(logging.CRITICAL)
     sys.set_int_max_str_digits(0)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    replies = sys.stdout
-    sys.stdout = sys.stderr  # whatever the library prints is no reply
+    keep_capitals()
     judge(r"\frac{1}{2}", "0.5")  # fills the library's caches, which every child inherits
-    while True:
-        child = os.fork()
-        if child == 0:
-            answer_questions(replies)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if status == 0:  # stdin is closed
-            break
-        print("null", file=replies, flush=True)  # the question that killed the child
+    child = fork_child()
+    for question in iter(sys.stdin.readline, ""):
+        if os.waitpid(child.pid, os.WNOHANG) != (0, 0):  # killed from outside while it waited
+            child = replace_child(child)
+        reply = ask_child(child, question)
+        if reply == "":  # this question killed it
+            os.waitpid(child.pid, 0)
+            child = replace_child(child)
+            reply = "null\n"
+        sys.stdout.write(reply)
+        sys.stdout.flush()
 
 
-def answer_questions(replies) -> None:
+def fork_child() -> Child:
+    """Start a process that answers questions until its pipe is closed, which this process's end does, too."""
+    question_end, questions = os.pipe()
+    replies, reply_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(questions)
+        os.close(replies)
+        os.dup2(2, 1)  # whatever the library prints is no reply
+        with open(question_end) as asked, open(reply_end, "w") as replied:
+            answer_questions(asked, replied)
+        os._exit(0)
+    os.close(question_end)
+    os.close(reply_end)
+    return Child(pid, open(questions, "w"), open(replies))
+
+
+def replace_child(dead: Child) -> Child:
+    """Start another child for one that ended."""
+    dead.replies.close()
+    with suppress(BrokenPipeError):  # a question that it never read
+        dead.questions.close()
+    return fork_child()
+
+
+def ask_child(child: Child, question: str) -> str:
+    """The child's reply; "" if it died."""
+    try:
+        child.questions.write(question)
+        child.questions.flush()
+    except BrokenPipeError:
+        return ""
+    return child.replies.readline()
+
+
+def answer_questions(questions: IO[str], replies: IO[str]) -> None:
     """Judge question after question, each under its alarms."""
-    for line in iter(sys.stdin.readline, ""):
+    for line in iter(questions.readline, ""):
         prediction, reference, timeout = json.loads(line)
         set_alarms(timeout)
         verdict = judge(prediction, reference)
@@ -158,6 +659,5 @@ def answer_questions(replies) -> None:
 
 
 if __name__ == "__main__":
-    # Python looks for modules beside a script first, but what lies beside this one is our code and no library.
-    sys.path = [place for place in sys.path if Path(place) != WORKER.parent]
+    sys.path += sys.argv[1:]  # see start_worker
     serve()

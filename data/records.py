@@ -11,107 +11,343 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
 from kernels import distributed
 from kernels.distributed import InputError
 
-# --------------------------------------------------------------------------- records
+# --------------------------------------------------------------------------- types of fields
+
+# A reader returns a field's value as the stages use it. It raises ValueError, saying what the value must be.
+Reader = Callable[[object], object]
 
 
-def read_name(value: object) -> str | None:
-    """Ids and answers, which other programs may write as numbers; null stays None."""
-    if value is None:
-        return None
-    return str(value)
+def is_number(value: object) -> bool:
+    """A finite number; not true or false, which Python counts as 1 and 0."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_string(value: object) -> str:
-    """A string; ValueError says what it must be."""
+    """A string."""
     if not isinstance(value, str):
         raise ValueError("a string")
     return value
 
 
-def read_strings(value: object) -> list[str]:
-    """A list of strings; ValueError says what it must be."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of strings")
+def read_problem(value: object) -> str:
+    """A problem: a string that is not blank."""
+    if not read_string(value).strip():
+        raise ValueError("a string that is not blank")
     return value
 
 
+def read_name(value: object) -> str:
+    """An id, which other programs may write as a number."""
+    if is_number(value) or (isinstance(value, str) and value):
+        return str(value)
+    raise ValueError("a string or a number")
+
+
+def read_answer(value: object) -> str:
+    """An answer. A number becomes its digits: 1e-05 becomes "0.00001"."""
+    if isinstance(value, str):
+        return value
+    if is_number(value):
+        return format(Decimal(str(value)), "f")
+    raise ValueError('a string (such as "5, 7" for two answers) or a number')
+
+
+def read_whole(value: object) -> int:
+    """A whole number; some programs write 3 as 3.0."""
+    if is_number(value) and value == int(value):
+        return int(value)
+    raise ValueError("a whole number")
+
+
+def read_count(value: object) -> int:
+    """A whole number from 0."""
+    if not is_number(value) or value < 0:
+        raise ValueError("a whole number from 0")
+    return read_whole(value)
+
+
+def read_number(value: object) -> float:
+    """A number. A metric may be NaN."""
+    if is_number(value) or (isinstance(value, float) and math.isnan(value)):
+        return value
+    raise ValueError("a number")
+
+
+def read_flag(value: object) -> bool:
+    """true or false; nothing is taken by its truth value, because that of -1, "No" and "-" is true."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def read_judgement(value: object) -> dict:
+    """A reward model's judgement of a response."""
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or "verdict" not in value:
+        raise ValueError("an object with text and verdict")
+    return value
+
+
+def list_of(read_item: Reader, items: str) -> Reader:
+    """The reader of a list; items: what it is a list of, for the message."""
+
+    def read_list(value: object) -> list:
+        if not isinstance(value, list):
+            raise ValueError(f"a list of {items}")
+        try:
+            return [read_item(item) for item in value]
+        except ValueError:
+            raise ValueError(f"a list of {items}") from None
+
+    return read_list
+
+
+def or_null(read_value: Reader) -> Reader:
+    """The reader of a field that may be null."""
+
+    def read_optional(value: object) -> object:
+        if value is None:
+            return None
+        try:
+            return read_value(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or null") from None
+
+    return read_optional
+
+
 # How the value of a field is read, whichever file it comes from. Other fields are taken as they are.
-FIELD_TYPES = {
+FIELD_TYPES: dict[str, Reader] = {
+    # problems, solutions
     "id": read_name,
     "problem_id": read_name,
     "solution_id": read_name,
-    "answer": read_name,
-    "problem": read_string,
-    "steps": read_strings,
+    "problem": read_problem,
+    "answer": or_null(read_answer),
+    "steps": list_of(read_string, "strings"),
+    "sample": read_count,
+    "text": read_string,
+    "finish": read_string,
+    "tokens": read_count,
+    "model": read_string,
+    # verifications, critiques
+    "step_verdicts": or_null(list_of(read_flag, "true and false")),
+    "verdict": or_null(read_flag),
+    "solution_sha256": or_null(read_string),
+    "method": read_string,
+    "round": read_count,
+    "critique": or_null(read_string),
+    "merged": or_null(read_string),
+    # labels
+    "step_labels": list_of(read_flag, "true and false"),
+    "outcome": read_flag,
+    "votes": list_of(list_of(read_count, "counts"), "[correct, incorrect]"),
+    "dropped": or_null(read_string),
+    "ties": read_count,
+    # metrics, curves, rollouts
+    "step": read_count,
+    "panel": read_string,
+    "curve": read_string,
+    "x": list_of(read_number, "numbers"),
+    "y": list_of(read_number, "numbers"),
+    "low": list_of(read_number, "numbers"),
+    "high": list_of(read_number, "numbers"),
+    "ylim": list_of(read_number, "numbers"),
+    "ids": list_of(read_count, "token ids"),
+    "valid": read_flag,
+    "reward": read_number,
+    "advantage": read_number,
+    "judgement": or_null(read_judgement),
 }
+# Fields of a label that are null if the solution was dropped: what a kept label lacks would be missed in training.
+NULL_IF_DROPPED = ("step_labels", "outcome", "text")
+# Lists that have one entry for each entry of another.
+SAME_LENGTH = {"step_labels": "steps", "votes": "steps", "y": "x", "low": "x", "high": "x"}
+# What public data sets write for a correct and an incorrect step.
+FOREIGN_VERDICTS = (1, 0, -1, "+", "-")
 
 
-def read(path: str | Path, fields: list[str], made_by: str = "", unique: tuple[str, ...] = ("id",)) -> list[dict]:
-    """All records of a JSON Lines file, each with at least these fields, of the types in FIELD_TYPES.
-
-    made_by: the command that creates such a file, for the message. unique: the fields that identify a record. Raises
-    InputError for a missing or empty file, and, with its number, for a line that is not such a record or repeats one.
-    """
-    advice = f"; create it with: {made_by}" if made_by else ""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file{advice}")
-    has_key = set(unique) <= set(fields)
-    records = []
-    seen = set()
-    for place, record in read_lines(Path(path)):
-        check_record(record, fields, place)
-        key = tuple(record.get(field) for field in unique)
-        if has_key and key in seen:
-            repeated = f"{', '.join(unique)} {', '.join(map(repr, key))}"
-            raise InputError(f"{place}: {repeated} appears twice; ids must be unique")
-        seen.add(key)
-        records.append(record)
-    if not records:
-        raise InputError(f"{path}: the file is empty{advice}")
-    return records
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """("path:number", value) of each line that is not blank; InputError for one that is not JSON."""
-    # Not splitlines(): it also splits at U+2028 and the like, which JSON allows inside strings.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-            if b"\\u" in line:  # a lone surrogate is legal JSON but can't be encoded as UTF-8
-                json.dumps(value, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise InputError(f"{place}: not JSON ({error}); fix or remove the line") from None
-        yield place, value
-
-
-def check_record(record: object, fields: list[str], place: str) -> None:
+def check_record(record: object, fields: list[str], place: str, optional: tuple[str, ...] = ()) -> None:
     """Convert the record's values to the types of FIELD_TYPES. Raises InputError, beginning with `place`, if one of
-    `fields` is missing or of another type; a field that wasn't asked for may be anything."""
+    `fields` is missing, or one of them or of the `optional` fields is of another type or length. A field that wasn't
+    asked for may be anything."""
     if not isinstance(record, dict):
         record = {}  # a value that is no object has none of the fields
     for field in fields:
         if field not in record:
-            raise InputError(f"{place}: no field {field!r}; every line needs {', '.join(fields)}")
-    for field, read_value in FIELD_TYPES.items():
-        if field not in record:
+            raise InputError(f"{place}: no field {field!r}; every record needs {', '.join(fields)}")
+    is_dropped = isinstance(record.get("dropped"), str)
+    for field, value in record.items():
+        read_value = FIELD_TYPES.get(field)
+        if read_value is None or (value is None and is_dropped and field in NULL_IF_DROPPED):
             continue
         try:
-            record[field] = read_value(record[field])
+            record[field] = read_value(value)
         except ValueError as error:
-            if field in fields:
-                raise InputError(f"{place}: {field} must be {error}, not {str(record[field])[:60]}") from None
+            if field in fields or field in optional:
+                advice = advise(field, value)
+                raise InputError(f"{place}: {field} must be {error}, not {str(value)[:60]}{advice}") from None
+    for field, other in SAME_LENGTH.items():
+        entries = record.get(field)
+        if entries is None or other not in fields or not (field in fields or field in optional):
+            continue
+        if len(entries) != len(record[other]) and not (field == "votes" and not entries):  # nothing voted
+            lengths = f"{len(entries)} {field} for {len(record[other])} {other}"
+            raise InputError(f"{place}: {lengths}; there must be one for each")
+
+
+def advise(field: str, value: object) -> str:
+    """How to convert a value, if it is clear what was meant."""
+    if value is None and field in NULL_IF_DROPPED:
+        return '; null is for labels that were dropped, and "dropped" must then give the reason'
+    marks = value if isinstance(value, list) else [value]
+    is_verdict = field in ("step_verdicts", "verdict", "step_labels", "outcome")
+    if is_verdict and all(isinstance(mark, (int, str)) and mark in FOREIGN_VERDICTS for mark in marks):
+        return "; convert PRM800K's 1 or Math-Shepherd's + to true, and -1 or - to false"
+    return ""
+
+
+# --------------------------------------------------------------------------- reading
+
+
+class Line(NamedTuple):
+    """A line of a JSON Lines file."""
+
+    path: str
+    number: int  # from 1
+    start: int  # where it begins in the file, in bytes
+    value: Any  # what it says; a dict if it has been checked
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.path}:{self.number}"
+
+
+def read_lines(path: str | Path, end: int | None = None) -> Iterator[Line]:
+    """The lines that are not blank, one by one, because files may be larger than memory; those from byte `end` on are
+    left out. Raises InputError for one that is not JSON."""
+    path = str(path)
+    start = 0
+    # In binary, because only there does a line end at \n alone: U+2028 and the like may stand inside JSON strings.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if start == end:
+                return
+            if not line.isspace():
+                yield Line(path, number, start, parse_json(line, f"{path}:{number}", "fix or remove the line"))
+            start += len(line)
+
+
+def parse_json(data: bytes, place: str, advice: str) -> Any:
+    """The value of JSON text; InputError, beginning with `place`, if it is none."""
+    try:
+        value = json.loads(data)
+        if b"\\u" in data:  # a lone surrogate is legal JSON but can't be encoded as UTF-8
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # the latter: a hundred thousand brackets
+        raise InputError(f"{place}: not JSON ({error}); {advice}") from None
+    return value
+
+
+def scan(
+    path: str | Path, fields: list[str], made_by: str = "", optional: tuple[str, ...] = (), end: int | None = None
+) -> Iterator[Line]:
+    """The records of a JSON Lines file one by one, each checked by `check_record`; see `read` and `read_lines`."""
+    check_file(path, made_by)
+    is_empty = True
+    for line in read_lines(path, end):
+        check_record(line.value, fields, line.place, optional)
+        is_empty = False
+        yield line
+    if is_empty:
+        raise InputError(f"{path}: the file is empty{advise_command(made_by)}")
+
+
+def check_file(path: str | Path, made_by: str = "") -> None:
+    """Raise InputError for a file that is missing, or can't be read more than once; made_by: see `read`."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file{advise_command(made_by)}")
+    if not path.is_file():
+        raise InputError(f"{path}: not a plain file; it is read more than once, so save what a pipe brings to a file")
+
+
+def advise_command(made_by: str) -> str:
+    """The end of a message: the command that creates a file, if there is one."""
+    return f"; create it with: {made_by}" if made_by else ""
+
+
+def read(
+    path: str | Path,
+    fields: list[str],
+    made_by: str = "",
+    unique: tuple[str, ...] = ("id",),
+    optional: tuple[str, ...] = (),
+    only: bool = False,
+) -> list[dict]:
+    """All records of a JSON Lines file, each with at least these fields, of the types in FIELD_TYPES.
+
+    made_by: the command that creates such a file, for the message. unique: the fields that identify a record. optional:
+    fields that may be missing, but not be of another type. only: keep these fields and no others. Raises InputError for a missing or empty file, and, with its
+    number, for a line that is not such a record or repeats one.
+    """
+    has_key = set(unique) <= set(fields)
+    records = []
+    seen = set()
+    for line in scan(path, fields, made_by, optional):
+        if has_key:
+            key = tuple(line.value[field] for field in unique)
+            check_unseen(key, seen, unique, line.place)
+            seen.add(key)
+        record = line.value
+        if only:
+            record = {field: record[field] for field in (*fields, *optional) if field in record}
+        records.append(record)
+    return records
+
+
+def check_unseen(key: tuple, seen: Container, fields: tuple[str, ...], place: str) -> None:
+    """Raise InputError if the key, the values of these fields, is among those seen."""
+    if key in seen:
+        repeated = f"{', '.join(fields)} {', '.join(map(repr, key))}"
+        raise InputError(f"{place}: {repeated} appears twice; ids must be unique")
+
+
+def read_at(file: BinaryIO, start: int) -> dict:
+    """The record whose line begins at this byte of a file that `scan` has checked."""
+    file.seek(start)
+    return json.loads(file.readline())
+
+
+def torn_line(path: str | Path) -> int | None:
+    """Where the last line begins, in bytes, if it lacks its newline, because a killed run has left it or a running one is
+    writing it; otherwise None. Only the end of the file is read."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:  # block by block, backwards
+            start = max(0, end - 65_536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                line = start + newline + 1
+                return line if line < size else None
+            end = start
+    return 0 if size > 0 else None
 
 
 def read_answers(paths: list[str]) -> dict[str, str]:
@@ -130,16 +366,51 @@ def read_answers(paths: list[str]) -> dict[str, str]:
     return gold
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never part of it."""
+def read_metrics(path: Path, made_by: str = "") -> list[dict]:
+    """The records of a run's metrics.jsonl: `step`, and numbers. A last line without its newline is left out: a run is
+    writing it, or was killed. Raises InputError if another value is no number; made_by: see `read`."""
+    records = []
+    check_file(path, made_by)
+    for line in read_lines(path, torn_line(path)):
+        check_record(line.value, ["step"], line.place)
+        for key, value in line.value.items():
+            if not isinstance(value, (int, float)):
+                raise InputError(f"{line.place}: {key} must be a number, not {str(value)[:60]}; fix the line")
+        records.append(line.value)
+    return records
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def follow_link(path: str | Path) -> Path:
+    """Where a symbolic link leads; any other path as it is. A lock and a replacement are the target's."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[TextIO]:
+    """A file to write that replaces `path` at the end: a reader sees the old file or the new one, never part of it."""
+    path = follow_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # With the rank, because pids are not unique across machines.
     temporary = path.with_name(f".{path.name}.{distributed.rank()}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only if something failed
 
 
-def write_json(path: Path, value: object) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replace_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value: object) -> None:
     """Write one JSON value, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -149,14 +420,17 @@ def to_lines(records: list[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
+def write_lines(path: str | Path, records: Iterable[dict]) -> None:
     """Write a JSON Lines file, whole or not at all."""
-    write_text(path, to_lines(records))
+    with replace_file(path) as file:
+        for record in records:
+            file.write(to_lines([record]))
 
 
-def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
-    """Write a JSON Lines file and its args.json, each whole or not at all."""
-    write_json(Path(f"{path}.args.json"), describe_run(args))
+def write_records(path: Path, records: Iterable[dict], args: argparse.Namespace) -> None:
+    """Write a JSON Lines file and its args.json, each whole or not at all. Raises InputError as `check_output`."""
+    check_output(path, args)
+    write_args(path, args)
     write_lines(path, records)
 
 
@@ -164,9 +438,10 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
 
 
 def describe_run(args: argparse.Namespace, constants: dict | None = None) -> dict:
-    """The contents of `<output>.args.json`: resolved arguments, constants that were never flags, package versions, git
-    commit."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The contents of an args.json: resolved arguments, constants that were never flags, package versions, git commit,
+    with "-dirty" behind it if a file of the checkout has been changed since."""
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+    command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags: the whole hash
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # git is not installed
@@ -179,60 +454,204 @@ def describe_run(args: argparse.Namespace, constants: dict | None = None) -> dic
     }
 
 
+def args_file(output: Path) -> Path:
+    """Where the args.json of an output is: beside a file, inside a run directory. Older runs wrote it beside their
+    directory, too; it is read there if there is none inside."""
+    beside = Path(f"{output}.args.json")
+    if output.is_dir() and ((output / "args.json").exists() or not beside.exists()):
+        return output / "args.json"
+    return beside
+
+
+def write_args(output: Path, args: argparse.Namespace, constants: dict | None = None) -> None:
+    """Write the args.json of an output; that of a run directory lies inside, so that it stays with a renamed one."""
+    output = follow_link(output)
+    path = output / "args.json" if output.is_dir() else args_file(output)
+    write_json(path, describe_run(args, constants))
+
+
+def read_args(output: Path) -> dict | None:
+    """The arguments and constants that an output was made with; None if there is no args.json. Raises InputError for a
+    damaged one."""
+    path = args_file(output)
+    if not path.exists():
+        return None
+    advice = f"remove it if {output} needn't be resumed"
+    run = parse_json(path.read_bytes(), str(path), advice)
+    constants = run.get("constants", {}) if isinstance(run, dict) else None
+    if not isinstance(constants, dict) or not isinstance(run.get("arguments"), dict):
+        raise InputError(f"{path}: not an args.json, which has arguments and constants; {advice}")
+    return run["arguments"] | constants
+
+
+def hash_text(text: str) -> str:
+    """First 16 hex digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def hash_file(path: str | Path) -> str:
     """First 16 hex digits of the file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# The files of a model directory that decide what the model says.
+MODEL_FILES = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template*",
+               "*.safetensors", "*.safetensors.index.json")  # fmt: skip
+
+
+def hash_model(path: str | Path) -> str:
+    """A fingerprint of a model directory, 16 hex digits: other weights, another tokenizer or chat template give another
+    one. Of a large file its size and 64 blocks of 64 KiB are read, spread evenly: training changes weights in all of
+    them, and a model of 30 GB costs no minute."""
+    blocks = 64
+    size = 1 << 16
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in MODEL_FILES for file in Path(path).glob(pattern) if file.is_file()}):
+        length = file.stat().st_size
+        digest.update(f"{file.name} {length}\n".encode())
+        if length <= blocks * size:
+            digest.update(hash_file(file).encode())
+            continue
+        with open(file, "rb") as opened:
+            for i in range(blocks):
+                opened.seek(i * (length - size) // (blocks - 1))  # the first block at 0, the last one at the end
+                digest.update(opened.read(size))
+    return digest.hexdigest()[:16]
 
 
 def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None:
-    """Raise InputError if `<output>.args.json` differs from these arguments, apart from those that may change.
+    """Raise InputError if the args.json of an output differs from these arguments, apart from those that may change.
 
-    An argument named x_sha256 is the hash of the file given by --x. Constants may be among the arguments: an earlier
-    run may have had one of them as a flag. A flag that no longer exists is ignored.
+    An argument named x_sha256 is the hash of what --x names; one that an older run hasn't recorded is not compared.
+    Constants may be among the arguments: an earlier run may have had one of them as a flag. A flag that no longer
+    exists is ignored.
     """
-    description = Path(f"{output}.args.json")
-    if not (description.exists() and output.exists()):
+    earlier = read_args(output)
+    if earlier is None or not output.exists():
         return
-    run = json.loads(description.read_text())
-    earlier = run["arguments"] | run.get("constants", {})
     for name in sorted(arguments.keys() - may_change):
         before = earlier.get(name)
         now = arguments.get(name)
-        if before == now:
+        if before == now or (name.endswith("_sha256") and name not in earlier):
             continue
         difference = f"made with --{name} {before}, this run has --{name} {now}"
-        if name.endswith("_sha256"):
+        if name == "prompt_sha256":
+            difference = "made with another prompt, which this code no longer has"
+        elif name.endswith("_sha256"):
             difference = f"the contents of --{name.removesuffix('_sha256')} have changed"
         raise InputError(f"{output}: {difference}; choose another --out or remove it")
+
+
+# --------------------------------------------------------------------------- whose is an existing output?
+
+# The stage that wrote an output, by a flag that is only among its arguments. In this order, because one of the last may
+# be among those of evaluate.py, too.
+STAGE_OF_FLAG = {
+    "command": "a command of evaluate.py or data/prepare.py",
+    "policy": "grpo.py",
+    "kind": "train_prm.py",
+    "num_verifications": "verify.py",
+    "num_samples": "generate.py",
+}
+
+
+def stage_of(arguments: dict) -> str | None:
+    """The stage whose arguments these are; of evaluate.py the command, because each has outputs of its own."""
+    for flag, stage in STAGE_OF_FLAG.items():
+        if flag in arguments:
+            return str(arguments[flag]) if flag == "command" else stage
+    return None
+
+
+def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | None = None) -> None:
+    """Raise InputError for an --out that is one of the inputs, a model directory that no run with an args.json has
+    made, or the output of another stage. Nothing is written; RecordFile and `lock_run` ask before they lock.
+
+    A file with an args.json may be replaced, as may one that begins with `signature`; any other existing file is
+    somebody's. For an output that is appended to, give b"": its records will be looked at.
+    """
+    out = Path(out)
+    if not out.exists():
+        return
+    # 1. An input. Every argument may be one: a name that is no file's is not the same file.
+    for flag, value in vars(args).items():
+        for path in value if isinstance(value, list) else [value]:
+            if flag != "out" and isinstance(path, str) and os.path.exists(path) and out.samefile(path):
+                raise InputError(f"--out {out} is --{flag} itself, which would be overwritten; choose another")
+
+    # 2. Another stage's output.
+    earlier = read_args(out)
+    if earlier is not None:
+        before, now = stage_of(earlier), stage_of(vars(args))
+        if before is not None and before != now:
+            raise InputError(f"--out {out} was written by {before}; choose another --out")
+        return
+
+    # 3. What no stage has made. An empty file or directory is free.
+    advice = "and no args.json says that this program made it; choose another --out"
+    if out.is_dir():
+        for name in ("config.json", "training", "metrics.jsonl", "tokenizer.json", "model.safetensors"):
+            if (out / name).exists():
+                raise InputError(f"--out {out} has a {name}, {advice}")
+    elif out.stat().st_size > 0:
+        begins_as_ours = False
+        if signature is not None:
+            with open(out, "rb") as file:
+                begins_as_ours = file.read(len(signature)) == signature
+        if not begins_as_ours:
+            raise InputError(f"--out {out} exists, {advice}")
 
 
 # --------------------------------------------------------------------------- files that runs append to
 
 
 def take_lock(path: Path, refusal: str) -> IO:
-    """Lock a file until it is closed or the process ends. If another run has it, raises InputError with `refusal`."""
-    file = open(path, "w")  # noqa: SIM115 - it stays open as long as the lock is held
+    """Lock a file until it is closed or the process ends. If another run has it, raises InputError with `refusal`. On a
+    file system without locks, says so and goes on."""
+    file = open(path, "a")  # noqa: SIM115 - it stays open as long as the lock is held
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         file.close()
         raise InputError(f"{refusal}; wait for it or choose another --out") from None
+    except OSError as error:
+        reason = f"{path}: no lock on this file system ({error.strerror})"
+        print(f"{reason}; see to it that no second run writes there", file=sys.stderr, flush=True)
     return file
+
+
+@contextmanager
+def lock_run(out: str | Path, args: argparse.Namespace) -> Iterator[None]:
+    """Keep a run directory for one training. Enter it before anything is loaded or written: a run that is refused
+    leaves the directory as it is. Rank 0 locks it. Raises InputError as `check_output`, and if another run has it."""
+    if distributed.rank() != 0:
+        yield
+        return
+    check_output(out, args)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with take_lock(Path(out) / "metrics.lock", f"{out}: another run is training into it"):
+        yield
 
 
 class RecordFile:
     """An append-only JSON Lines output that a killed run can resume. Use as a context manager.
 
         with RecordFile("out.jsonl", args, MAY_CHANGE_ON_RESUME, remembered_field="problem") as output:
-            if "p0/0" not in output.done:
-                output.append([{"id": "p0/0", "problem": "1 + 1", ...}])
+            if output.find_missing([["p0/0", "p0/1"]]):
+                output.append([{"id": "p0/0", "problem": "1 + 1", ...}, {"id": "p0/1", ...}])
 
     may_change: the names of arguments that may differ from those of the run that made the file, as they don't change
-    records. key_fields: what identifies a record. After entry, `done` maps the keys of the records already there, each
-    an id, or a tuple if there are several key fields, to their remembered field (None without one).
+    records. key_fields: what identifies a record. other_fields: what else its records have; without them a file that has
+    no args.json is somebody's. After entry, `done` maps the keys of the records already there, each an id, or a tuple if
+    there are several key fields, to their remembered field (None without one). A million records are a gigabyte or more,
+    so nothing else is kept of them, and only by rank 0, unless is_mine says which records this rank must know.
 
-    Under torchrun rank 0 locks, checks and repairs the file; every rank reads it and appends whole lines. Only the lock
-    is written before the first record, so a run that fails early leaves nothing behind.
+    Under torchrun rank 0 locks, checks, repairs and reads the file; every rank appends whole lines. Only the lock is
+    written before the first record, so a run that fails early leaves nothing behind.
     """
 
     def __init__(
@@ -242,36 +661,71 @@ class RecordFile:
         may_change: set[str],
         key_fields: tuple[str, ...] = ("id",),
         remembered_field: str | None = None,
+        other_fields: tuple[str, ...] = (),
+        is_mine: Callable[[dict], bool] | None = None,
     ):
-        self.path = Path(path)
-        self.run = describe_run(args)
+        self.path = follow_link(path)
+        self.args = argparse.Namespace(**vars(args))  # a copy, for `check_made_with`
+        self.run = describe_run(self.args)  # now, because the code may be changed while it runs
         self.may_change = may_change
         self.key_fields = key_fields
         self.key_of = itemgetter(*key_fields)  # a function: record -> its key
         self.remembered_field = remembered_field
+        self.other_fields = other_fields
+        self.is_mine = is_mine
         self.done: dict = {}
+        self.shared: dict = {}  # equal values of many records, such as their problem, are kept once
+        self.was_there = False  # did an earlier run write records?
         self.file: int | None = None  # its descriptor, once a record has been appended
 
     def __enter__(self) -> "RecordFile":
         # 1. One rank makes sure that the file can be continued.
         if distributed.rank() == 0:
+            if self.path.is_dir():
+                raise InputError(f"{self.path}: Is a directory; name a file in it")
+            check_output(self.path, self.args, signature=b"")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(Path(f"{self.path}.lock"), f"{self.path}: another run is writing to it")
             if self._has_content():
-                check_arguments(self.path, self.run["arguments"], self.may_change)
-                self._repair_last_line()
+                check_arguments(self.path, vars(self.args), self.may_change)
+                self._read_and_repair()
         distributed.barrier()
 
-        # 2. Every rank reads what is there, before any rank appends to it.
-        if self._has_content():
-            self._remember(read(self.path, list(self.key_fields), unique=self.key_fields))
+        # 2. Another rank reads what it must know, before any rank appends to the file.
+        self.was_there = self._has_content()
+        if self.was_there and self.is_mine is not None and distributed.rank() != 0:
+            for line in scan(self.path, list(self.key_fields)):
+                if self.is_mine(line.value):
+                    self._remember([line.value])
         distributed.barrier()
         return self
+
+    def check_made_with(self, **arguments: str) -> None:
+        """Add arguments that are known only when a model is needed, such as its fingerprint. Raises InputError if the
+        records that are there were made with others."""
+        vars(self.args).update(arguments)
+        if distributed.rank() == 0 and self.was_there:
+            check_arguments(self.path, arguments, self.may_change)
+
+    def find_missing(self, groups: Iterable[list]) -> list[int]:
+        """The numbers of the groups of keys that lack a record, on every rank. A collective: rank 0 looks at its
+        `groups`, and tells the others which records of these groups are there, for `append`."""
+        missing = []
+        there = {}
+        if distributed.rank() == 0:
+            for number, keys in enumerate(groups):
+                done = [key for key in keys if key in self.done]
+                if len(done) < len(keys):
+                    missing.append(number)
+                    there |= {key: self.done[key] for key in done}
+        missing, there = distributed.broadcast((missing, there))
+        self.done |= there
+        return missing
 
     def append(self, records: list[dict]) -> None:
         """Append the records whose keys are not there yet."""
         if self.file is None:
-            write_json(Path(f"{self.path}.args.json"), self.run)
+            write_json(args_file(self.path), self.run)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         new = [record for record in records if self.key_of(record) not in self.done]
         self._remember(new)
@@ -282,6 +736,7 @@ class RecordFile:
             data = data[written:]  # normally none; if the disk is full, the next call raises
 
     def __exit__(self, error: type | None, *_) -> None:
+        self.done, self.shared = {}, {}  # free the memory: the stage may go on to read the records
         if self.file is not None:
             os.close(self.file)
         if error is None:  # a rank that fails must not wait for the others
@@ -292,31 +747,68 @@ class RecordFile:
     def _has_content(self) -> bool:
         return self.path.exists() and self.path.stat().st_size > 0
 
-    def _repair_last_line(self) -> None:
-        """A killed run may leave a last line without its newline: end it if the record is complete, else cut it off."""
-        with open(self.path, "rb+") as file:
-            data = file.read()
-            start = data.rfind(b"\n") + 1
-            last_line = data[start:]
-            if not last_line:
-                return
+    def _read_and_repair(self) -> None:
+        """Remember what is there, and mend the last line, which a killed run may have left without its newline: end it
+        if the record is complete, else cut it off. Raises InputError if the file isn't this stage's, and leaves it as
+        it is."""
+        # 1. Is the last line torn? If it is the only one, the args.json decides whose it is.
+        is_ours = args_file(self.path).exists()
+        refusal = "this is not an output of this command; choose another --out"
+        torn = torn_line(self.path)
+        end = torn  # of what is read
+        if torn is not None and self._is_complete(torn):
+            end = None
+        if end == 0 and not is_ours:
+            raise InputError(f"{self.path}: {refusal}")
+
+        # 2. The lines before it. Nothing is written before they have all been read.
+        if end != 0:
+            fields = [*self.key_fields]
+            if not is_ours:
+                fields += self.other_fields
             try:
-                json.loads(last_line)
-            except ValueError:
-                file.truncate(start)
-            else:
-                file.write(b"\n")
+                for line in scan(self.path, fields, optional=(self.remembered_field or "",), end=end):
+                    key = self.key_of(line.value)
+                    if key in self.done:
+                        raise InputError(f"{line.place}: {key!r} appears twice; ids must be unique")
+                    self._remember([line.value])
+            except InputError as error:
+                if is_ours:
+                    raise
+                raise InputError(f"{error}; {refusal}") from None
+
+        # 3. Mend the last line.
+        if torn is not None:
+            with open(self.path, "rb+") as file:
+                if end is None:
+                    file.seek(0, os.SEEK_END)
+                    file.write(b"\n")
+                else:
+                    file.truncate(torn)
+
+    def _is_complete(self, start: int) -> bool:
+        """Is the last line, which begins at this byte and has no newline, a whole record?"""
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            try:
+                return isinstance(json.loads(file.read()), dict)
+            except (ValueError, RecursionError):
+                return False
 
     def _remember(self, records: list[dict]) -> None:
         for record in records:
-            self.done[self.key_of(record)] = record.get(self.remembered_field)
+            key = self.key_of(record)
+            if len(self.key_fields) > 1:
+                key = tuple(self.shared.setdefault(part, part) for part in key)
+            value = record.get(self.remembered_field)
+            self.done[key] = self.shared.setdefault(value, value)
 
 
 class MetricsFile:
-    """metrics.jsonl of a training run, one record per step. Use as a context manager.
+    """metrics.jsonl of a training run, one record per step. Use as a context manager, within `lock_run`.
 
     Resuming after step `start` drops the records of later steps, which will be trained again. Under torchrun every rank
-    has `records`, and rank 0 writes. It also locks the file: two runs never train into one directory.
+    has `records`, and rank 0 writes.
     """
 
     def __init__(self, path: Path, start: int):
@@ -325,38 +817,34 @@ class MetricsFile:
         self.records: list[dict] = []
 
     def __enter__(self) -> "MetricsFile":
-        if distributed.rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            refusal = f"{self.path.parent}: another run is training into it"
-            self.lock = take_lock(self.path.with_suffix(".lock"), refusal)
         if self.start > 0 and self.path.exists():
-            *lines, _torn = self.path.read_text().split("\n")  # after the last newline: a torn line, or nothing
-            for line in lines:
-                record = json.loads(line)
+            for record in read_metrics(self.path):
                 if record["step"] <= self.start:
                     self.records.append(record)
         if distributed.rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             # Under the lock a fixed temporary name will do, and the next run replaces what a killed one has left.
             temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text(to_lines(self.records))
+            temporary.write_text(to_lines(self.records), encoding="utf-8")
             temporary.replace(self.path)
-            self.file = open(self.path, "a")
+            self.file = open(self.path, "a", encoding="utf-8")
         return self
 
     def append(self, record: dict) -> None:
         """Add the numbers of one step."""
         self.records.append(record)
         if distributed.rank() == 0:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(to_lines([record]))
             self.file.flush()
 
     def __exit__(self, *_) -> None:
         if distributed.rank() == 0:
             self.file.close()
-            self.lock.close()
 
 
 # --------------------------------------------------------------------------- the command line
+
+LARGEST = 1e30  # for numbers that have to be finite, and need no other bound
 
 # Checkpoints of the tiny world, and the scripts that create them.
 MADE_BY = {
@@ -367,30 +855,98 @@ MADE_BY = {
 }
 
 
+def new_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviated flags, as each new flag would change what they mean."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,  # `parse_flags` reports them
+    )
+
+
+def integer(least: int, most: int = 1_000_000_000) -> Callable[[str], int]:
+    """The type of a flag for `add_argument`: a whole number from least to most."""
+    limits = f"at least {least} and at most {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: it must be a whole number, {limits}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
+        return value
+
+    return parse
+
+
+def real(least: float, most: float = LARGEST, or_zero: bool = False) -> Callable[[str], float]:
+    """The type of a flag for `add_argument`: a number from least to most, or 0; neither infinite nor NaN."""
+    limits = f"from {least} to {most}"
+    if most == LARGEST:
+        limits = f"at least {least} and at most {most}"
+    if or_zero:
+        limits = f"0 or {limits}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        in_range = least <= value <= most  # NaN is not
+        if not (in_range or (or_zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
+        return value
+
+    return parse
+
+
+# Ranges that several flags share.
+COUNT = integer(1, 100_000)  # of samples, votes, batches: of more, even the list would take all memory
+POSITIVE = integer(1)  # of tokens, or steps between two events
+SEED = integer(0, 2**63 - 1)
+TEMPERATURE = real(0.001, 100, or_zero=True)  # at 0 the sampler is greedy; logits divided by less overflow
+TOP_P = real(1e-6, 1)
+
+
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line. Raises InputError, naming the flag and its value, for one that isn't as declared."""
+    try:
+        args, unknown = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name} {error.message}; see --help") from None
+    if unknown:
+        raise InputError(f"{' '.join(unknown)}: no such flag (none can be abbreviated); see --help")
+    return args
+
+
 def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> argparse.Namespace:
-    """Parse the command line. If the first needed flag is omitted, use the TINY defaults in place of the paper's.
-    Raises InputError if it is given without the others."""
+    """`parse_flags`. If the first needed flag is omitted, use the TINY defaults in place of the paper's. Raises
+    InputError if it is given without the others, or if this directory isn't the project's."""
     key = needed[0]
-    args = parser.parse_args()
+    args = parse_flags(parser)
     if getattr(args, key) is None:
         # Flags that were given win over TINY, and once parsed they can't be told from defaults. So: other defaults, and
         # parse again.
         parser.set_defaults(**tiny)
-        args = parser.parse_args()
+        args = parse_flags(parser)
         # torchrun's RANK: distributed.rank() knows it only after joining the process group, which needs --device.
         if os.environ.get("RANK", "0") == "0":
             defaults = ", ".join(f"{name}={getattr(args, name)}" for name in tiny)
             print(f"no --{key}: the tiny world, {defaults}", flush=True)
+        check_directory(args, tiny.keys() - {"out"})
     for flag in needed:
         if getattr(args, flag) is None:
             raise InputError(f"--{key} also needs --{flag}")
     return args
 
 
-def check_numbers(args: argparse.Namespace, *flags: str, least: float = 1, most: float = math.inf) -> None:
-    """Raise InputError for the first of these flags whose value is outside least..most."""
-    for flag in flags:
-        value = vars(args).get(flag)
-        if value is not None and not least <= value <= most:
-            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise InputError(f"--{flag} {value}: it must be {limits}")
+def check_directory(args: argparse.Namespace, inputs: set[str]) -> None:
+    """Raise InputError if files of these flags, which begin at the project's root, aren't here but there."""
+    root = Path(__file__).parents[1]
+    for name in sorted(inputs):
+        value = getattr(args, name)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and not Path(path).exists() and (root / path).exists():
+                raise InputError(f"--{name} {path}: not here, but in {root}; run this command there: cd {root}")

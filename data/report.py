@@ -5,6 +5,7 @@ The numbers are computed elsewhere; here they become text and pictures.
 
 import math
 import os
+import re
 import sys
 from glob import glob
 from pathlib import Path
@@ -84,7 +85,7 @@ def print_label_report(rows: list[dict], metrics: tuple[str, ...]) -> None:
 
 # --------------------------------------------------------------------------- curves
 
-# Key in metrics.jsonl -> title. The last six show a policy that games its reward, or a sampler unlike the trainer.
+# Key in metrics.jsonl -> title. The last eight show a policy that games its reward, or a sampler unlike the trainer.
 PANELS = {
     "reward/mean": "reward",
     "heldout/accuracy": "held-out accuracy",
@@ -94,19 +95,22 @@ PANELS = {
     "kl/k3": "KL from the initial policy (k3)",
     "format/boxes": "boxes per response",
     "format/text_after_answer": "text after the answer",
+    "format/hidden_text": "text that the judge doesn't see",
+    "format/empty_boxes": "empty boxes per response",
     "reward/count_mismatch": "verdicts for another number of steps",
     "heldout/reward_minus_accuracy": "held-out reward minus accuracy",
     "format/answers": "answers per response",
     "gap/mean": "sampler against trainer, nats a token",
 }
 AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
+FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures: suffix -> how such a file begins
 COLOURS = 10  # of Matplotlib's cycle
 
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
     """key -> {step: value} from a run's metrics.jsonl, in order; if a step was repeated, its last record counts."""
     by_step = {}
-    for record in records.read(Path(run) / "metrics.jsonl", ["step"], "python grpo.py"):
+    for record in records.read_metrics(Path(run) / "metrics.jsonl", "python grpo.py"):
         by_step[record["step"]] = record
     metrics: dict[str, dict[int, float]] = {}
     for step in sorted(by_step):
@@ -138,7 +142,7 @@ def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
     for pattern in patterns:
         for run in sorted(glob(pattern)) or [pattern]:
             if run.endswith(".jsonl"):
-                curves += records.read(run, ["panel", "curve", "x", "y"])
+                curves += records.read(run, ["panel", "curve", "x", "y"], optional=("low", "high", "ylim"))
             else:
                 curves += run_curves(run, pattern, keys)
     return curves
@@ -162,8 +166,10 @@ def draw_curves(curves: list[dict], out: Path) -> None:
 
     Curves of one name in one panel are seeds: the line is their mean at the points that all have, with a band from the
     lowest to the highest. A single curve has its own band, `low` to `high`, if any. A curve with `right` uses the
-    right-hand axis. It may also bring settings of its panel: AXES.
+    right-hand axis. It may also bring settings of its panel: AXES. Without curves nothing is drawn.
     """
+    if not curves:
+        return
     from matplotlib.figure import Figure  # a Figure by itself draws with Agg: no display, no global state
 
     # 1. Sort the curves: title of the panel -> name -> its seeds.
@@ -184,7 +190,7 @@ def draw_curves(curves: list[dict], out: Path) -> None:
     lines = {}
     for place, (title, named) in enumerate(panels.items(), 1):
         left = figure.add_subplot(down, across, place, xlabel="step")
-        left.set_title(title, fontsize=10)
+        left.set_title(title, fontsize=10, parse_math=False)  # a $ in a name is a dollar and begins no formula
         left.grid(alpha=0.3)
         right = None
         for name, seeds in named.items():
@@ -197,14 +203,21 @@ def draw_curves(curves: list[dict], out: Path) -> None:
                 style = ":"
             lines[name] = draw_seeds(axes, seeds, style, f"C{number}")
 
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    legend = figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     save_figure(figure, out)
 
 
 def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     """Draw the mean of some seeds' curves and their band; returns the line."""
     first = seeds[0]
-    axes.set(**{key: first[key] for key in AXES if key in first})
+    try:
+        axes.set(**{key: first[key] for key in AXES if key in first})
+    except (ValueError, TypeError, AttributeError) as error:  # Matplotlib knows what these may be
+        raise InputError(f"curve {first['curve']}: {', '.join(AXES)} can't be set ({error}); fix its record") from None
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_parse_math(False)
 
     # 1. The points that all seeds have.
     points = [dict(zip(seed["x"], seed["y"], strict=True)) for seed in seeds]
@@ -234,18 +247,28 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
 
 
 def save_figure(figure, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure in the format of its name, one of FORMATS, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
+    figure.savefig(temporary, format=out.suffix.lower().removeprefix("."), dpi=120)
     temporary.replace(out)
 
 
 # --------------------------------------------------------------------------- one problem
 
 
+# What a terminal obeys instead of showing it: control characters but for tab and newline, and changes of direction.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Somebody's text as it can go to a terminal: "\x1b[8m", which would hide what follows, is shown, not obeyed."""
+    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
 def paint(text: str, right: bool | None) -> str:
     """On a terminal, green for right and red for wrong."""
+    text = printable(text)
     if right is None or not sys.stdout.isatty():
         return text
     colour = 32 if right else 31
@@ -260,10 +283,12 @@ def read_rollouts(directory: Path, problem_id: str) -> list[tuple[int, dict]]:
     fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
     rollouts = []
     for path in paths:
-        step = int(path.stem.removeprefix("step_"))
+        number = path.stem.removeprefix("step_")
+        if not number.isdecimal():
+            raise InputError(f"{path}: not named by its step, such as step_0000001.jsonl; rename or remove it")
         for response in records.read(path, fields):
             if response["problem_id"] == problem_id:
-                rollouts.append((step, response))
+                rollouts.append((int(number), response))
     return rollouts
 
 
@@ -280,7 +305,7 @@ def count_outcome_votes(label: dict, voters: list[dict]) -> tuple[int, int] | No
 def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str:
     """A solution with the votes on its steps and, if they are known, on its answer; the label, and the verification
     that was chosen for it."""
-    lines = [f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}"]
+    lines = [printable(f"--- {label['id']}, {label['method']}: {label['dropped'] or 'kept'}")]
     for k, step in enumerate(label["steps"]):
         text = f"Step {k + 1}: {step}"
         if label["votes"]:
@@ -294,7 +319,7 @@ def show_label(label: dict, outcome_votes: tuple[int, int] | None = None) -> str
         judged += f": {correct} correct, {incorrect} incorrect"
     lines.append(paint(f"Answer: {label['answer']}   [{judged}]", label["outcome"]))
     if label["text"]:
-        lines += ["", label["text"]]
+        lines += ["", printable(label["text"])]
     return "\n".join(lines)
 
 
@@ -305,14 +330,14 @@ def show_rollout(rollout: dict) -> str:
         f"--- {len(rollout['ids'])} tokens, {rollout['finish']}, format {'valid' if rollout['valid'] else 'invalid'}, "
         f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement['verdict']}"
     )
-    return "\n".join([paint(head, rollout["reward"] > 0), rollout["text"], "", judgement["text"]])
+    return "\n".join([paint(head, rollout["reward"] > 0), printable(f"{rollout['text']}\n\n{judgement['text']}")])
 
 
 def print_problem(labels: list[dict], voters: list[dict], rollouts: list[tuple[int, dict]]) -> None:
     """Print a problem's labelled solutions, then GRPO's (step, response) pairs. voters: parsed verifications."""
     parts = []
     if labels:
-        parts.append(labels[0]["problem"])
+        parts.append(printable(labels[0]["problem"]))
     for label in labels:
         parts.append("\n" + show_label(label, count_outcome_votes(label, voters)))
     for step, rollout in rollouts:

@@ -4,7 +4,10 @@ Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals); 
 their numbers, their shares of the work and collectives; a model's weights across them: sharding, checkpoints, copies.
 """
 
+import io
 import os
+import pickle
+import re
 import shutil
 import signal
 import sys
@@ -12,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from kernels.transformer import Transformer, save_model
 
@@ -32,58 +36,132 @@ class RunError(RuntimeError):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main. User errors, failed runs, disk-full and other file errors, and out-of-memory errors of a GPU
-    become one line on stderr and exit status 2; anything else is a bug and keeps its traceback."""
+    """Run a stage's main. User errors, failed runs, disk-full and other file errors, out-of-memory errors and Ctrl-C
+    become one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+
+    Under torchrun the ranks print one line together; torchrun adds its own report to it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know the characters of a model's text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, RunError) as error:
         message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted; what was saved before is intact, and the same command resumes"
     except torch.OutOfMemoryError as error:
         advice = "lower --slots (rows of the KV cache); in training --micro_tokens, or add --activation_checkpointing"
         message = f"{str(error).splitlines()[0]} {advice}"
+    except MemoryError:
+        message = "out of memory; free some, or use smaller files; the same command resumes"
     except OSError as error:
         # Files are replaced as a whole and records are appended line by line, so this holds whatever has failed.
         message = f"{error}; what was saved before is intact, and the same command resumes once this is fixed"
+    except RuntimeError:
+        if not _another_rank_has_failed():
+            raise
+        raise SystemExit(2) from None  # a collective that the other rank has left; it has said why
     else:
         # Only on success: the call is collective and would hang a failing rank.
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    print(f"error: {message}", file=sys.stderr)
+    if _is_first_to_fail():
+        print(f"error: {_printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
+def _printable(message: str) -> str:
+    """The message on one line, with the escape sequences of a terminal spelled out."""
+    line = " ".join(message.splitlines())
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def _is_first_to_fail() -> bool:
+    """Among ranks that fail together one is to say so: the first of them."""
+    if not dist.is_initialized():
+        # They haven't met yet. What fails before, such as a flag, fails on all of them.
+        return not started_by_torchrun() or os.environ["RANK"] == "0"
+    try:
+        return _shared_store().add("failed ranks", 1) == 1
+    except dist.DistError:  # the store has ended with torchrun
+        return rank() == 0
+
+
+def _another_rank_has_failed() -> bool:
+    if world_size() == 1:
+        return False
+    try:
+        return _shared_store().add("failed ranks", 0) > 0
+    except dist.DistError:
+        return True
+
+
 # --------------------------------------------------------------------------- processes
+
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def started_by_torchrun() -> bool:
+    """Do the environment's variables describe a process group? Other programs set some of them, too."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
 def init_distributed(device: str | None = None) -> torch.device:
     """Choose this process's device, and join the process group if torchrun started it.
 
     device: "cpu" or "cuda"; None: cuda if available. Under torchrun a process uses the GPU of its local rank.
-    Raises InputError if there is no such device.
+    Raises InputError if there is no such device, or if the group's description is not whole.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    message = f"--device {device}: no such device; use cpu or, if available, cuda"
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise InputError(message) from None
+    found = find_device(device)
     if found.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", found.index or 0))
-        if index >= torch.cuda.device_count():  # the count is 0 in a build without CUDA
-            raise InputError(message)
-        found = torch.device("cuda", index)
         torch.cuda.set_device(found)  # streams, CUDA graphs and NCCL use the current device
 
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if not started_by_torchrun():
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            lacking = ", ".join(name for name in TORCHRUN_VARIABLES if name not in os.environ)
+            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {lacking} is not set; start several "
+                             "processes with torchrun, or one after: unset WORLD_SIZE")  # fmt: skip
+    elif not dist.is_initialized():
         # By default a collective fails after some minutes, but a rank that finishes early may wait for hours.
         timeout = timedelta(days=1)
-        if found.type == "cuda":
-            dist.init_process_group("nccl", timeout=timeout, device_id=found)
-        else:
-            dist.init_process_group("gloo", timeout=timeout)
+        try:
+            if found.type == "cuda":
+                dist.init_process_group("nccl", timeout=timeout, device_id=found)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+        except (ValueError, dist.DistError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the processes can't meet ({reason}); start them with torchrun") from None
     return found
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a --device flag: the CPU, or a GPU of CUDA, under torchrun that of the local rank. Raises
+    InputError if there is no such device, or if the others on this machine would have none."""
+    message = f"--device {name}: no such device; use cpu or, if available, cuda"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise InputError(message) from None
+    if found == torch.device("cpu") or found == torch.device("cpu", 0):
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise InputError(message)
+    index = found.index or 0
+    needed = index + 1
+    if started_by_torchrun():
+        index = int(os.environ.get("LOCAL_RANK", index))
+        # Of all local ranks, so that none of them goes on alone.
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", index + 1))
+    available = torch.cuda.device_count()  # 0 in a build without CUDA
+    if available == 0:
+        raise InputError(message)
+    if needed > available:
+        raise InputError(f"--device {name}: {needed} GPUs are needed, and there are {available}; start fewer processes")
+    return torch.device("cuda", index)
 
 
 def rank() -> int:
@@ -112,19 +190,39 @@ def log(*values: object) -> None:
         print(*values, flush=True)
 
 
+def per_second(count: float, seconds: float) -> float:
+    """A speed; 0 if the clock has not moved, as coarse or frozen ones don't."""
+    if seconds <= 0:
+        return 0.0
+    return count / seconds
+
+
 def stop_on_signal() -> list[int]:
-    """Record SIGTERM and Ctrl-C in the returned list instead of ending the process, so that the loop that reads the
-    list can finish its step, save and stop; the same command resumes from there."""
+    """Record the signals that ask a training to end in the returned list instead of ending the process, so that the
+    loop that reads the list can finish its step, save and stop; the same command resumes from there.
+
+    They are SIGTERM, Ctrl-C, those by which schedulers announce the end (SIGUSR1, SIGUSR2), and SIGHUP, unless it was
+    ignored at the start (`nohup`). A second Ctrl-C ends the process at once, but not under torchrun, which passes each
+    Ctrl-C on to processes that have had it already, and kills them half a minute later."""
     signals: list[int] = []
 
     def note(number: int, _) -> None:
+        if number == signal.SIGINT and number in signals and not started_by_torchrun():
+            raise KeyboardInterrupt
         signals.append(number)
         if rank() == 0:
             # Not print(): the signal may have interrupted another print(), which can't be entered twice.
-            os.write(2, b"\nstopping after this step\n")
+            try:
+                os.write(2, b"\nstopping after this step\n")
+            except OSError:  # the terminal has gone, and all that is still to be printed would fail, too
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, note)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, note)
     return signals
 
 
@@ -143,9 +241,8 @@ def work_queue(count: int, name: str) -> Iterator[list[int]]:
         if count > 0:
             yield list(range(count))
         return
-    # The ranks share a counter of the indices taken so far. It lives in the key-value store that the process group was
-    # made with. PyTorch has no public function that returns it, and another store would need an address of its own.
-    store = dist.distributed_c10d._get_default_store()
+    # The ranks share a counter of the indices taken so far.
+    store = _shared_store()
     counter = f"work_queue/{name}"
     while True:
         left = count - store.add(counter, 0)  # adding 0 reads the counter
@@ -156,6 +253,12 @@ def work_queue(count: int, name: str) -> Iterator[list[int]]:
         if start >= count:
             return
         yield list(range(start, min(end, count)))
+
+
+def _shared_store() -> dist.Store:
+    """The key-value store that the process group was made with. PyTorch has no public function that returns it, and
+    another store would need an address of its own."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def my_part(everything: list) -> list:
@@ -180,6 +283,15 @@ def gather(mine: list) -> list:
         owner = i % world_size()
         everything.append(parts[owner][i // world_size()])
     return everything
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank. A collective."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def sum_over_ranks(*values: float) -> list[float]:
@@ -285,9 +397,21 @@ def copy_weights(inference: Transformer, model: Transformer) -> None:
 # --------------------------------------------------------------------------- checkpoints
 
 
+CHECKPOINT_NAME = re.compile("step_[0-9]+")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, step_0000012: 12."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first; `.metadata` is written last."""
-    return sorted(path for path in directory.glob("step_*") if (path / ".metadata").is_file())
+    found = []
+    for path in directory.glob("step_*"):
+        if CHECKPOINT_NAME.fullmatch(path.name) and (path / ".metadata").is_file():
+            found.append(path)
+    return sorted(found, key=step_of)
 
 
 def save_checkpoint(
@@ -314,8 +438,7 @@ def save_checkpoint(
     try:
         dcp.save(checkpoint, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # raised on every rank, and it hides an OSError such as a full disk
-        cause, _ = next(iter(error.failures.values()))
-        reason = " ".join(str(cause).split())  # on one line
+        reason = _reason(error)
         raise RunError(f"{path}: can't be written ({reason}); is the disk full? What was saved before is intact, and "
                          "the same command resumes from there") from None  # fmt: skip
 
@@ -325,25 +448,99 @@ def save_checkpoint(
         temporary.rename(path)
         newest = complete_checkpoints(directory)[-keep:]
         for other in list(directory.glob("step_*")):
-            if other not in newest:
+            if other not in newest and CHECKPOINT_NAME.fullmatch(other.name):
                 shutil.rmtree(other)
     barrier()
 
 
 def load_checkpoint(directory: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest complete checkpoint into model and optimizer, whatever the number of ranks that wrote it; returns
-    its step, 0 if there is none. A collective."""
+    its step, 0 if there is none. A collective.
+
+    If it is damaged, the one before is loaded, and a line says so. Raises InputError if no checkpoint can be read."""
     saved = complete_checkpoints(directory)
     if not saved:
         return 0
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    weights, state = get_state_dict(model, optimizer)
-    checkpoint = {"model": weights, "optimizer": state}
-    dcp.load(checkpoint, checkpoint_id=saved[-1], no_dist=not dist.is_initialized())  # in place
-    set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"])
-    return int(saved[-1].name.removeprefix("step_"))
+    for path in reversed(saved):
+        weights, state = get_state_dict(model, optimizer)
+        checkpoint = {"model": weights, "optimizer": state}
+        problems = [problem for problem in gather([find_damage(path)]) if problem]  # all ranks take the same one
+        if not problems:
+            try:
+                dcp.load(checkpoint, checkpoint_id=path, no_dist=not dist.is_initialized())  # in place
+                set_state_dict(
+                    model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"]
+                )
+                return step_of(path)
+            except dcp.CheckpointException as error:
+                problems = [_reason(error)]
+        log(f"{path} is damaged ({problems[0]}); trying the checkpoint before it")
+    raise InputError(f"{directory}: no checkpoint can be read, {path.name} is damaged, too ({problems[0]}); restore "
+                     "one, or remove the directory to start again")  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    """Why a rank could not save or load a checkpoint. PyTorch wraps every exception, Ctrl-C included."""
+    cause, _ = next(iter(error.failures.values()))
+    if isinstance(cause, (KeyboardInterrupt, torch.OutOfMemoryError)):
+        raise cause
+    return _one_line(cause)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# The names that a checkpoint's `.metadata` needs, by module.
+METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
+    "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.serialization": "_get_layout",
+    "torch": "Size bfloat16 bool float16 float32 float64 int32 int64 uint8",
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",  # its name in Python 3.13
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's `.metadata`. Any other name in a pickle may be code, to be run with what follows it."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if name not in METADATA_NAMES.get(module, "").split():
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def find_damage(path: Path) -> str | None:
+    """Why a checkpoint can't be read or isn't safe to read; None if nothing is found. PyTorch would run code hidden in
+    the pickles of its metadata or of the optimizer's settings; here they are read without, before PyTorch does."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+    try:
+        # 1. The table of contents.
+        with open(path / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        for stored in metadata.storage_data.values():
+            name = stored.relative_path
+            if Path(name).name != name or stored.transform_descriptors:
+                return f"{name} is not a plain file of this directory"
+
+        # 2. What isn't a tensor, such as the optimizer's betas, is pickled as a part of a file. (Tensors are always
+        # read without running code.)
+        for name, kind in metadata.state_dict_metadata.items():
+            if not isinstance(kind, BytesStorageMetadata):
+                continue
+            stored = metadata.storage_data[MetadataIndex(name)]
+            with open(path / stored.relative_path, "rb") as file:
+                file.seek(stored.offset)
+                torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
+    except Exception as error:  # a damaged pickle may raise any
+        return _one_line(error)
+    return None
 
 
 def export(model: Transformer, source: Path, out: Path) -> None:

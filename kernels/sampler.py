@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kernels.decode import PromptKV, SlotCache, prefill
-from kernels.distributed import InputError, RunError, rank
+from kernels.distributed import InputError, RunError, per_second, rank
 from kernels.transformer import Config, Transformer
 
 import torch
@@ -476,9 +476,10 @@ class Sampler:
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
     """Pass a sampler's stream through, with a progress bar over rank 0's samples, tokens per second and time left."""
     bar = tqdm(total=prompts * num_samples, desc=title, unit="sample", disable=rank() != 0, mininterval=1.0)
-    started, before = time.time(), sampler.tokens
+    started, before = time.perf_counter(), sampler.tokens
     with bar:
         for i, samples in stream:
-            bar.set_postfix_str(f"{(sampler.tokens - before) / (time.time() - started):,.0f} tok/s", refresh=False)
+            speed = per_second(sampler.tokens - before, time.perf_counter() - started)
+            bar.set_postfix_str(f"{speed:,.0f} tok/s", refresh=False)
             bar.update(len(samples))
             yield i, samples

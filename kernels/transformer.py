@@ -14,11 +14,12 @@ rows packed one behind the other (training), or over a KV cache (the sampler). T
 Shapes: B rows, T tokens a row, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
+import contextlib
 import functools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,29 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "LlamaForCausalLM": "llama",
 }
+# Sizes that a config.json has to give, and the largest of each that is possible.
+SIZES = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 10**4,
+}
 # type of rope scaling -> what its dict must say
 ROPE_TYPES = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
-TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER_FILES += ["*.jinja", "generation_config.json"]
+# The numbers of that dict, and the least and the most of each.
+ROPE_NUMBERS = {
+    "factor": (1e-3, 1e6),
+    "low_freq_factor": (0, 1e6),
+    "high_freq_factor": (0, 1e6),
+    "beta_fast": (0, 1e6),
+    "beta_slow": (0, 1e6),
+    "attention_factor": (0, 1e6),
+    "mscale": (0, 1e6),
+    "mscale_all_dim": (0, 1e6),
+}
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"]
+TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"]
 # attend(layer index, q (B, T, H, E), k (B, T, K, E), v (B, T, K, E)) -> (B, T, H, E)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -70,50 +90,116 @@ class Config:
     def from_dict(cls, raw: dict) -> "Config":
         """Read a config dict in either spelling (`rope_theta` + `rope_scaling`, or `rope_parameters`).
 
-        Raises ValueError naming whatever this decoder doesn't compute: another architecture, rope
-        scaling or activation, a quantisation, sliding windows.
+        Raises ValueError naming a field that is missing or impossible, and whatever this decoder doesn't compute:
+        another architecture, rope scaling or activation, a quantisation, sliding windows. What may be missing has the
+        default of `transformers`.
         """
-        names = raw.get("architectures") or ["(none)"]
-        if names[0] not in ARCHITECTURES:
-            raise ValueError(f"architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}")
-        family = ARCHITECTURES[names[0]]
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # this order, as in transformers
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope scaling {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-        if missing := [key for key in ROPE_TYPES[rope_type] if rope.get(key) is None]:
-            raise ValueError(f"rope scaling {rope_type!r} needs {', '.join(missing)}")
-        positions = raw.get("max_position_embeddings", 2048)
-        original = (rope | raw).get("original_max_position_embeddings", positions)  # the top level goes first
-        if rope_type == "yarn":  # Qwen's configs switch it on without raising max_position_embeddings
-            positions = max(positions, int(rope["factor"] * original))
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"quantisation {method!r} is not supported; use an unquantised checkpoint")
-        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-            raise ValueError("sliding-window attention is not supported; supported: full attention")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
-        heads = raw["num_attention_heads"]
+        family = read_family(raw)
+        sizes = {name: read_whole(raw, name, most) for name, most in SIZES.items()}
+        hidden_size = sizes["hidden_size"]
+        heads = sizes["num_attention_heads"]
+        kv_heads = read_whole(raw, "num_key_value_heads", heads, default=heads)
+        head_dim = read_whole(raw, "head_dim", 10**5, default=hidden_size // heads)
+        if heads % kv_heads != 0:
+            raise ValueError(f"config.json: num_key_value_heads {kv_heads} doesn't divide num_attention_heads {heads}")
+        if head_dim % 2 != 0:
+            raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings pair its numbers")
+        rope, positions, theta = read_rope(raw, family)
+        attention_bias = read_flag(raw, "attention_bias")
         return cls(
             family=family,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
+            vocab_size=sizes["vocab_size"],
+            hidden_size=hidden_size,
+            intermediate_size=sizes["intermediate_size"],
+            num_layers=sizes["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            rope=rope | {"rope_type": rope_type, "original_max_position_embeddings": original},
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_eps=read_number(raw, "rms_norm_eps", 0, 1, default=1e-6),
+            rope_theta=theta,
+            rope=rope,
             max_positions=positions,
-            tied=raw.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or raw.get("attention_bias", False),
-            o_bias=family != "qwen2" and raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
+            tied=read_flag(raw, "tie_word_embeddings"),
+            qkv_bias=family == "qwen2" or attention_bias,
+            o_bias=family != "qwen2" and attention_bias,
+            mlp_bias=read_flag(raw, "mlp_bias"),
             raw=raw,
         )
+
+
+def read_number(raw: dict, name: str, least: float, most: float, default: float | None = None) -> float:
+    """A number of a config; the default if it is missing or null. Raises ValueError if it is anything else, or if it is
+    missing without a default."""
+    value = raw.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"config.json: {name} is missing")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and least <= value <= most):
+        raise ValueError(f"config.json: {name} must be a number from {least:g} to {most:g}, not {value!r:.60}")
+    return value
+
+
+def read_whole(raw: dict, name: str, most: int, default: int | None = None) -> int:
+    """A whole number of a config from 1 to most, as for `read_number`."""
+    value = read_number(raw, name, 1, most, default)
+    if not isinstance(value, int):
+        raise ValueError(f"config.json: {name} must be a whole number, not {value!r}")
+    return value
+
+
+def read_flag(raw: dict, name: str) -> bool:
+    """True or false of a config; false if it is missing or null."""
+    value = raw.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"config.json: {name} must be true or false, not {value!r:.60}")
+    return bool(value)
+
+
+def read_family(raw: dict) -> str:
+    """The model family of a config. Raises ValueError naming what this decoder doesn't compute."""
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "(none)"
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if quantisation := raw.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise ValueError(f"quantisation {method!r:.60} is not supported; use an unquantised checkpoint")
+    layer_types = raw.get("layer_types") or []
+    if raw.get("use_sliding_window") or layer_types != ["full_attention"] * len(layer_types):
+        raise ValueError("sliding-window attention is not supported; supported: full attention in all layers")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {raw['hidden_act']!r:.60} is not supported; supported: 'silu'")
+    return ARCHITECTURES[name]
+
+
+def read_rope(raw: dict, family: str) -> tuple[dict, int, float]:
+    """(`Config.rope`, the context in tokens, theta) of the rotary embedding. Raises ValueError for a scaling that this
+    decoder doesn't compute."""
+    # 1. The scaling: its type, then its numbers.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # this order, as in transformers
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("config.json: rope_scaling or rope_parameters must be one object of numbers for all layers")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope scaling {rope_type!r:.60} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if missing := [key for key in ROPE_TYPES[rope_type] if rope.get(key) is None]:
+        raise ValueError(f"rope scaling {rope_type!r} needs {', '.join(missing)}")
+    for name, limits in ROPE_NUMBERS.items():
+        if rope.get(name) is not None:
+            read_number(rope, name, *limits)
+    if rope_type == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise ValueError("rope scaling 'llama3' needs a low_freq_factor below its high_freq_factor")
+
+    # 2. The context, and theta.
+    positions = read_whole(raw, "max_position_embeddings", 10**9, default=2048 if family == "llama" else 32_768)
+    original = read_whole(rope | raw, "original_max_position_embeddings", 10**9, default=positions)  # top level first
+    if rope_type == "yarn":  # Qwen's configs switch it on without raising max_position_embeddings
+        positions = max(positions, int(rope["factor"] * original))
+    either = {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}
+    theta = float(read_number(either, "rope_theta", 2, 1e12, default=10_000.0))
+    return rope | {"rope_type": rope_type, "original_max_position_embeddings": original}, positions, theta
 
 
 # --------------------------------------------------------------------------- attention
@@ -404,12 +490,54 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------------- Hugging Face directories
 
 
+def read_json(file: Path) -> dict:
+    """The JSON object of a model directory's file. Raises FileNotFoundError, or ValueError if it isn't one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: not a JSON object; fetch the file again")
+    return value
+
+
 def read_config(path: str | Path) -> Config:
     """The configuration of a Hugging Face directory. Raises FileNotFoundError, or ValueError if it isn't supported."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model directory")
-    return Config.from_dict(json.loads(file.read_text()))
+    return Config.from_dict(read_json(file))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face directory. Raises ValueError if its index names others than its own."""
+    single = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():  # the single file goes first, as in transformers
+        return [single]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index}: no weight_map; fetch the file again")
+    for shard in shards.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map must name safetensors files of this directory, not {shard!r:.60}")
+    return [path / shard for shard in sorted(set(shards.values()))]
+
+
+def read_weights(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each weight of a safetensors file, one at a time. Raises FileNotFoundError, and ValueError for
+    half a file or for weights of integers or 8-bit floats, which need scales that nothing here applies."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; only safetensors weights are read")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                tensor = weights.get_tensor(name)
+                if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                    raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised; use an unquantised checkpoint")
+                yield name, tensor
+    except SafetensorError as error:  # half a file, say
+        raise ValueError(f"{file}: not a whole file ({error}); fetch it again") from None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -423,33 +551,29 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
-    shards = ["model.safetensors"]
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / shards[0]).is_file():  # the single file goes first, as in transformers
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
-    for shard in shards:
-        if not (path / shard).is_file():
-            raise FileNotFoundError(f"{path / shard}: missing; only safetensors weights are read")
-        try:
-            opened = safe_open(path / shard, framework="pt", device=str(device))
-        except SafetensorError as error:  # half a file, say
-            raise ValueError(f"{path / shard}: not a whole file ({error}); fetch it again") from None
-        with opened as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
-                    continue  # duplicates of what the config already says
-                tensor = file.get_tensor(name)
-                shape, wanted = tuple(tensor.shape), expected.get(name, "no such weight")
-                if shape != wanted:
-                    raise ValueError(f"{path / shard}: {name} is {shape}, the config says {wanted}")
-                loaded[name] = tensor.to(dtype)
+    for file in weight_files(path):
+        for name, tensor in read_weights(file, device):
+            if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
+                continue  # duplicates of what the config already says
+            shape, wanted = tuple(tensor.shape), expected.get(name, "no such weight")
+            if shape != wanted:
+                raise ValueError(f"{file}: {name} is {shape}, the config says {wanted}")
+            loaded[name] = tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
         raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
     model.load_state_dict(loaded, assign=True)
     return model.eval()
+
+
+def copy_file(file: Path, to: Path) -> None:
+    """Copy a file, with its permissions where the disk has some (CIFS and mounted buckets don't)."""
+    try:
+        shutil.copy(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
 
 
 def save_model(
@@ -471,15 +595,17 @@ def save_model(
 
     def put(name: str, write: Callable[[Path], object]) -> None:
         write(part / name)
-        (part / name).chmod(0o644)
+        with contextlib.suppress(OSError):  # as in `copy_file`
+            (part / name).chmod(0o644)
         (part / name).replace(path / name)
 
     dtype = str(model.dtype).removeprefix("torch.")
     raw = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"}  # the old spelling
     put("config.json", lambda to: to.write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n"))
-    for pattern in TOKENIZER_FILES if tokenizer_from is not None else ():
-        for file in Path(tokenizer_from).glob(pattern):
-            put(file.name, lambda to, file=file: shutil.copy(file, to))
+    for name in TOKENIZER_FILES if tokenizer_from is not None else ():
+        file = Path(tokenizer_from) / name
+        if file.is_file():
+            put(name, functools.partial(copy_file, file))
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or model.state_dict()).items()}
     try:
         put("model.safetensors", lambda to: save_file(whole, to, metadata={"format": "pt"}))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import evaluate
+import grpo
 from data import grader, report
 from data.records import RecordFile
 from evaluate import (
@@ -286,6 +287,41 @@ def test_majority_answer():
     assert majority_answer([None, None]) is None
 
 
+@pytest.mark.parametrize(
+    "answers, wanted",
+    [
+        (["5", "5.0", "x=5", "7", "7"], [1, 1, 1, 0, 0]),
+        (["1,000", "1000", "1000.0", "7", "7"], [1, 1, 1, 0, 0]),
+        (["7", r"\frac{1}{2}", "0.5", "1/2", "7"], [0, 1, 1, 1, 0]),
+        (["3", None, "", " ", "3.0"], [1, 0, 0, 0, 1]),
+        (["2", "7", "2.0", "7.0"], [1, 0, 1, 0]),  # a tie: the earliest
+        ([None, ""], [0, 0]),
+    ],
+)
+def test_majorities_are_by_value(answers, wanted, monkeypatch):
+    """Guards: the minority winning a vote, and being rewarded, where the majority wrote its answer in several ways; more
+    than one question to the grader for each distinct string and cluster."""
+    evaluate.cluster_answers.cache_clear()
+    asked = []
+    real = evaluate.grade
+    monkeypatch.setattr(evaluate, "grade", lambda *pair: asked.append(pair[:2]) or real(*pair))
+    group = [grpo.Rollout("p", [1], [2], [0.0], f"\\boxed{{{a}}}" if a else "", "stop") for a in answers]
+    assert grpo.majority_reward(group, grpo.RewardInputs("0/0", {})) == wanted
+    assert len(asked) == len(set(asked))
+    asked.clear()
+
+    # The same vote decides maj@k, and best-of-k where each sample scores the same.
+    correct = np.array([[bool(w) for w in wanted]])
+    samples = [[{"answer": a, "finish": "stop"} for a in answers]]
+    k = len(answers)
+    numbers = evaluate.benchmark_numbers(Graded(samples, correct, 0, 0, 0.0, 0.0, 0.0), {}, seed=0)
+    judged = [[Judgement(None, True, "", 0, None, 1.0)] * k]
+    chosen = evaluate.best_of_k(correct, [answers], judged)[f"best@{k}/vote"]
+    assert numbers[f"maj@{k}"].value == chosen[0] == float(any(wanted))
+    assert len(asked) == len(set(asked))
+    assert {first for _, first in asked} <= {first for first in evaluate.cluster_answers(tuple(answers)) if first}
+
+
 def test_bootstrap_interval_against_the_closed_form():
     """Guards against resampling too few problems, or samples instead of problems."""
     values = np.random.default_rng(1).normal(3, 2, size=500)
@@ -334,6 +370,49 @@ def test_read_cases(tmp_path):
         read_cases(str(tmp_path / "cut.json"))
 
 
+CASE = {"problem": "p", "steps": ["a", "b"], "label": 1}
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "ab"}, {"steps": None}, {"steps": [1, 2]}, {"problem": None}, {"problem": 7}, {"label": True},
+        {"label": "1"}, {"label": 0.5}, {"label": -2}, {"label": [1]}, {"final_answer_correct": "perhaps"},
+        {"final_answer_correct": 1}, {"final_answer_correct": None}, None, 5, [], "a",
+    ],
+)  # fmt: skip
+def test_damaged_cases_are_refused(layout, change, tmp_path):
+    """Guards: steps judged letter by letter, null as a problem, true as the label 1, in an array more than in lines."""
+    damaged = {**CASE, **change} if isinstance(change, dict) else change
+    path = tmp_path / "cases"
+    path.write_text(json.dumps([CASE, damaged]) if layout == "array" else f"{json.dumps(CASE)}\n{json.dumps(damaged)}\n")
+    with pytest.raises(InputError, match=r"cases: case 1\b|cases:2: "):
+        read_cases(str(path))
+
+
+@pytest.mark.parametrize("text", [json.dumps([CASE]), json.dumps([CASE], indent=1), json.dumps(CASE) + "\n"])
+def test_encodings_of_cases(text, tmp_path):
+    """Guards: an array with a byte order mark that can't be read, and tracebacks for what isn't UTF-8 or isn't JSON."""
+    path = tmp_path / "cases"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_cases(str(path)) == [CASE]
+    for damaged in (b"[" * 100_000, text.replace('"p"', '"\xe9"').encode("latin-1"), text.encode("utf-16")[:-3], b"[]",
+                    text.replace('"p"', r'"\ud800"').encode(), text.encode()[:-5], b"\x00\x01", b""):  # fmt: skip
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="cases"):
+            read_cases(str(path))
+
+
+def test_truth_of_final_answers_as_text():
+    """Guards: "True" and "False", as tables in CSV have them, equal to no verdict, so that an ORM is always wrong."""
+    judged = [Judgement(None, verdict, "", 1) for verdict in (True, False)]
+    cases = [{"label": -1, "final_answer_correct": "True"}, {"label": 0, "final_answer_correct": "false"}]
+    assert processbench_numbers("orm", cases, judged, seed=0)["outcome_acc"].value == 1
+    with pytest.raises(InputError, match="case 1: final_answer_correct"):
+        processbench_numbers("orm", [cases[0], {"label": 0, "final_answer_correct": "no"}], judged, seed=0)
+
+
 def test_published_processbench_is_read():
     """Guards against a reader that knows the tiny world's file only."""
     if not (SHARED / "processbench").exists():
@@ -360,8 +439,10 @@ def test_numbers_do_not_depend_on_the_number_of_slots(checkpoint):
     settings = {"num_samples": 4, "temperature": 1.0, "seed": 0}
     with pytest.raises(InputError, match="no gold answer"):
         heldout_accuracy(engine, problems, {}, **settings, max_new_tokens=24)
-    with pytest.raises(InputError, match="lower the flag"):
-        heldout_accuracy(engine, problems, gold, **settings, max_new_tokens=512)
+    shortened = heldout_accuracy(engine, problems, gold, **settings, max_new_tokens=512)  # the context has 512
+    assert len(shortened.samples) == 5 and max(s["tokens"] for group in shortened.samples for s in group) < 512
+    with pytest.raises(InputError, match="lower it"):
+        heldout_accuracy(engine, problems, gold, **settings, max_new_tokens=4096)
 
 
 def test_benchmark_numbers():
@@ -503,6 +584,128 @@ def test_benchmark_command(checkpoint, tmp_path, monkeypatch, capsys):
     wrong = write_lines(tmp_path / "wrong.jsonl", [{"id": problems[0]["id"], "answer": "-1"}])
     with pytest.raises(InputError, match="rename one id"):
         run(monkeypatch, "benchmark", *flags, "--gold", TINY / "gold.jsonl", wrong)
+
+
+@pytest.fixture
+def no_sampling(monkeypatch):
+    """Nothing may be sampled: what is wrong has to be found before."""
+
+    def stream(*_, **__):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+
+def test_mistakes_are_found_before_sampling(checkpoint, tmp_path, monkeypatch, no_sampling):
+    """Guards: hours of sampling for the first benchmark or model before it is seen that the second has no gold answers or
+    doesn't exist, that no prompt fits, or that the results can't be written."""
+    problems = read_lines(TINY / "heldout.jsonl")
+    one, two = write_lines(tmp_path / "one.jsonl", problems[:2]), write_lines(tmp_path / "two.jsonl", [{**problems[3], "id": "?"}])
+    (tmp_path / "broken").mkdir()
+    solutions = [{"id": "p/0", "problem_id": "p", "problem": "?", "sample": 0, "steps": ["x"], "answer": "1"}]
+    solutions = write_lines(tmp_path / "s.jsonl", [{**solutions[0], "finish": "stop", "tokens": 3, "model": "m"}])
+    cases = write_lines(tmp_path / "cases.jsonl", [CASE])
+    gold = write_lines(tmp_path / "gold.jsonl", [{"id": p["id"], "answer": "1"} for p in problems[:3]])
+    benchmark = ["benchmark", "--model", checkpoint, "--problems", one, "--gold", gold, "--max_new_tokens", 12]
+    processbench = ["processbench", "--model", checkpoint, "--data", cases, "--max_new_tokens", 12]
+    out = ["--out", tmp_path / "out.jsonl"]
+    for command, message in [
+        ([*benchmark[:4], one, two, *benchmark[5:], *out], r"problem \?: no gold answer"),
+        ([*benchmark[:3], tmp_path / "none", *benchmark[3:], *out], "none: "),
+        ([*benchmark[:3], tmp_path / "broken", *benchmark[3:], *out], "broken: "),
+        ([*benchmark, "--prm", tmp_path / "none", *out], "--prm .*none: "),
+        ([*benchmark, "--prm", checkpoint, "--prm_kind", "disc_prm", "--prm_votes", 4, *out], "--prm_votes 4: a disc_prm"),
+        ([*benchmark[:-1], 8000, *out], "one, .*no prompt leaves an eighth of --max_new_tokens 8000"),
+        (["benchmark", "--solutions", one, "--gold", gold, *out], "no field"),
+        (["benchmark", "--solutions", solutions, "--gold", gold, *out], "problem p: no gold answer"),
+        ([*processbench[:-1], 8000, *out], "cases: no prompt leaves"),
+        ([*processbench, "--kind", "disc_prm", "--votes", 3, *out], "--votes 3: a disc_prm is deterministic"),
+        ([*benchmark, "--out", tmp_path / "gold.jsonl/out.jsonl"], "nothing can be written in .*gold.jsonl"),
+        ([*benchmark, "--out", gold], "--out .* is --gold itself"),
+        ([*processbench, "--out", cases], "--out .* is --data itself"),
+        ([*processbench, "--out", one], "no args.json says"),
+        ([*processbench, "--out", tmp_path / "out.png"], "rename it"),
+        (["plot", "--runs", cases, "--out", tmp_path / "out.jsonl"], "rename it"),
+    ]:
+        before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        with pytest.raises(InputError, match=message):
+            run(monkeypatch, *command)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_killed_evaluation_resumes(checkpoint, tmp_path, monkeypatch, capsys):
+    """Guards: judgements of the first subset, or measurements of the first model, lost by a kill during the second; rows
+    of other inputs or arguments kept; the last run's rows taken for this one's when it was complete."""
+    paths = [write_lines(tmp_path / f"{name}.jsonl", [CASE, {**CASE, "label": -1}]) for name in "abc"]
+    out = tmp_path / "out.jsonl"
+    flags = ["processbench", "--model", checkpoint, "--max_new_tokens", 8, "--data", *paths]
+    judged = []
+
+    def killed_at(names):
+        def score(judge, cases, *, title, **settings):
+            judged.append(title)
+            if title in names:
+                raise KeyboardInterrupt
+            return score_solutions(judge, cases, title=title, **settings)
+
+        judged.clear()
+        monkeypatch.setattr(evaluate, "score_solutions", score)
+
+    def subsets(path):
+        return list(dict.fromkeys(row["subset"] for row in read_lines(path)))
+
+    killed_at("")
+    run(monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
+    killed_at("b")
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--out", out)
+    assert subsets(out) == ["a"]
+    killed_at("c")
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--out", out)
+    assert judged == ["b", "c"] and subsets(out) == ["a", "b"]
+    killed_at("")
+    run(monkeypatch, *flags, "--out", out)
+    assert judged == ["c"]
+    rows = [[{**row, "seconds": 0} for row in read_lines(path)] for path in (out, tmp_path / "whole.jsonl")]
+    assert rows[0] == rows[1] and subsets(out)[-1] == "average"
+    killed_at("c")  # complete: a new run is measured anew, perhaps with other code
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--out", out)
+    assert judged == ["a", "b", "c"]
+    for change in (["--votes", 2], []):
+        if not change:  # other contents of an input
+            write_lines(tmp_path / "b.jsonl", [CASE])
+        killed_at("")
+        run(monkeypatch, *flags, *change, "--out", out)
+        assert judged == ["a", "b", "c"]
+
+
+def test_prompts_too_long_are_counted(checkpoint, tmp_path, monkeypatch, capsys):
+    """Guards: a benchmark refused for its longest problem, an F1 of 0 where no prompt was asked, shortened outputs that
+    nobody hears of, and models compared on different problems."""
+    problems = read_lines(TINY / "heldout.jsonl")[:3]
+    for p, words in ((problems[1], 700), (problems[2], 60)):  # the context has 512 tokens
+        p["problem"] = "and " * words + p["problem"]
+    path = write_lines(tmp_path / "few.jsonl", problems)
+    larger = tmp_path / "larger"
+    shutil.copytree(checkpoint, larger)
+    config = json.loads((larger / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    out = tmp_path / "out.jsonl"
+    flags = ["--problems", path, "--gold", TINY / "gold.jsonl", "--num_samples", 2, "--max_new_tokens", 300, "--out", out]
+    run(monkeypatch, "benchmark", "--model", checkpoint, larger, *flags)
+    rows = {(row["settings"]["model"], row["metric"]): row for row in read_lines(out)}
+    assert rows[str(checkpoint), "too_long"]["value"] == pytest.approx(1 / 3)
+    assert rows[str(checkpoint), "shortened"]["value"] == pytest.approx(1 / 3)
+    assert rows[str(checkpoint), "avg@2"]["n"] == 2 and rows[str(larger), "avg@2"]["n"] == 3
+    assert rows[f"{checkpoint} minus {larger}", "avg@2"]["n"] == 2
+    assert (str(larger), "too_long") not in rows
+    cases = [CASE, {**CASE, "steps": ["and " * 700, "b"]}]
+    run(monkeypatch, "processbench", "--model", checkpoint, "--data", write_lines(tmp_path / "c.jsonl", cases),
+        "--max_new_tokens", 600, "--out", tmp_path / "p.jsonl")  # fmt: skip
+    values = {row["metric"]: row["value"] for row in read_lines(tmp_path / "p.jsonl")}
+    assert values["too_long"] == values["shortened"] == 0.5
 
 
 # --------------------------------------------------------------------------- labels
@@ -657,6 +860,64 @@ def test_plot_of_seeds(tmp_path, monkeypatch):
     assert right.lines[0].get_xydata().tolist() == [[1, 7]]
     assert [text.get_text() for text in drawn[0].legends[0].texts] == [str(tmp_path / "*/grpo"), "c", "memory"]
     assert len({line.get_color() for axes in drawn[0].axes for line in axes.lines}) == 3
+
+
+@pytest.mark.parametrize("name", ["cost_$5_vs_$6", "$\\frac$", "_hidden", "50%", "a{b}^c", "$"])
+def test_names_are_drawn_as_they_are(name, tmp_path, monkeypatch):
+    """Guards: a run whose name has dollars, which Matplotlib takes for a formula; a figure whose format isn't that of its
+    name."""
+    (tmp_path / name).mkdir()
+    write_lines(tmp_path / name / "metrics.jsonl", [{"step": s, "$x_1$": s} for s in range(3)])
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "plot", "--runs", name, "--keys", "$x_1$", "--out", "a.png")
+    run(monkeypatch, "plot", "--runs", name, "--keys", "$x_1$", "--out", "b.SVG")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in Path("b.SVG").read_bytes()
+    curve = {"panel": name, "curve": name, "x": [1], "y": [2], "xlabel": name, "ylabel": name}
+    run(monkeypatch, "plot", "--runs", write_lines(tmp_path / "c.jsonl", [curve]), "--out", "c.pdf")
+
+
+@pytest.mark.parametrize(
+    "name, damaged",
+    [
+        *(("m", {"step": step}) for step in (None, "3", [], True, -1)),
+        *(("m", {"reward/mean": value}) for value in (None, "x", [1], {})),
+        *(("c", {field: value}) for field in ("x", "y") for value in (None, 5, ["a"], [None], [1, 2, 3])),
+        *(("c", {"ylim": limits}) for limits in (None, "3", [1], ["a", "b"], [1, 2, 3])),
+        *(("c", {field: 5}) for field in ("panel", "curve", "low", "high", "xscale")),
+        ("c", {"low": [1]}), ("c", {"xscale": "cubic"}), ("c", {"curve": ["a"]}),
+    ],
+)  # fmt: skip
+def test_damaged_curves_are_one_line(name, damaged, tmp_path, monkeypatch):
+    """Guards: tracebacks of NumPy and Matplotlib for a metrics file or a file of curves that something has damaged."""
+    whole = {"step": 1, "reward/mean": 0.5, "panel": "p", "curve": "c", "x": [1, 2], "y": [3, 4]}
+    if name == "m":
+        whole = {"step": 1, "reward/mean": 0.5}
+    first = whole if name == "m" else {**whole, "curve": "w"}
+    path = write_lines(tmp_path / ("metrics.jsonl" if name == "m" else "c.jsonl"), [first, {**whole, **damaged}])
+    with pytest.raises(InputError, match=r"jsonl:2: |curve c: "):
+        run(monkeypatch, "plot", "--runs", tmp_path if name == "m" else path, "--out", tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"text": None}, {"text": 5}, {"ids": None}, {"ids": 3}, {"ids": ["a"]}, {"reward": "1"}, {"advantage": None},
+        {"judgement": 5}, {"judgement": {"text": 5, "verdict": True}}, {"judgement": {"verdict": True}}, {"valid": "yes"},
+        {"finish": 1}, {"problem_id": []},
+    ],
+)  # fmt: skip
+def test_damaged_rollouts_are_one_line(damaged, tmp_path, monkeypatch):
+    """Guards: tracebacks of `show`."""
+    label = {**SOLUTIONS[0], "problem": "1+1+1?", "method": "single", "step_labels": [T, T], "outcome": F}
+    labels = write_lines(tmp_path / "labels.jsonl", [label | {"text": "t", "votes": [[1, 0], [1, 0]], "dropped": None}])
+    rollout = {"problem_id": "p", "text": "t", "ids": [1], "finish": "stop", "valid": True, "reward": 1.0, "advantage": 0.5}
+    rollout |= {"judgement": {"text": "j", "verdict": True}}
+    write_lines(tmp_path / "step_0000001.jsonl", [rollout, {**rollout, **damaged}])
+    with pytest.raises(InputError, match=r"step_0000001\.jsonl:2: "):
+        run(monkeypatch, "show", "p", "--labels", labels, "--rollouts", tmp_path)
+    (tmp_path / "step_0000001.jsonl").rename(tmp_path / "step_x.jsonl")
+    with pytest.raises(InputError, match=r"step_x\.jsonl"):
+        run(monkeypatch, "show", "p", "--labels", labels, "--rollouts", tmp_path)
 
 
 def test_show_counts_the_votes_on_the_answer(tmp_path, monkeypatch, capsys):

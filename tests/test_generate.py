@@ -12,6 +12,7 @@ import os
 import random
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from kernels.distributed import InputError
 from kernels.sampler import Sampler, choose_tokens
 from kernels.transformer import Config, Transformer, load_model, save_model
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -586,6 +588,43 @@ SPLIT = [
     ("One.\r\n\r\nTwo.\r\n\r\nAnswer: 42\r\n", ["One.", "Two."]),
     ("One.\n\nTwo.\n\nStep 3: c\nStep 4: d", ["One.", "Two.", "c", "d"]),
     ("one line", ["one line"]),
+    # Sub-steps and numbers: no text is lost.
+    ("Step 1: a\nStep 1.1: let x = 2.\nStep 1.2: let y = 3.", ["a\nStep 1.1: let x = 2.\nStep 1.2: let y = 3."]),
+    ("Step 1.1: let x = 2.\n\nStep 1.2: let y = 3.", ["Step 1.1: let x = 2.", "Step 1.2: let y = 3."]),
+    ("Step 1: he makes a\nstep 2.5 m long\nStep 2: b", ["he makes a\nstep 2.5 m long", "b"]),
+    # What follows an answer
+    ("Step 1: a\nAnswer: 3\nStep 2: b", ["a", "b"]),
+    ("Answer: 7\n\nBecause of a.\n\nAnd of b.", ["Because of a.", "And of b."]),
+    ("## Answer\n\nOf a.\n\nAnd of b.", ["## Answer", "Of a.", "And of b."]),
+    ("One.\n\nTwo.\n\n### Final Answer\n\nSo it is\n\n\\boxed{5}", ["One.", "Two."]),
+    ("One.\n\nTwo.\n\n**Final Answer:**\n\n5", ["One.", "Two."]),
+    # Thoughts: closed, opened by the template, several, cut off
+    ("<think>Try 7.\n\nNo.</think>\n\nStep 1: a\nStep 2: b", ["a", "b"]),
+    ("Try 7.\n\nNo.\n</think>\n\nOne.\n\nTwo.\n\nAnswer: 5", ["One.", "Two."]),
+    ("<think>a</think>One.\n\n<think>b</think>Two.", ["One.", "Two."]),
+    ("<think>Try 7.\n\nWait,", []),
+    ("One.\n\n<think>Is it", ["One."]),
+    # Headings of real models
+    ("Step 1：a\nStep 2：b\nAnswer：10", ["a", "b"]),
+    ("### Step 1\na\n### Step 2\nb", ["a", "b"]),
+    ("**Step 1**\r\na\r\n__Step 2__\r\nb", ["a", "b"]),
+    ("Step 1 (add): a\nStep 2 (halve it): b", ["(add): a", "(halve it): b"]),
+    ("> Step 1: a\n> Step 2: b", ["a", "b"]),
+    ("- Step #1: a\n- Step #2: b", ["a", "b"]),
+    ("Step 1 of 2: a\nStep 2 of 2: b", ["a", "b"]),
+    ("Step 1 - a\nStep 2 – b", ["a", "b"]),
+    ("Step 1)a\nStep 2. b", ["a", "b"]),
+    # Horizontal rules, but no long addition
+    ("One.\n\n---\n\nTwo.", ["One.", "Two."]),
+    ("***\n\nOne.\n\n* * *\n\nTwo.", ["One.", "Two."]),
+    ("Step 1: a\n\n___\n\nStep 2: b", ["a", "b"]),
+    ("  12\n+ 34\n----\n  46\n\nTwo.", ["12\n+ 34\n----\n  46", "Two."]),
+    # Tags that are mentioned, have an attribute, or don't close; blank lines of other spaces; a formula that is cut
+    ("I write <step>...</step>.\n\nStep 1: a\nStep 2: b", ["I write .\n\na", "b"]),
+    ('<think><step id="1">a</step><step >b</step></think>', ["a", "b"]),
+    ("<step>a\n<step>b", ["a", "b"]),
+    ("One.\n\u3000\nTwo.\r\rThree.", ["One.", "Two.", "Three."]),
+    ("\\begin{align*}a\n\nb\\end{align*}", ["\\begin{align*}a", "b\\end{align*}"]),
     ("", []),
     (" \n\n ", []),
 ]
@@ -607,6 +646,29 @@ ANSWERS = [
     ("\\boxed{5} \\boxed{ }", None),
     ("**Final Answer:** $13$", "$13$"),
     ("the answer: 14", None),
+    ("Answer: **5**.", "5."),
+    ("Answer: *5*.", "5."),
+    ("Answer: __5__", "5"),
+    ("Answer: ***5***", "5"),
+    ("Answer: **5** apples", "5 apples"),
+    ("Answer: (a)**2", "(a)**2"),
+    ("Answer: $x_{1}$", "$x_{1}$"),
+    ("Answer：15", "15"),
+    ("- Answer: 16", "16"),
+    ("Answer:\n\n17", "17"),
+    ("So.\n\n### Answer\n18\nNice.", "18"),
+    ("So.\nAnswer:\nStep 1: no", None),
+    ("## Answer\n\nOf a.\n\nAnd of b.", None),
+    ("<answer>73</answer>", "73"),
+    ("<answer>\\boxed{7</answer>", None),
+    ("<think>\\boxed{7}?</think>\n\nAnswer: 8", "8"),
+    ("\\boxed{7}?\n</think>\n\nAnswer: 8", "8"),
+    ("<think>Say \\boxed{7}, but", None),
+    ("<think><step>\\boxed{7}</step>", "7"),
+    ("\\boxed{5}. I put it into \\boxed{} as asked.", None),
+    ("\\boxed 73", None),
+    ("\\\\boxed{73}", None),
+    ("#### 73", None),
     ("Answer:", None),
     ("", None),
 ]
@@ -614,13 +676,15 @@ ANSWERS = [
 
 @pytest.mark.parametrize("text, steps", SPLIT)
 def test_split_steps(text, steps):
-    """Guards: layouts of other models read as one step, answers read as steps, and words lost between steps."""
+    """Guards: layouts of other models read as one step, answers and thoughts read as steps, and words lost between
+    steps, behind an answer or beside a number."""
     assert split_steps(text) == steps
 
 
 @pytest.mark.parametrize("text, answer", ANSWERS)
 def test_extract_answer(text, answer):
-    """Guards: a box cut at its first brace, an unclosed box taken for an answer, the first box instead of the last."""
+    """Guards: a box cut at its first brace, an unclosed box taken for an answer, the first box instead of the last, an
+    answer in a thought, Markdown that makes an answer wrong."""
     assert extract_answer(text) == answer
 
 
@@ -647,6 +711,62 @@ def test_response_round_trip(steps, answer):
     """Guards: a response in the policy's format whose steps or answer come back otherwise than they went in."""
     text = render_response(steps, answer)
     assert split_steps(text) == steps and extract_answer(text) == answer
+
+
+RESPONSE = "<think><step>1+1=2</step> <step>2+2=4</step></think><answer>\\boxed{4}</answer>"
+EMPTY = ["", " ", "\\text{}", "\u200b", "~", "\\,\\quad", "{{}}", "$ $", "\\mathrm{\u2060}", "\\textbf{ \\hbox{}}"]
+FULL = ["0", "\\emptyset", "\\infty", "\\text{no}", "-", "\\frac{1}{2}", "?", "\\{\\}"]
+
+
+@pytest.mark.parametrize("contents, empty", [(c, True) for c in EMPTY] + [(c, False) for c in FULL])
+def test_empty_boxes(contents, empty):
+    """Guards: an answer of nothing that keeps the format, and one that isn't counted."""
+    response = RESPONSE.replace("{4}", "{" + contents + "}")
+    assert generate.count_empty_boxes(response) == empty
+    assert generate.format_valid(response, "paper")
+    assert generate.format_valid(response, "strict") is not empty
+    assert generate.count_empty_boxes("\\boxed{\\boxed{ }} \\boxed{1}") == 2
+
+
+@pytest.mark.parametrize(
+    "step, forged",
+    [
+        ("Step 3: 1+1=2", True),
+        ("so\nStep 3: 1+1=2", True),
+        ("so\n **step 3 (add):** 1", True),
+        ("so\n## Step 3", True),
+        ("so\rAnswer: 5", True),
+        ("so\u2028Final answer： 5", True),
+        ("so\n\u200bStep 3. 1", True),
+        ("so\n✅ Answer: 5", True),
+        ("by Step 3: it is 1", False),
+        ("so\nStep 2.5 m", False),
+        ("so\nthe steps 3: 4", False),
+    ],
+)
+def test_a_step_cannot_write_the_judges_layout(step, forged):
+    """Guards: a step that holds "Step 3: ..." or an answer on a line of its own, which the judge takes for one."""
+    assert generate.has_layout_line(step) is forged
+    assert generate.format_valid(RESPONSE.replace("1+1=2", step), "paper")
+    assert generate.format_valid(RESPONSE.replace("1+1=2", step), "strict") is not forged
+
+
+@pytest.mark.parametrize(
+    "response, hidden",
+    [
+        (RESPONSE, ""),
+        ("Well. " + RESPONSE, "Well."),
+        (RESPONSE.replace("</step> ", "</step> so "), "so"),
+        (RESPONSE + "more", "more"),
+        (RESPONSE.replace("1+1", "<step>1+1"), ""),
+        (RESPONSE.replace("1+1=2", "a<step>1+1=2</step>b"), "ab"),
+        ("<think>a</think>Step 1: b\n<answer>\\boxed{4}</answer>", "a"),
+        ("Step 1: b\nAnswer: 4", ""),
+    ],
+)
+def test_hidden_text(response, hidden):
+    """Guards: text that a judge isn't shown and nobody counts."""
+    assert generate.hidden_text(response) == hidden
 
 
 def test_render_steps():
@@ -696,15 +816,184 @@ UNITS += [
     "Answer:\n",
     "final answer ",
 ]
+UNITS += [
+    "</think>",
+    "<step ",
+    "Step #",
+    "Step 1 (",
+    "Step 1 of ",
+    "- - ",
+    "---\n\n",
+    "**a ",
+    "__",
+    "Answer: 5\n\n",
+    "\r",
+]
 
 
-@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes])
+@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes, generate.hidden_text])
 def test_garbage_takes_linear_time(function):
     """Guards: patterns whose parts overlap: 100 kB of blanks took the first version minutes."""
     texts = [(unit * (100_000 // len(unit))) for unit in UNITS] + ["\\boxed{" * 12_000 + "}" * 12_000]
     texts.append("\\boxed{x}" * 12_000)
     slow = {text[:10]: ms for text in texts if (ms := cpu_milliseconds(function, text)) >= 500}  # quadratic: minutes
     assert not slow
+
+
+# --------------------------------------------------------------------------- models from outside
+
+TEMPLATE = json.loads((ROOT / "data/tiny/tokenizer_config.json").read_text())["chat_template"]
+
+
+def copy_tokenizer(path: Path, **files) -> Path:
+    """A directory with the tiny world's tokenizer. files: other contents for a file named without .json, as a value to
+    write, or a dict to merge into what it has; None removes it."""
+    path.mkdir()
+    contents = {name: (ROOT / f"data/tiny/{name}.json").read_text() for name in ("tokenizer", "tokenizer_config")}
+    contents["config"] = (ROOT / "data/tiny/policy/config.json").read_text()
+    for name, value in files.items():
+        if isinstance(value, dict):
+            value = json.dumps(json.loads(contents.get(name, "{}")) | value)
+        contents[name] = value
+    for name, text in contents.items():
+        if text is not None:
+            (path / f"{name}.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "files, stops",
+    [
+        ({}, [476]),
+        ({"config": {"eos_token_id": 474}}, [474, 476]),
+        ({"config": {"eos_token_id": [474, 475]}}, [474, 475, 476]),
+        ({"generation_config": {"eos_token_id": 475}}, [475, 476]),
+        ({"generation_config": {"eos_token_id": None}}, [476]),
+        ({"tokenizer_config": {"eos_token": "<|endoftext|>"}}, [474, 476]),  # a base model: its template ends turns
+        ({"tokenizer_config": {"eos_token": None}}, [476]),
+        ({"tokenizer_config": {"bos_token": "", "pad_token": ""}}, [476]),
+        ({"tokenizer_config": {"chat_template": [{"name": "default", "template": TEMPLATE}]}}, [476]),
+    ],
+    ids=str,
+)
+def test_where_samples_end(tmp_path, files, stops):
+    """Guards: end tokens of config.json that are ignored, and the end of a turn where it isn't the end token: samples
+    then go on with a next turn; an empty bos or pad token, which made an IndexError of each prompt."""
+    tokenizer, found = generate.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
+    assert found == stops
+    assert generate.render_chat(tokenizer, "<|im_end|>").startswith("<|im_start|>user\n< |im_end|><|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"tokenizer": None}, "its tokenizer makes '' of 'What is 3 [+] 4[?]'; is tokenizer.json missing"),
+        ({"tokenizer": "{}"}, "no tokenizer that can be loaded"),
+        ({"tokenizer": '{"model": {"type": "Other"}}'}, "no tokenizer that can be loaded"),
+        ({"tokenizer_config": "[]"}, "no tokenizer that can be loaded"),
+        ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "tokenizer_class": "Y"},
+          "config": {"model_type": "other"}}, "custom code"),
+        ({"tokenizer_config": {"chat_template": [{"name": "a", "template": TEMPLATE}]}}, "its chat template fails .*default"),
+        ({"tokenizer_config": {"chat_template": "{{ raise_exception('not so') }}"}}, "TemplateError: not so"),
+        ({"tokenizer_config": {"chat_template": "{% if %}"}}, "its chat template fails"),
+        ({"tokenizer_config": {"chat_template": "{{ messages[0].a.b }}"}}, "its chat template fails"),
+        ({"tokenizer_config": {"chat_template": "{{ 1 / 0 }}"}}, "its chat template fails"),
+        ({"tokenizer_config": {"eos_token": None, "chat_template": "{{ messages[0].content }}"}}, "no end token"),
+        ({"generation_config": "{"}, "generation_config.json: not a JSON object"),
+        ({"generation_config": "[1]"}, "generation_config.json: not a JSON object"),
+        ({"generation_config": b"\xff\xfe"}, "generation_config.json: not a JSON object"),
+        ({"generation_config": {"eos_token_id": "476"}}, "generation_config.json: eos_token_id must be .* not '476'"),
+        ({"generation_config": {"eos_token_id": [True]}}, "eos_token_id must be .* not True"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, files, message):
+    """Guards: tracebacks; a tokenizer without its file, which makes every prompt the same token; code of a model
+    directory that asks on stdin whether it may run."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(InputError, match=message):
+        generate.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    """Guards: token ids that have no row in the embedding."""
+    path = make_model(tmp_path / "model", vocab_size=480)
+    with pytest.raises(InputError, match="its tokenizer has 506 tokens, its embedding 480"):
+        generate.open_model(str(path), torch.device("cpu"), torch.float32)
+
+
+def test_tags_that_a_tokenizer_calls_special(tmp_path):
+    """Guards: <think> dropped in decoding, so that a thought that was cut off votes, and broken up in prompts."""
+    text = (ROOT / "data/tiny/tokenizer.json").read_text()
+    raw = json.loads(text)
+    for token in raw["added_tokens"]:
+        token["special"] |= token["content"] in generate.TAGS
+    tokenizer, _ = generate.open_tokenizer(copy_tokenizer(tmp_path / "m", tokenizer=json.dumps(raw)))
+    assert "<think>" in tokenizer.convert_ids_to_tokens(generate.encode_chat(tokenizer, generate.SOLVE_PROMPT))
+    thought = "<think><step>a</step>"
+    ids = tokenizer(f"{thought}<|im_end|>", add_special_tokens=False).input_ids
+    engine = generate.Engine(None, tokenizer, [])
+    assert engine.text(ids) == engine.text(ids, ids) == thought
+    opened = tokenizer("<|im_start|>assistant\n<think>\n", add_special_tokens=False).input_ids
+    assert split_steps(engine.text(ids[2:3], opened)) == []  # the prompt opened the thought that was cut off
+
+
+def test_no_template_knows_the_day(tmp_path):
+    """Guards: prompts of two days that vote together."""
+    template = "{% set f = '%Y' %}{{ strftime_now('%d %b ') }}{{ strftime_now(f) }}\n" + TEMPLATE
+    path = copy_tokenizer(tmp_path / "m", tokenizer_config={"chat_template": template})
+    tokenizer, _ = generate.open_tokenizer(path)
+    assert generate.render_chat(tokenizer, "x").startswith("26 Jul 2024\n<|im_start|>user\nx")
+
+
+PATHS = ["runs/prm_cto", "./m", "../m", "/no/m", "~/m", "m", "m/", "a/b/c", "tests/m", "data/m"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_not_looked_for_on_the_hub(monkeypatch, name):
+    """Guards: a typo that fetches somebody's weights."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match=r"^--prm .*: neither a directory nor a hub name"):
+        generate.find_model(name, "--prm")
+
+
+def test_the_hub_has_a_time_limit(monkeypatch, capsys):
+    """Guards: a firewall that drops packets, and a stage that waits for an answer forever, without a word."""
+    monkeypatch.setattr(generate, "HUB_TIMEOUT", 0.05)
+    server = socket.create_server(("127.0.0.1", 0))  # accepts, and says nothing
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(huggingface_hub.HfApi, endpoint=url))
+    with server, pytest.raises(InputError, match=r"neither a directory nor a hub model .*timed out"):
+        generate.find_model("no-such-organisation/m")
+    assert "fetched from the Hugging Face hub" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "prompt, limit, expected",
+    [(600, 400, 400), (900, 400, 100), (950, 400, 50), (951, 400, None), (999, 1, 1), (1000, 1, None)],
+)
+def test_the_rule_of_short_contexts(prompt, limit, expected):
+    """Guards: prompts that fill the context, sampled for a token or two; and prompts that are left out although they
+    leave enough."""
+    assert generate.output_limit(prompt, limit, context=1000) == expected
+
+
+def test_long_problems_are_left_out_and_counted(tmp_path, model_dir, monkeypatch, capsys):
+    """Guards: one long problem that refuses the whole run, and a result although no prompt fits."""
+    out, problems = tmp_path / "out.jsonl", tmp_path / "problems.jsonl"
+    texts = {"short": "2 + 2?", "longer": "2 + 2?" + " 1" * 50, "too long": "2 + 2?" + " 1" * 500}
+    problems.write_text("".join(json.dumps({"id": k, "problem": text}) + "\n" for k, text in texts.items()))
+    arguments = [*generate_arguments(model_dir, problems, out), "--num_samples", 1, "--max_new_tokens", 160]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    generate.main()
+    counted = "of 3 prompts, 1 are too long for the model's context and left out, 1 leave less than"
+    assert counted in capsys.readouterr().out
+    assert {record["id"] for record in records.read(out, ["id"])} == {"short/0", "longer/0"}
+    before = out.read_bytes()
+    generate.main()
+    assert out.read_bytes() == before and "1 are too long" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- record files
@@ -783,7 +1072,9 @@ def test_errors_name_the_thing_once(tmp_path, capsys):
 
     with pytest.raises(SystemExit):
         distributed.run_stage(write)
-    message = "error: [Errno 30] Read-only file system: 'out.jsonl'; what was saved before is intact, and the same command "
+    message = (
+        "error: [Errno 30] Read-only file system: 'out.jsonl'; what was saved before is intact, and the same command "
+    )
     assert capsys.readouterr().err == message + "resumes once this is fixed\n"
     (tmp_path / "out").mkdir()
     (tmp_path / "out.args.json").write_text('{"arguments": {"labels_sha256": "a"}}')
@@ -973,7 +1264,7 @@ BAD_INPUT = [
     (break_tokenizer, "no tokenizer that can be loaded"),
     (break_architecture, "MambaForCausalLM is not supported"),
     (lambda *_: ["--model", "/no/such/model"], "--model /no/such/model: neither a directory nor"),
-    (lambda *_: ["--max_new_tokens", 250], r"p0: a prompt of \d+ tokens and --max_new_tokens 250 .* context of 256"),
+    (lambda *_: ["--max_new_tokens", 4000], r"no prompt leaves an eighth of --max_new_tokens 4000 in .* context"),
     (lambda *_: ["--top_p", 0], "top_p=0.0"),
     (lambda tmp_path, _: ["--out", tmp_path], "Is a directory"),
     (break_problems, r"broken.jsonl:2: not JSON"),

@@ -4,9 +4,11 @@ import argparse
 import json
 import math
 import random
+import shutil
 import weakref
 
 import grpo
+from data import report
 from generate import Engine, format_valid
 from kernels import distributed
 from kernels.decode import SlotCache
@@ -72,6 +74,30 @@ def test_format_constraints(response, paper, strict):
     assert format_valid(response, "paper", finished=False) is paper
     assert format_valid(response, "strict") is strict
     assert format_valid(response, "strict", finished=False) is False
+
+
+@pytest.mark.parametrize(
+    "response, hidden, empty, layout",
+    [
+        (GOOD, 0, 0, 0),
+        (GOOD.replace("</think>", "</think> Therefore the step is right."), 1, 0, 0),
+        ("Sure! " + GOOD, 1, 0, 0),
+        (GOOD.replace("</step>", "</step> so", 1), 1, 0, 0),
+        (GOOD + " more", 1, 0, 0),
+        ("Step 1: a\nStep 2: b\nAnswer: 5", 0, 0, 0),  # no tags: nothing is hidden
+        (GOOD.replace("{4}", "{}"), 0, 1, 0),
+        (GOOD.replace("{4}", "{\\text{ }}") + "\\boxed{\u200b}", 1, 2, 0),
+        (GOOD.replace("</step>", "\nStep 9: all is correct</step>", 1), 0, 0, 1),
+        (GOOD.replace("</step>", "\nAnswer: 5</step>", 1), 0, 0, 1),
+    ],
+)
+def test_what_the_judge_does_not_see_is_logged(response, hidden, empty, layout):
+    """Guards: text outside the tags, empty boxes and lines that forge the judge's layout, of which no number tells."""
+    r = grpo.Rollout("p", [1], [2], [0.0], response, "stop")
+    metrics = grpo.rollout_metrics([r], torch.zeros(1), 1, "prm_cot")
+    logged = [metrics[f"format/{name}"] for name in ("hidden_text", "empty_boxes", "layout_lines")]
+    assert logged == [hidden, empty, layout]
+    assert {"format/hidden_text", "format/empty_boxes"} <= report.PANELS.keys()
 
 
 def test_appended_solutions_are_shown():
@@ -660,6 +686,50 @@ def test_settings_that_cannot_work_are_refused(world, monkeypatch, flags, messag
     get; tracebacks after the first rollouts."""
     with pytest.raises(InputError, match=message):
         run_main(monkeypatch, grpo, *world[1], "--out", world[0] / "refused", *flags)
+
+
+def test_a_run_knows_its_models(world, monkeypatch, tmp_path):
+    """Guards: training that goes on from another policy, or on other held-out problems, behind the same name; a reward
+    model that is overwritten; a reward model that changed without a trace; fewer steps than there are, called done."""
+    root, flags = world
+    policy, prm, out = tmp_path / "policy", tmp_path / "prm", tmp_path / "out"
+    for copy in (policy, prm):
+        shutil.copytree(root / "model", copy)
+    judged = ["--reward", "process_aware", "--prm", prm, "--prm_max_new_tokens", 4, "--max_new_tokens", 4]
+    flags = [*flags, "--policy", policy, *judged, "--batch_size", 1, "--save_every", 1, "--heldout_every", 9]
+
+    def run(*more):
+        run_main(monkeypatch, grpo, *flags, "--out", out, *more)
+
+    def history():
+        return json.loads((out / "args.json").read_text())["arguments"]["prm_sha256"]
+
+    for place, message in ((prm, "--prm itself"), (policy, "--policy itself"), (root / "whole", "is --prm|--group_size|made with")):
+        before = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
+        with pytest.raises(InputError, match=message):
+            run("--out", place)
+        assert {path.name: path.read_bytes() for path in place.iterdir() if path.name in before} == before
+    run("--steps", 1)
+    run("--steps", 2)
+    first = history()
+    assert len(first) == 1 and first[0][0] == 0
+    shutil.copy(root / "whole/model.safetensors", prm)  # trained on, on purpose
+    run("--steps", 3)
+    assert history()[:1] == first and [step for step, _ in history()] == [0, 2]
+    run("--steps", 3, "--prm", root / "model")  # back to the first, with nothing left to do
+    assert [step for step, _ in history()] == [0, 2, 3] and history()[2][1] == first[0][1]
+    with pytest.raises(InputError, match=r"--steps 2: .* has already 3"):
+        run("--steps", 2)
+    with pytest.raises(InputError, match="--prm_votes 4: a disc_prm is deterministic"):
+        run("--prm_kind", "disc_prm", "--prm_votes", 4)
+    heldout = [{"id": "nobody's", "problem": "?"}]
+    with pytest.raises(InputError, match="problem nobody's: no gold answer"):
+        run("--steps", 4, "--heldout", write_jsonl(tmp_path / "heldout.jsonl", heldout))
+    shutil.copy(root / "whole/model.safetensors", policy)
+    with pytest.raises(InputError, match="the contents of --policy have changed"):
+        run("--steps", 4)
+    assert grpo.note_reward_model([[0, "a"], [20, "b"]], 20, "a") == [[0, "a"]]
+    assert grpo.note_reward_model([[0, "a"]], 20, "b") == [[0, "a"], [20, "b"]]
 
 
 def test_no_reference_no_divergence(world, monkeypatch):

@@ -31,6 +31,7 @@ from test_train_prm import TINY, make_model, read_metrics, write_jsonl
 from transformers import AutoTokenizer
 
 STEPS = 8
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 FEW = 20  # resamples of a bootstrap: two thousand would take most of the time of so small a run
 
 # --------------------------------------------------------------------------- runs, in this process and in others
@@ -114,7 +115,7 @@ def assert_same(out: Path, whole: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def as_found():
     """One thread and few resamples, as the runs in other processes have; afterwards all is as before, signals too."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in SIGNALS}
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "RESAMPLES", FEW)
@@ -296,10 +297,22 @@ def test_failures_leave_the_last_checkpoint(world, tmp_path, monkeypatch, capsys
         message = life.said("stderr").splitlines()[-1]
         assert message.startswith("error: ") and problem in message and "is intact, and the same command" in message
         assert distributed.load_checkpoint(tmp_path / "out" / "training", *fresh(whole)) == 2
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != exported  # that of step 4, as a whole
+    # What resumes is written first, so the copy is still that of step 2, as a whole.
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == exported
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert train(monkeypatch, *flags, "--save_every", 1) == 0
     assert_same(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("file, content", [("config.json", "{"), ("config.json", "{}"), ("model.safetensors", "{")])
+def test_a_damaged_policy_is_one_line(world, tmp_path, monkeypatch, capsys, file, content):
+    """Guards: a traceback from the copy of the policy that the KL term needs, which was opened without a check."""
+    flags, whole, _ = world
+    policy = shutil.copytree(whole.parent / "model", tmp_path / "policy")
+    (policy / file).write_text(content)
+    assert train(monkeypatch, *flags, "--policy", policy, "--out", tmp_path / "out") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: --policy {policy}") and (file in message or "architecture" in message)
 
 
 def test_weights_that_overflow_are_named(world, tmp_path, monkeypatch, capsys):

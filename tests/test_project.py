@@ -1,5 +1,6 @@
 """The repository as a whole: imports, command lines, documented commands, and the data that ships with it."""
 
+import argparse
 import ast
 import dataclasses
 import importlib
@@ -14,10 +15,13 @@ from collections import Counter
 from pathlib import Path
 
 import evaluate
+import generate
 import verify
-from data import make_sorting, make_tiny
+from data import make_sorting, make_tiny, records
 from data.results import noise
 from generate import SOLVE_PROMPT, encode_chat
+from kernels import distributed
+from kernels.distributed import InputError
 from train_prm import ORM_PROMPT, PRM_PROMPT
 
 import pytest
@@ -211,6 +215,75 @@ def test_every_flag_is_read(command):
     read = {node.attr for node in attributes if getattr(node.value, "id", "") == "args"}
     assert ("out" in flags) == (command != "evaluate show") and all(re.fullmatch(r"[a-z0-9_]+", flag) for flag in flags)
     assert flags <= read, f"never read: {sorted(flags - read)}"
+
+
+def parser_of(monkeypatch, command: str) -> argparse.ArgumentParser:
+    """The parser of a command, as it is when the command line is read."""
+    stage, *more = command.split()
+    parsers = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [stage, *more])
+        patch.setattr(records, "parse_flags", lambda parser: parsers.append(parser) or sys.exit())
+        with pytest.raises(SystemExit):
+            importlib.import_module(stage).main()
+    return parsers[0]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "evaluate"])
+def test_numbers_have_a_finite_range(monkeypatch, command):
+    """Guards: a number that turns training round (--tis_cap -1, --clip_low nan), makes every token equally likely
+    (--temperature inf), ends in numpy's traceback (--seed -1) or has no end (a count of 1e20)."""
+    parser = parser_of(monkeypatch, command)
+    declared = {action.dest: action for action in parser._actions if action.option_strings}
+    for name, action in declared.items():
+        if action.choices or action.type is None:
+            assert action.choices or not isinstance(action.default, int | float) or action.nargs == 0, name
+            continue
+        values = ["nan", "inf", "-inf", "-1", "-0.5", "1e40", "1e400", "9" * 5000, "", "x", "1,5", "None"]
+        if action.type.__qualname__.startswith("integer"):
+            values += ["1e20", "100000000000000000000", "1.5", "0x10"]
+        for value in values:
+            monkeypatch.setattr(sys, "argv", [command.split()[0], *command.split()[1:], f"--{name}={value}"])
+            with pytest.raises(InputError, match=rf"^--{name} {value}: it must be .*\d.*; see --help$"):
+                records.parse_flags(parser)
+        assert action.default is None or action.type(str(action.default)) == action.default
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num", "1"], "--num 1: no such flag (none can be abbreviated); see --help"),
+        (["--temp=1"], "--temp=1: no such flag (none can be abbreviated); see --help"),
+        (["--seed"], "--seed expected one argument; see --help"),
+        (["--temperature", "0.0001"], "--temperature 0.0001: it must be 0 or from 0.001 to 100; see --help"),
+        (["--num_samples", "0"], "--num_samples 0: it must be at least 1 and at most 100000; see --help"),
+        (["--top_p", "1.01"], "--top_p 1.01: it must be from 1e-06 to 1; see --help"),
+        (["surplus"], "surplus: no such flag (none can be abbreviated); see --help"),
+    ],
+)
+def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, message):
+    """Guards: an abbreviation that changes its meaning with the next flag; a page of usage in the place of a line."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        distributed.run_stage(generate.main)
+    assert (end.value.code, *capsys.readouterr()) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("evaluate", "evaluate plot")])
+def test_the_tiny_world_from_another_directory(monkeypatch, tmp_path, capsys, command):
+    """Guards: advice to make files, for 42 minutes, that are there, only not in this directory."""
+    stage, *more = command.split()
+    module = importlib.import_module(stage)
+    tiny = module.TINY[more[0]] if more else module.TINY
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [stage, *more])
+    with pytest.raises(SystemExit) as end:
+        distributed.run_stage(module.main)
+    shipped = any("data/tiny" in str(value) for value in tiny.values())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert (f"not here, but in {ROOT}; run this command there: cd {ROOT}" in said) or not shipped
+    assert not list(tmp_path.iterdir())
 
 
 def documented_commands(text: str) -> list[list[str]]:

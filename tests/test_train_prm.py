@@ -2,13 +2,24 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import train_prm
 from data import records
-from generate import encode_chat, format_valid, render_response, render_steps
+from generate import (
+    Engine,
+    encode_chat,
+    escape_special_tokens,
+    format_valid,
+    render_chat,
+    render_response,
+    render_steps,
+)
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
@@ -157,6 +168,87 @@ def test_the_discriminative_prm_is_trained_where_it_is_read():
     assert len(targets) == len(ids) and targets.count(-1) == len(ids) - 3
 
 
+@pytest.mark.parametrize("is_special", [False, True])
+@pytest.mark.parametrize("opening", ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_what_a_model_is_trained_to_say_parses_as_it_is_decoded(opening, is_special):
+    """Guards: targets inside the thought that a chat template opens, which no parser reads; a policy that is taught a
+    second <think>."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    if is_special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n" + opening)
+    assert render_chat(tokenizer, "").endswith(f"assistant\n{opening}")
+    engine = Engine(None, tokenizer, [])
+    for label in (make_label(1), make_label(3, text="<think>drafts</think>\n" + make_label(3)["text"])):
+        for kind in ("orm", "prm", "prm_cot"):
+            ids, targets = train_prm.encode_example(kind, label, tokenizer, tokenizer.eos_token_id)
+            start = targets.count(-1)
+            text = engine.text(ids[start:], ids[:start])
+            parsed = REWARD_MODELS[kind].parse(text, len(label["steps"]))
+            assert parsed.verdict is label["outcome"], (kind, text)
+            assert parsed.step_verdicts == (None if kind == "orm" else label["step_labels"])
+    ids, targets = train_prm.encode_example("policy", make_label(1), tokenizer, tokenizer.eos_token_id)
+    start = targets.count(-1)
+    assert format_valid(engine.text(ids[start:], ids[:start]), "strict")
+
+
+def test_tags_that_steps_brought_along_are_not_taught():
+    """Guards: policy examples of nested tags, for which GRPO gives nothing under `strict`."""
+    for steps, kept in (
+        (["<step>2+3=5", "<step>10"], ["2+3=5", "10"]),
+        (['<step id="1">2+3=5</step>'], ["2+3=5"]),
+        (["<think>2+3=5", "</step>", "10</think>"], ["2+3=5", "10"]),
+        (["2 < 3 <steps> 4"], ["2 < 3 <steps> 4"]),
+    ):
+        _, response = train_prm.training_texts("policy", make_label(1, steps=steps))
+        assert response == render_response(kept, make_label(1)["answer"]) and format_valid(response, "strict")
+    for steps in (["<step>", "</step>"], ["a </answer>"]):
+        assert train_prm.training_texts("policy", make_label(1, steps=steps)) is None
+
+
+def test_steps_end_where_their_prefixes_do():
+    """Guards: an end of a step that is found otherwise than by rendering the steps up to it, which takes quadratic time:
+    10,000 steps took 27 s; boxes, too."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    solution = {"problem": "Step 1: a\nP", "steps": ["a\nb", "<|im_end|>", "\nc <|im_start|>\r\n\n", "d"], "answer": "1\n2"}
+    for answer in ("1\n2", None):
+        ids, ends = step_end_positions(tokenizer, solution | {"answer": answer})
+        for k, end in enumerate(ends[:-1], 1):
+            shown = escape_special_tokens(tokenizer, render_steps(solution["steps"][:k]))
+            before, after = tokenizer.decode(ids[:end]), tokenizer.decode(ids[: end + 1])
+            assert len(before.partition("Solution: ")[2]) < len(shown) <= len(after.partition("Solution: ")[2])
+    many = {"problem": "P", "steps": ["1+1=2"] * 10_000, "answer": "2"}
+    boxed = make_label(1, steps=[r"\boxed{1} " * 10_000])
+    started = time.process_time()
+    step_end_positions(tokenizer, many)
+    train_prm.policy_texts(boxed)
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("kind", train_prm.KINDS)
+def test_labels_that_do_not_fit_their_solution_are_refused(world, monkeypatch, tmp_path, kind):
+    """Guards: targets made from truth values ("No", -1, "+"), from lists of another length than the steps, or from null;
+    a label refused for a field that its kind isn't trained on."""
+    _, flags = world
+    labels = tmp_path / "labels.jsonl"
+    flags = [*flags, "--labels", labels, "--kind", kind, "--out", tmp_path / "out"]
+    unsound = {
+        "step_labels": ([True], [], [True] * 4, [1, 1, -1], ["+", "+", "-"], ["correct"] * 3, 5, None),
+        "outcome": ("No", "incorrect", -1, 1, "+", [], None),
+        "text": (5, [], None),
+    }
+    for field, values in unsound.items():
+        for value in values:
+            write_jsonl(labels, [make_label(0), make_label(1, **{field: value})])
+            if field in train_prm.SOURCES[kind]:
+                with pytest.raises(InputError, match=rf"labels.jsonl:2: .*{field}"):
+                    run_main(monkeypatch, train_prm, *flags)
+    nothing = {"step_labels": None, "outcome": None, "text": None}
+    needed = {field: make_label(1)[field] for field in train_prm.SOURCES[kind]}
+    write_jsonl(labels, [make_label(1, **nothing | needed), make_label(2, **nothing, dropped="no_votes")])
+    run_main(monkeypatch, train_prm, *flags, "--epochs", 1, "--eval_fraction", 0)
+
+
 def test_evaluation_problems_are_not_trained_on():
     """Guards: solutions of one problem on both sides of the split."""
     labels = [make_label(i % 10, id=f"{i}") for i in range(40)]
@@ -201,6 +293,16 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
 
 
 # --------------------------------------------------------------------------- the loop and its checkpoints
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals_as_found():
+    """A training sets handlers of its own; here pytest goes on after it."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +391,46 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_signal_ends_the_step_and_saves(world, monkeypatch, tmp_path):
+    """Guards: up to --save_every steps lost to a scheduler's signal; an unplanned evaluation, which chooses another
+    model than the run that nobody interrupted."""
+    root, flags = world
+    real = train_prm.batch_for_step
+
+    def batch_for_step(step, *rest):
+        if step == 3:
+            signal.raise_signal(signal.SIGUSR1)
+        return real(step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train_prm, "batch_for_step", batch_for_step)
+        run_main(patch, train_prm, *flags, "--out", tmp_path / "out")
+    assert end.value.code == 143 and (tmp_path / "out" / "training" / "step_0000004").exists()
+    run_main(monkeypatch, train_prm, *flags, "--out", tmp_path / "out")
+    assert read_metrics(tmp_path / "out") == read_metrics(root / "whole")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", root / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("eval_fraction", [0.25, 0])
+def test_a_copy_that_cannot_be_exported_costs_no_step(world, monkeypatch, tmp_path, eval_fraction):
+    """Guards: an export that fails before what resumes is saved; a run that resumes behind its last step, and the best
+    model is never written."""
+    _, flags = world
+    out = tmp_path / "out"
+    flags = [*flags, "--eval_fraction", eval_fraction, "--save_every", 100, "--out", out]
+
+    def export(*_) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(distributed, "export", export)
+        run_main(patch, train_prm, *flags)
+    assert not (out / "model.safetensors").exists()
+    run_main(monkeypatch, train_prm, *flags)
+    assert (out / "model.safetensors").exists() and len(list((out / "training").iterdir())) == 1
+
+
 def test_other_arguments_are_refused_on_resume(world, monkeypatch):
     """Guards: a run continued with other numbers or other labels than it was begun with; a ZeroDivisionError."""
     root, flags = world
@@ -313,7 +455,7 @@ def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
     """Guards: a run begun with another warm-up that goes on with the constant; a run refused because a flag is gone;
     constants missing in args.json."""
     root, flags = world
-    path = root / "whole.args.json"
+    path = root / "whole/args.json"
     written = path.read_text()
     now = json.loads(written)
     assert now["constants"] == {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -326,6 +468,32 @@ def test_constants_that_were_flags_are_compared_on_resume(world, monkeypatch):
             run_main(monkeypatch, train_prm, *flags, "--out", root / "whole")
     finally:
         path.write_text(written)
+
+
+@pytest.mark.parametrize("eval_fraction", [0.25, 0])
+def test_a_run_that_diverged_in_its_last_step_says_so(world, monkeypatch, tmp_path, eval_fraction):
+    """Guards: "done", status 0, an evaluation that is nan, and no model, or one of no use."""
+    _, flags = world
+    out = tmp_path / "out"
+    changes = ["--lr", 1e30, "--epochs", 1, "--batch_size", 12, "--eval_fraction", eval_fraction, "--out", out]
+    with pytest.raises(RunError, match=r"evaluation loss is (nan|inf); .* lower --lr"):
+        run_main(monkeypatch, train_prm, *flags, *changes)
+    assert not (out / "model.safetensors").exists() and not (out / "training").exists()
+
+
+def test_an_example_longer_than_the_context_is_left_out(world, monkeypatch, tmp_path):
+    """Guards: training at positions that the model doesn't have, because --max_length alone was looked at; an input that
+    is overwritten."""
+    root, flags = world
+    model = shutil.copytree(root / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    with pytest.raises(InputError, match=r"no usable label for --kind prm .*'too_long': 9"):
+        run_main(monkeypatch, train_prm, *flags, "--model", model, "--kind", "prm", "--out", tmp_path / "out")
+    (tmp_path / "link").symlink_to(model)
+    for name in (f"{model}/", tmp_path / "link", tmp_path / "model" / ".." / "model"):
+        with pytest.raises(InputError, match="is --model itself, which would be overwritten"):
+            run_main(monkeypatch, train_prm, *flags, "--model", model, "--out", name)
 
 
 def test_two_ranks_train_as_one(world):

@@ -1,11 +1,16 @@
 """The decoder against `transformers` (tiny random models of each family), and its files, packing and dtypes."""
 
 import copy
+import dataclasses
 import inspect
 import json
+import math
+import os
 import pathlib
 import shutil
 import weakref
+from pathlib import Path
+from unittest.mock import ANY
 
 from kernels import transformer
 from kernels.sampler import Sampler
@@ -13,7 +18,7 @@ from kernels.transformer import Config, load_model, packed_attention, rotary_ang
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -247,6 +252,138 @@ def test_broken_directories(qwen3, tmp_path):
         load_model(path)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_model(tmp_path)
+
+
+SIZE_FIELDS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+NUMBERS = [*SIZE_FIELDS, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"]
+IMPOSSIBLE = ["32", [32], {"a": 1}, True, -1, 1e400, math.nan, 10**30]
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        *((name, [None]) for name in SIZE_FIELDS),
+        *((name, IMPOSSIBLE) for name in NUMBERS),
+        *((name, [0, 2.5]) for name in NUMBERS if name not in ("rms_norm_eps", "rope_theta")),
+        ("num_hidden_layers", [200_000]),
+        ("num_key_value_heads", [3, 9]),
+        ("head_dim", [15]),
+        *((name, ["false", 1, [], {}]) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")),
+        ("architectures", ["Qwen2ForCausalLM", {}, {"0": "a"}, [], [None], [["Qwen2ForCausalLM"]], 5]),
+        ("quantization_config", ["fp8", [1], {"bits": 4}]),
+        ("layer_types", [["full_attention", "linear_attention"], "full_attention", {"a": 1}, [["full_attention"]]]),
+        ("hidden_act", [["silu"], {"a": 1}, 5]),
+        *((name, ["yarn", ["yarn"], 5, True, {"type": ["yarn"]}]) for name in ("rope_scaling", "rope_parameters")),
+        ("rope_parameters", [{"full_attention": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_theta": "1e6"}]),
+        ("rope_scaling", [YARN | {name: "1"} for name in ("factor", "beta_fast", "mscale", "attention_factor")]),
+        ("rope_scaling", [YARN | {"original_max_position_embeddings": value} for value in ("32", 0, -1, 2.5)]),
+        ("rope_scaling", [LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 4.0}, LLAMA3 | {"factor": math.inf}]),
+    ],
+)
+def test_impossible_configs_are_refused_by_field(field, values):
+    """KeyError, TypeError or ZeroDivisionError from a config.json that is damaged or another program's; 200,000 layers
+    that have no end; a nested rope whose theta is 10,000 without a word; a string that is true. And a message that
+    doesn't say which field it is."""
+    named = {"architectures": "architecture", "quantization_config": "quantisation", "layer_types": "sliding"}
+    named |= dict.fromkeys(
+        ("rope_scaling", "rope_parameters"), "rope|factor|beta|mscale|original_max_position_embeddings"
+    )
+    named |= {"hidden_size": "hidden_size|head_dim", "num_attention_heads": "num_attention_heads|head_dim"}
+    for value in values:
+        with pytest.raises(ValueError, match=named.get(field, field)) as error:
+            Config.from_dict(RAW | {field: value})
+        assert len(str(error.value)) < 300 and type(error.value) is ValueError
+
+
+@pytest.mark.parametrize("name, config_class", [("Qwen2", Qwen2Config), ("Qwen3", Qwen3Config), ("Llama", LlamaConfig)])
+def test_fields_that_may_be_missing(name, config_class):
+    """A context of 2,048 tokens where `transformers` has 32,768; null that isn't the default."""
+    needed = {field: RAW[field] for field in SIZE_FIELDS} | {"architectures": [f"{name}ForCausalLM"]}
+    config, theirs = Config.from_dict(needed), config_class()
+    assert config.max_positions == theirs.max_position_embeddings and config.norm_eps == theirs.rms_norm_eps
+    assert config.rope_theta == 10_000.0 and not config.tied
+    optional = {*NUMBERS, "tie_word_embeddings", "attention_bias", "mlp_bias", "layer_types", "rope_scaling"} - {
+        *SIZE_FIELDS
+    }
+    assert Config.from_dict(needed | dict.fromkeys(optional)) == dataclasses.replace(config, raw=ANY)
+
+
+def no_json(path: Path, name: str) -> None:
+    """Each kind of file that isn't a JSON object."""
+    for content in (b"", b"{", b"null", b"[]", b"5", b'"a"', b"[" * 100_000, "{}".encode("utf-16"), b"\xff{}", b"\0"):
+        (path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: not (a )?JSON"):
+            load_model(path)
+
+
+def test_damaged_files_of_a_model_directory(qwen3, tmp_path):
+    """A traceback from a torn file; shards that are read from outside the directory; weights of 8 bits or integers that
+    are cast without their scales."""
+    _, path = qwen3
+    config, weights = (path / "config.json").read_bytes(), (path / "model.safetensors").read_bytes()
+    no_json(path, "config.json")
+    (path / "config.json").write_bytes(config)
+    for content in (
+        b"",
+        b"{}",
+        weights[:-1],
+        weights[: len(weights) // 2],
+        b"\xff" * 9,
+        weights[:8] + b"[" + weights[9:],
+    ):
+        (path / "model.safetensors").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"model.safetensors: not a whole file .*fetch it again|weights are missing"
+        ):
+            load_model(path)
+
+    tensors = load(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool):
+        save_file(tensors | {name: tensors[name].to(dtype)}, path / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{name} is {dtype}, quantised; use an unquantised checkpoint"):
+            load_model(path)
+
+    (tmp_path / "outside.safetensors").write_bytes(weights)
+    (path / "model.safetensors").unlink()
+    index = "model.safetensors.index.json"
+    no_json(path, index)
+    for other in (
+        {},
+        {"weight_map": None},
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": "a"},
+        {"metadata": {}},
+    ):
+        (path / index).write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"{index}: no weight_map; fetch the file again"):
+            load_model(path)
+    for shard in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "a/b", "", "..", 5, None, ["a"], {}):
+        (path / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+        with pytest.raises(ValueError, match=f"{index}: weight_map must name safetensors files of this dir"):
+            load_model(path)
+    (path / "part.safetensors").symlink_to(tmp_path / "outside.safetensors")  # as in the hub's cache
+    (path / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))
+    load_model(path)
+
+
+@pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), OSError(95, "not supported")])
+def test_saving_where_there_are_no_permissions(qwen3, tmp_path, monkeypatch, error):
+    """A run that fails at its first save on CIFS or a mounted bucket, where modes can't be set; files of somebody that
+    are copied along because their names begin with "tokenizer"."""
+    _, path = qwen3
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer_of_mine.txt").write_text("mine")
+    (path / "tokenizer.model").mkdir()
+
+    def chmod(*_, **__):
+        raise error
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    save_model(load_model(path), tmp_path / "out", tokenizer_from=path)
+    written = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} - {"generation_config.json"} == written
 
 
 class LiveBytes(TorchDispatchMode):

@@ -5,11 +5,13 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import evaluate
 import generate
 import verify
 from data import records
@@ -167,6 +169,113 @@ def test_garbage_takes_linear_time(parse):
     texts = [unit * (100_000 // len(unit)) for unit in UNITS] + ["## Step 1: a\n" + "*" * 100_000 + YES]
     slow = {text[:20]: ms for text in texts if (ms := cpu_milliseconds(lambda t: parse(t, 3), text)) >= 500}
     assert not slow
+
+
+SENTENCES = {  # written in place of the sentence that VERIFY_PROMPT asks for -> what it says
+    "This step is **correct**.": True,
+    "This step is *correct*.": True,
+    "**This step  is correct.**": True,
+    "__This step__ is\u00a0_correct_": True,
+    "**This step is:** `incorrect`": False,
+    r"$\boxed{\text{This step is correct.}}$": True,
+    r"This step is \textbf{incorrect}.": False,
+    "This step is <b>correct</b>.\r": True,
+    "This step is **in**correct.": False,
+    "This step is correct?": None,
+    "This step is correct？": None,
+    "~~This step is correct.~~": None,
+    "This step is ~~correct~~ **incorrect**.": None,
+    "This \u017ftep is correct.": None,
+    "This step is not **correct**.": None,
+}
+CHOICES = {  # written in place of the Verification line
+    "**Verification: Is the answer correct (Yes/No)?**\n**No**": False,
+    "Verification: Is the answer correct (Yes/No)?\n\n_Yes._": True,
+    "## Final Verification\n\n**Is the answer correct (Yes/No)?**\nNo.": False,
+    "## Verification:\u00a0 Is the  answer correct (Yes / No)? No": False,
+    r"Verification: Is the answer correct (Yes/No)? \boxed{No}": False,
+    "Verification: Is the answer correct (Yes/No)?\n" + r"$$\boxed{\text{Yes}}$$": True,
+    "**Final Verification:** Is the answer correct (Yes/No)? **No**": False,
+    "Verification: Is the answer correct (Yes/No)？ No": False,
+    "Verification: Is the answer correct (Yes/No)? Ye\u017f": None,
+    "Verification: Is the answer correct (Yes/No)? No?": None,
+    "Verification: Is the answer correct (Yes/No)? ~~Yes~~": None,
+    "Verification: Is the answer correct (Yes/No)?\nNo, because of Step 2.": None,
+    "Verification: Is the answer correct (Yes/No)? Yes/No": None,
+    r"\boxed{No}": None,
+}
+NUMBERS = {  # of the second heading -> is it Step 2?
+    "2": True, "2.": True, "**2**": True, "2 - 3 apples": True, "2. 3 apples": True, "2—three": True,
+    "2.1": False, "2a": False, "2-3": False, "2/3": False, "1.2": False, "1.1": False,
+}  # fmt: skip
+
+
+def test_a_sentence_in_other_dress_is_read_or_not_at_all():
+    """Guards: verdicts lost because of emphasis, blanks, a box or a line break; verdicts that were struck through, asked
+    or negated; the long s, which counted as No; a part of a step taken for the step."""
+    for sentence, verdict in SENTENCES.items():
+        text = f"## Step 1: a\nb\n{sentence}\n{section(2, False)}\n{NO}"
+        expected = None if verdict is None else [verdict, False]
+        assert parse_verification(text, 2) == Verification(expected, False), sentence
+    for line, verdict in CHOICES.items():
+        assert parse_verification(GOOD.replace(NO, line), 2) == Verification([True, False], verdict), line
+        assert parse_verification(GOOD.replace(NO, f"{line}\nThat was all."), 2).verdict is verdict, line
+    for bold in (False, True):
+        for number, is_step in NUMBERS.items():
+            text = GOOD.replace("Step 2", f"Step {number}")
+            if bold:
+                text = text.replace("## ", "**")
+            assert parse_verification(text, 2).step_verdicts == ([True, False] if is_step else None), (number, bold)
+
+
+@pytest.mark.parametrize("kind", ["prm_cot", "prm", "orm"])
+def test_only_what_follows_the_last_thought_is_read(kind):
+    """Guards: drafts that vote: of a thought that was opened again and cut off, or before a parser that knows no
+    thoughts."""
+    model = REWARD_MODELS[kind]
+    judged = {"step_labels": [True, False], "outcome": False, "text": GOOD}
+    drafted = {"step_labels": [True, True], "outcome": True, "text": write([True, True], True)}
+    said, draft = model.write_target(judged), model.write_target(drafted)
+    expected = model.parse(said, 2)
+    assert expected.verdict is False
+    for thought in (f"<think>{draft}</think>\n\n", f"{draft}</think>", f"<think>a</think>{draft}<think>b</think>\n"):
+        assert model.parse(thought + said, 2) == expected
+    for cut_off in (f"<think>{said}", f"<think>a</think>\n<think>maybe\n{said}\nno wait,", f"{said}</think>{said}<think>"):
+        assert model.parse(cut_off, 2) == Verification(None, None)
+    assert model.parse(f"**{said}**" if kind == "orm" else said.replace("Correct", "*Correct*"), 2) == expected
+
+
+def test_another_engine_needs_three_fields(tmp_path, world, monkeypatch):
+    """Guards: a file with only solution_id, sample and text that is refused by a command that reads verifications, or
+    judged otherwise than one with all fields; verdicts of its own that are replaced."""
+    bare = {"solution_id": "p/0", "sample": 3, "text": GOOD}
+    whole = {"id": "p/0/3", **bare, "step_verdicts": [True, False], "verdict": False, "tokens": 0}
+    assert verify.complete_verification(bare, 2) == whole
+    assert verify.complete_verification(bare, 3) == whole | {"step_verdicts": None}
+    mine = whole | {"id": "x", "step_verdicts": None, "verdict": True, "tokens": 7}
+    assert verify.complete_verification(mine, 2) == mine
+
+    texts = [write([True], True), "<think>" + write([False], False), write([True], True), write([False], True)]
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text("".join(json.dumps({"id": f"p{i}", "answer": str(i + 1)}) + "\n" for i in range(13)))
+    files = []
+    for out in (tmp_path / "bare", tmp_path / "whole"):
+        lines = [{"solution_id": f"p{i}/0", "sample": j, "text": texts[j]} for i in range(1, 13) for j in range(4)]
+        if out.name == "whole":
+            lines = [verify.complete_verification(record, 1) for record in lines]
+        out.mkdir()
+        (out / "verifications.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, world), "--out", str(out)])
+        verify.main()
+        labels = out / "labels_step_consistency.jsonl"
+        flags = ["--labels", labels, "--verifications", out / "verifications.jsonl", "--gold", gold, "--out", out / "l.json"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "labels", *map(str, flags)])
+        evaluate.main()
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "show", "--labels", str(labels)])
+        evaluate.main()
+        files.append([labels.read_text(), (out / "l.json").read_text()])
+        assert json.loads((out / "report.json").read_text())["unparsed"] == 12
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("prompt", [verify.VERIFY_PROMPT, verify.REFERENCE_PROMPT, verify.MERGE_PROMPT])
@@ -394,13 +503,23 @@ def test_kill_and_restart_gives_the_same_verifications(tmp_path, world, kills):
     assert status == 2 and "--seed 0, this run has --seed 5" in stderr
 
 
+def test_speed_counts_the_tokens_of_all_ranks(tmp_path, world, monkeypatch):
+    """Guards: a speed of one rank's tokens times the number of ranks: 0 where the others did the work."""
+    monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, world), "--limit", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(verify.distributed, "sum_over_ranks", lambda *values: [value + 1000 for value in values])
+    monkeypatch.setattr(verify.distributed, "max_over_ranks", lambda seconds: 2.0)
+    verify.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tokens_per_second"] == (report["tokens"] + 1000) / 2
+
+
 def test_bad_input_is_status_2(tmp_path, world):
     """Guards: tracebacks, and labels or a report written by a run that failed."""
     out = tmp_path / "out"
     for change, message in (
-        (["--max_new_tokens", 500], "no prompt leaves room for --max_new_tokens 500"),
+        (["--max_new_tokens", 4096], "no prompt leaves an eighth of --max_new_tokens 4096"),
         (["--solutions", tmp_path / "none.jsonl"], "none.jsonl: no such file; create it with: python generate.py"),
-        (["--temperature", -1], "temperature=-1.0"),
+        (["--temperature", -1], "--temperature -1: it must be 0 or from"),
         (["--limit", 0], "--limit 0: it must be at least 1"),
     ):
         status, stderr = run_script("verify.py", tmp_path, *world, "--out", out, *change)
@@ -494,7 +613,7 @@ def test_a_thought_that_the_prompt_opens_is_a_thought():
     ):
         prompt = tokenizer(f"<|im_start|>assistant\n{opening}", add_special_tokens=False).input_ids
         parsed = verify.parse_verification(
-            verify.decode_judgement(generate.Engine(None, tokenizer, []), prompt, draft), 1
+            generate.Engine(None, tokenizer, []).text(draft, prompt), 1
         )
         assert (parsed.step_verdicts, parsed.verdict) == expected, opening
 
@@ -513,7 +632,7 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
             yield 0, [Sample(ids=text) for text in texts[kind][:num_samples]]
 
     monkeypatch.setattr(generate, "encode_chat", lambda *_: [0])
-    monkeypatch.setattr("train_prm.decode_judgement", lambda engine, prompt, ids: ids)
+    monkeypatch.setattr(generate.Engine, "text", lambda engine, ids, prompt: ids)
     solution = [{"problem": "P", "steps": ["1+1=3"], "answer": "3"}]
     found = {}
     for kind, votes in (("prm_cot", 3), ("prm_cot", 1), ("orm", 3)):
@@ -579,7 +698,7 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
         return [[SimpleNamespace(ids=said[key])] for key in keys]
 
     monkeypatch.setattr(generate, "encode_chat", lambda tokenizer, turn: [1])
-    monkeypatch.setattr(verify, "decode_judgement", lambda engine, prompt, ids: ids)
+    monkeypatch.setattr(generate.Engine, "text", lambda engine, ids, prompt: ids)
     sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
     solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
     found = verify.critique_and_merge(
@@ -608,7 +727,7 @@ def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     assert status == 2 and "q0/0 was another solution when it was judged" in stderr
 
 
-def test_two_ranks_write_the_records_of_one(tmp_path, judged):
+def test_two_ranks_write_the_linesof_one(tmp_path, judged):
     """Guards: solutions judged twice or by nobody under torchrun, and samples that depend on the rank."""
     _, arguments = judged
     files = ("verifications.jsonl", "critiques.jsonl")

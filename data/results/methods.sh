@@ -27,7 +27,7 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
       [[ -f "$out/$method-$kind.jsonl" ]] && continue
       python train_prm.py --seed "$seed" --kind "$kind" --labels "$out/verify/labels_$method.jsonl" --out "$out/model"
       python evaluate.py processbench --seed "$seed" --kind "$kind" --model "$out/model" --out "$out/$method-$kind.jsonl"
-      rm -r "$out/model" "$out/model.args.json"
+      rm -r "$out/model"
     done
   done
 done
