@@ -25,8 +25,6 @@ import argparse
 import random
 from pathlib import Path
 
-import numpy as np
-
 import verify
 from data import records
 from evaluate import bootstrap_interval
@@ -34,6 +32,8 @@ from generate import open_engine
 from grpo import shown_solution
 from kernels import distributed
 from kernels.distributed import InputError
+
+import numpy as np
 
 # What may differ between the audit that began an output and the one that resumes it.
 MAY_CHANGE_ON_RESUME = {"out", "device", "slots", "every"}
@@ -154,7 +154,9 @@ def main() -> None:
         lines.append(line)
         share = "no response with votes"
         if "audit/agreement" in line:
-            share = f"{line['audit/agreement']:.3f} [{line['audit/agreement_low']:.3f}, {line['audit/agreement_high']:.3f}]"
+            share = (
+                f"{line['audit/agreement']:.3f} [{line['audit/agreement_low']:.3f}, {line['audit/agreement_high']:.3f}]"
+            )
         print(f"step {step}: of {line['audit/voted']} accepted responses the vote accepts {share}")
     records.write_lines(out / "metrics.jsonl", lines)
 
