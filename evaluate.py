@@ -82,8 +82,10 @@ RESAMPLES = 2000  # of every bootstrap
 
 def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool | None:
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
-    crashed. Both are LaTeX, with or without `\boxed{…}`; no answer (None, "") is False. timeout: seconds of CPU time
-    per reading; a number like 4.5e33 is tried in two readings, so it takes at most twice that.
+    crashed. Both are LaTeX or plain text, with or without `\boxed{…}`; no answer (None, "") is False.
+
+    Units are dropped (5 g is 5 kg); a capital letter is another symbol; data/grader.py lists these decisions. timeout:
+    seconds of CPU time per reading; a number like 4.5e33 and a percent sign have a second reading each.
 
     A worker process does the algebra; it starts when first needed and stays. Equal strings and integers need none.
     Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
@@ -266,6 +268,7 @@ def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str], list
     if Path(args.out).is_file() and records.read_args(Path(args.out)) == given:
         for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
             rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
+    distributed.barrier()  # rank 0 writes to the file only after every rank has read it
     return rows
 
 
@@ -873,7 +876,10 @@ def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
 def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     """solution id -> gold, for the solutions (id, steps, answer) that have a record: their own (step_labels, outcome),
     or their problem's (answer, and steps if solutions are canonical)."""
-    known = {record["id"]: record for record in records.read(path, ["id"], "python -m data.make_tiny problems")}
+    optional = ("answer", "steps", "step_labels", "outcome")
+    known = {}
+    for record in records.read(path, ["id"], "python -m data.make_tiny problems", optional=optional):
+        known[record["id"]] = record
     gold: dict[str, Gold] = {}
     ungraded: dict[str, tuple[str | None, str]] = {}  # solution id -> (its answer, the reference answer)
     for solution in solutions:
@@ -891,7 +897,7 @@ def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
             labels = gold_labels(steps, problem["steps"]) if problem.get("steps") else None
             gold[solution_id] = (labels, None)
             if problem.get("answer") is not None:
-                ungraded[solution_id] = (solution["answer"], str(problem["answer"]))
+                ungraded[solution_id] = (solution["answer"], problem["answer"])
     outcomes = grade_all(list(ungraded.values()))
     for solution_id, outcome in zip(ungraded, outcomes, strict=True):
         labels, _ = gold[solution_id]
@@ -1048,15 +1054,16 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
     # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
-    files = [records.read(path, fields, "python verify.py") for path in args.labels]
+    files = [records.read(path, fields, "python verify.py", optional=("ties",)) for path in args.labels]
     solutions = {}
     for file in files:
         solutions.update({label["id"]: label for label in file})
     verifications = read_verifications(args.verifications, list(solutions.values()))
-    others = {}  # sampled by other methods, if their files lie beside the verifications
-    for name in ("verifications_reference", "critiques"):
-        path = Path(args.verifications).with_name(f"{name}.jsonl")
-        others[name] = records.read(path, ["tokens"]) if path.exists() else []
+    # What other methods have sampled, if their files lie beside the verifications.
+    path = Path(args.verifications).with_name("verifications_reference.jsonl")
+    with_reference = read_verifications(path, list(solutions.values())) if path.exists() else []
+    path = path.with_name("critiques.jsonl")
+    critiques = records.read(path, ["method", "tokens"]) if path.exists() else []
     gold = read_gold(args.gold, list(solutions.values()))
 
     # 2. Measure the files as they are, then what each way of voting makes of the verifications.
@@ -1064,9 +1071,9 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     for file in files:
         labels = {label["id"]: label for label in file if label["id"] in gold}
         method = file[0]["method"]
-        judged = others["verifications_reference"] if method == "reference_guided" else verifications
+        judged = with_reference if method == "reference_guided" else verifications
         if labels:
-            rows.append(file_row(method, labels, judged, others["critiques"], gold))
+            rows.append(file_row(method, labels, judged, critiques, gold))
     known = [solution for solution_id, solution in solutions.items() if solution_id in gold]
     rows += vote_report(known, verifications, gold, args.seed)
     counts = {

@@ -245,7 +245,7 @@ def extract_answer(text: str) -> str | None:
     if boxes:
         start, end = boxes[-1]
         return text[start:end].strip() or None
-    tags = [match.group(1).strip() for match in ANSWER_TAG.finditer(text)]
+    tags = [match.group(1).strip(" \t\r\n.…") for match in ANSWER_TAG.finditer(text)]
     if tags and "\\boxed" not in tags[-1]:  # a box without its closing brace isn't an answer
         return tags[-1] or None
     line = find_answer_line(text)
@@ -265,16 +265,15 @@ INVISIBLE = re.compile(
 )
 
 
-def is_empty(contents: str) -> bool:
-    r"""Whether the contents of a box show nothing, as in `\boxed{}`, `\boxed{\text{ }}` or a box with a zero-width
-    space."""
-    # Categories C and Z: control and format characters, separators.
-    return all(unicodedata.category(character)[0] in "CZ" for character in INVISIBLE.sub("", contents))
-
-
 def count_empty_boxes(response: str) -> int:
-    """How many closed boxes hold nothing. Under `paper` such a response is valid, as in the paper."""
-    return sum(is_empty(response[start:end]) for start, end in find_boxes(response))
+    r"""How many closed boxes show nothing, as `\boxed{}`, `\boxed{\text{ }}`, or one with a zero-width space. Under
+    `paper` such a response is valid, as in the paper."""
+    count = 0
+    for start, end in find_boxes(response):
+        visible = INVISIBLE.sub("", response[start:end])
+        # Categories C and Z: control and format characters, separators.
+        count += all(unicodedata.category(character)[0] in "CZ" for character in visible)
+    return count
 
 
 def has_layout_line(step: str) -> bool:
@@ -342,6 +341,7 @@ def format_valid(response: str, constraints: str = "paper", finished: bool = Tru
 # --------------------------------------------------------------------------- the chat template
 
 
+@cache  # GRPO decodes every response many times
 def special_tokens(tokenizer) -> dict[str, int]:
     """token -> id of the tokens that control a model and aren't text; `TAGS` are always text."""
     # These are only bos, eos, pad and the like; chat markers are just added tokens.
@@ -680,7 +680,7 @@ def generate_solutions(
         if limit is not None:
             incomplete.append(problem)
             prompts.append(prompt)
-    check_limits(str(output.path), limits, args.max_new_tokens, resumed=bool(output.done))
+    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
 
     # 2. The samples.
     stream = sample_from_queue(

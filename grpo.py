@@ -51,6 +51,7 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
 from generate import (
     SOLVE_PROMPT,
+    STEP_TAG,
     Engine,
     count_empty_boxes,
     decode,
@@ -63,7 +64,6 @@ from generate import (
     open_engine,
     open_model,
     split_steps,
-    tagged_steps,
 )
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -682,7 +682,7 @@ def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list
         return opened + len(decode(tokenizer, ids[:count]).rstrip("\ufffd"))
 
     counts = range(len(ids) + 1)
-    tags = [match.start(1) for match in tagged_steps(text)]
+    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
     spans = []
     text_end, token_end = 0, 0  # of the step before
     for k, step in enumerate(steps):

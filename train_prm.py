@@ -579,7 +579,8 @@ def train(run: Setup, args: argparse.Namespace) -> None:
     signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
         best = min((record["eval/loss"] for record in metrics.records if "eval/loss" in record), default=math.inf)
-        if run.start > 0 and metrics.records[-1].get("eval/loss", best) == best:
+        last = metrics.records[-1] if metrics.records else {}
+        if run.start > 0 and (not run.held_out or last.get("eval/loss") == best):
             distributed.export(run.model, source, out)  # an earlier run may have ended between saving and exporting
         bar = tqdm(
             range(run.start, run.steps), initial=run.start, total=run.steps,

@@ -512,7 +512,7 @@ def verify_solutions(
         prompt = engine.encode(turn)
         prompts.append(prompt)
         limits.append(engine.output_limit(prompt, args.max_new_tokens))
-    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
+    check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
     unsettled = [i for i, limit in enumerate(limits) if limit is not None]
 
     # 2. Rounds of votes, on the solutions that the earlier ones left unsettled. By default one round settles all.
@@ -897,6 +897,8 @@ def main() -> None:
     records.check_output(Path(args.out) / "report.json", args, signature=b'{\n  "method"')
     fields = ["id", "problem", "steps", "answer"]
     solutions = records.read(args.solutions, fields, "python generate.py", only=True)[: args.limit]
+    if not any(solution["steps"] for solution in solutions):
+        raise InputError(f"{args.solutions}: no solution has steps, so there is nothing to judge")
     references = {}
     if method.reads_answers:
         references = read_references(args.answers, solutions)

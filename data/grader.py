@@ -8,8 +8,8 @@ An answer passes three stations:
                     as the smallest number needs                                   (x+1)^2  is  x^2+2x+1
 
 Run as a program, this file is the worker: it reads questions, a JSON list (prediction, reference, seconds) per line,
-and answers each with true, false or null. It imports nothing but the standard library and math-verify, so that a worker
-starts fast wherever it is needed.
+and answers each with true, false or null. It imports nothing but the standard library and math-verify (with its
+SymPy), so that a worker starts fast wherever it is needed.
 
 Decisions, where a grader could also decide otherwise:
 
@@ -37,8 +37,10 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -51,7 +53,7 @@ TEXT = re.compile(r"\\boxed|\n|\$.*\$|(?=.*\d)(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[^\\
 SYMBOLS = {
     "−": "-", "–": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "±": r"\pm ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∞": r"\infty ", "°": r"^\circ ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")", "∶": ":",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "′": "'",
     "’": "'", "…": r"\ldots ", "€": "", "£": "", "¥": "", "₹": "", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
     "δ": r"\delta ", "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "θ": r"\theta ", "κ": r"\kappa ",
@@ -59,7 +61,7 @@ SYMBOLS = {
     "τ": r"\tau ", "φ": r"\phi ", "ϕ": r"\phi ", "χ": r"\chi ", "ψ": r"\psi ", "ω": r"\omega ", "Γ": r"\Gamma ",
     "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ω": r"\Omega ",
 }  # fmt: skip
-SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
+SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱˣ]+")
 SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉ₐₙₓ]+")
 VULGAR_FRACTIONS = re.compile("[¼½¾⅐-⅞]")  # one character each
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -86,8 +88,11 @@ def write_fraction(character: re.Match) -> str:
     return f"\\frac{{{above}}}{{{below}}}"
 
 
-MARK = re.compile(r"\\(?:(?:textcolor|colorbox|color)\s*\{[^{}]*\}|underline|underbar|emph|math(?:bf|it)|text(?:bf|it)"
-    r"|boldsymbol|bm|fbox)\s*(?=\{)|\\color\s*\{[^{}]*\}")  # fmt: skip
+MARK = re.compile(
+    r"\\(?:(?:textcolor|colorbox|color) ?(?:\[[^\]]*\])? ?\{[^{}]*\}|fcolorbox ?\{[^{}]*\} ?\{[^{}]*\}"
+    r"|uline|underline|underbar|underbrace|overbrace|emph|fbox|math(?:bf|it|sf|tt)|text(?:bf|it|sc|sl|tt|up|md)"
+    r"|boldsymbol|bm) ?(?=\{)|\\color ?(?:\[[^\]]*\])? ?\{[^{}]*\}"
+)
 
 
 def remove_marks(text: str) -> str:
@@ -166,8 +171,10 @@ DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<!\\)\\ |~", " "),
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}(?: ?\.(?!\d))?", ""),
+    (r"(?: |\\[,;:!])+$", ""),
+    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|it|large|Large){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
+    (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),
     (r"\\[dtc]frac", r"\\frac"),
     # numbers
     (rf"(?<![\d.])\d{{1,3}}(?:(?:{THIN} ?| )\d{{3}})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 1 000
@@ -184,6 +191,8 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),
+    (rf"\\degree{END}", r"^\\circ "),
+    (rf"\\lg{END}", r"\\log "),
     (rf"\\langle{END}", "("),
     (rf"\\rangle{END}", ")"),
     (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),
@@ -218,7 +227,7 @@ def normalise(answer: str) -> str:
     """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence. A text
     stays as it is, but for its box."""
     answer = re.sub(r"[^\S\n]+", " ", answer.strip())  # math-verify takes seconds for a long run of blanks
-    answer = re.sub(r"^(\*\*|__|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
+    answer = re.sub(r"^(\*\*?|__|`|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
     if is_text(answer):
         return answer
     answer = remove_marks(from_unicode(answer))
@@ -483,13 +492,14 @@ def boxed(text: str) -> str:
 def same_value(gold: object, answer: object) -> bool:
     """math-verify's verdict on two of its readings (SymPy objects, or strings that it couldn't read), and more."""
     import math_verify
-    from sympy import Basic, Eq, Ne, Symbol
+    from math_verify.parser import sympy
 
-    if isinstance(gold, Symbol) and isinstance(answer, Symbol):  # math-verify takes T_1 for t_1
+    if isinstance(gold, sympy.Symbol) and isinstance(answer, sympy.Symbol):  # math-verify takes T_1 for t_1
         return gold.name == answer.name
-    if isinstance(gold, Ne) and isinstance(answer, Ne):  # math-verify compares equations, but no inequations
-        gold = Eq(*gold.args, evaluate=False)
-        answer = Eq(*answer.args, evaluate=False)
+    both_unequal = isinstance(gold, sympy.Ne) and isinstance(answer, sympy.Ne)
+    if both_unequal:  # math-verify compares x = 3 with x = 4, but not x \ne 3 with x \ne 4
+        gold = sympy.Eq(*gold.args, evaluate=False)
+        answer = sympy.Eq(*answer.args, evaluate=False)
     gold, answer = value_of(gold), value_of(answer)
     if gold is None or answer is None:
         return False
@@ -498,7 +508,7 @@ def same_value(gold: object, answer: object) -> bool:
     places = {"float_rounding": DECIMAL_PLACES + zeros, "numeric_precision": EXACT_PLACES + zeros}
     if math_verify.verify(gold, answer, **places, timeout_seconds=None, raise_on_error=True):
         return True
-    if not isinstance(gold, Basic) or not isinstance(answer, Basic):
+    if not isinstance(gold, sympy.Basic) or not isinstance(answer, sympy.Basic):
         return False
     split = (split_quotients(gold), split_quotients(answer))
     if split == (gold, answer):
@@ -509,16 +519,18 @@ def same_value(gold: object, answer: object) -> bool:
 def value_of(reading):
     """The right side of an equation of numbers, such as 2+3=5, and None if it is false, because math-verify would take
     7=5 for 5. Anything else is its own value. 22/7 = 3.14 is meant as an approximation, and passes."""
-    from sympy import Eq, Float
+    from math_verify.parser import sympy
 
-    equations = getattr(reading, "_unsorted_args", [reading])  # a = b = c is read as two equations
-    if not all(
-        isinstance(equation, Eq) and equation.lhs.is_number and equation.rhs.is_number for equation in equations
-    ):
-        return reading
+    equations = [reading]
+    if isinstance(reading, sympy.And):  # a = b = c is read as two equations
+        equations = getattr(reading, "_unsorted_args", reading.args)
     for equation in equations:
-        left, right = equation.lhs.evalf(), equation.rhs.evalf()
-        tolerance = 1e-2 if equation.has(Float) else 1e-12
+        if not isinstance(equation, sympy.Eq) or not equation.lhs.is_number or not equation.rhs.is_number:
+            return reading
+    for equation in equations:
+        left = equation.lhs.evalf()
+        right = equation.rhs.evalf()
+        tolerance = 1e-2 if equation.has(sympy.Float) else 1e-12
         if abs(left - right) > tolerance * abs(right):
             return None
     return equations[-1].rhs
@@ -526,7 +538,7 @@ def value_of(reading):
 
 def leading_zeros(reading: object) -> int:
     """Zeros behind the decimal point of the smallest number in it: 18 for 2.88 * 10^-19; 0 for 0.3, 5 and x."""
-    import sympy
+    from math_verify.parser import sympy
 
     if isinstance(reading, sympy.MatrixBase):
         reading = sympy.Tuple(*reading.flat())
@@ -547,32 +559,31 @@ def leading_zeros(reading: object) -> int:
 
 def split_quotients(reading):
     r"""\sqrt{a/b} -> \sqrt{a}/\sqrt{b} and \ln(a/b) -> \ln a - \ln b, as for positive a and b; products, too."""
-    from sympy import Mul, Pow, expand_log, expand_power_base, fraction, log
+    from math_verify.parser import sympy
 
     def can_split(part) -> bool:
-        if isinstance(part, Pow) and not part.exp.is_integer:
-            return isinstance(part.base, (Mul, Pow))
-        return isinstance(part, log) and isinstance(part.args[0], (Mul, Pow))
+        if isinstance(part, sympy.Pow) and not part.exp.is_integer:
+            return isinstance(part.base, (sympy.Mul, sympy.Pow))
+        return isinstance(part, sympy.log) and isinstance(part.args[0], (sympy.Mul, sympy.Pow))
 
     def split_root(part):
-        if isinstance(part, log):
+        if isinstance(part, sympy.log):
             return part
-        numerator, denominator = fraction(part.base)
-        return Pow(numerator, part.exp) / Pow(denominator, part.exp)
+        numerator, denominator = sympy.fraction(part.base)
+        return sympy.Pow(numerator, part.exp) / sympy.Pow(denominator, part.exp)
 
-    if not reading.free_symbols or not any(map(can_split, reading.atoms(Pow, log))):
+    if not reading.free_symbols or not any(map(can_split, reading.atoms(sympy.Pow, sympy.log))):
         return reading
     split = reading.replace(can_split, split_root)
-    return expand_log(expand_power_base(split, force=True), force=True)
+    return sympy.expand_log(sympy.expand_power_base(split, force=True), force=True)
 
 
 def keep_capitals() -> None:
     """Have math-verify tell R from r. `parse` has no argument for it, so its converter gets another default."""
     import math_verify.parser as parser
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    config = ConversionConfig(lowercase_symbols=False)
-    parser.latex2sympy = partial(parser.latex2sympy, conversion_config=config)
+    config = signature(parser.latex2sympy).parameters["conversion_config"].default
+    parser.latex2sympy = partial(parser.latex2sympy, conversion_config=replace(config, lowercase_symbols=False))
 
 
 def set_alarms(seconds: float) -> None:

@@ -423,9 +423,7 @@ def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate
             [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for _, answer in turns
         ]
         prompts = [encode_chat(tokenizer, user) for user, _ in turns]
-        ids, lengths, targets = pack(
-            [targets_after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device
-        )
+        ids, lengths, targets = pack([targets_after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device)
         logprobs, _ = model.packed(ids, lengths, targets)
         loss = -logprobs.sum() / (targets >= 0).sum()
         loss.backward()

@@ -47,12 +47,20 @@ def problem_of(row: dict) -> str:
 
 def clean_answer(value: object) -> str:
     r"""LaTeX on its own: several answers are joined, dollar signs go (not the currency, `\$`), and Minerva's 4.5e33 and
-    np.arcsin become `4.5 \times 10^{33}` and `\arcsin`; "" for None."""
+    np.arcsin become `4.5 \times 10^{33}` and `\arcsin`; "" for None. Raises ValueError for an object or a truth value."""
     if isinstance(value, list):
         return ", ".join(map(clean_answer, value))
+    if isinstance(value, (bool, dict)):
+        raise ValueError(f"answer {value!r} is no number, string or list of these")
     answer = "" if value is None else re.sub(r"(?<!\\)\$", "", str(value)).strip()
-    answer = re.sub(r"^([0-9.]+)e([+-]?[0-9]+)$", r"\1 \\times 10^{\2}", answer)
+    answer = re.sub(r"^(-?[0-9.]+)e([+-]?)0*([0-9]+)$", write_power_of_ten, answer)
     return re.sub(r"\bnp\.(?=[a-z])", r"\\", answer)
+
+
+def write_power_of_ten(number: re.Match) -> str:
+    r"""4.5e+33 -> 4.5 \times 10^{33}."""
+    sign = number[2].replace("+", "")
+    return f"{number[1]} \\times 10^{{{sign}{number[3]}}}"
 
 
 def integer_answer(row: dict) -> str:
@@ -235,8 +243,20 @@ def prepare(args: argparse.Namespace) -> None:
         records.write_records(path, results, args)
 
 
+LAYOUT = re.compile(r"\\(?:[bB]igg?[lrm]?|left|right|displaystyle|textstyle|limits|quad|qquad|[,;:! ])(?![a-zA-Z])")
+SYNONYMS = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge",
+    "neq": "ne", "textbf": "text", "textit": "text", "textrm": "text", "mathrm": "text", "mathbf": "text", "mbox": "text",
+    "operatorname": "text", "lbrace": "{", "rbrace": "}", "cdotp": "cdot", "ldots": "dots", "cdots": "dots",
+}  # fmt: skip
+
+
 def normalise(problem: str) -> str:
-    """Lower case, letters and digits only: `$ab$` is `{a} b`. So is `a-b`: better one match too many than a leak."""
+    r"""Lower case, letters and digits only, in one typesetting: `$ab$` is `{a} b`, `\dfrac{1}{2}` is `\frac12`, and
+    `\left( x \right)` is `(x)`. So is `a-b` the same as `ab`: better one match too many than a leak."""
+    problem = LAYOUT.sub("", problem)
+    problem = re.sub(r"\\([a-zA-Z]+)", lambda command: "\\" + SYNONYMS.get(command[1], command[1]), problem)
+    problem = problem.replace("\\text", "")
     return re.sub(r"[\W_]+", "", problem.lower())
 
 

@@ -536,7 +536,7 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
     for name in sorted(arguments.keys() - may_change):
         before = earlier.get(name)
         now = arguments.get(name)
-        if before == now or (name.endswith("_sha256") and name not in earlier):
+        if same_value(before, now) or (name.endswith("_sha256") and name not in earlier):
             continue
         difference = f"made with --{name} {before}, this run has --{name} {now}"
         if name == "prompt_sha256":
@@ -544,6 +544,13 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
         elif name.endswith("_sha256"):
             difference = f"the contents of --{name.removesuffix('_sha256')} have changed"
         raise InputError(f"{output}: {difference}; choose another --out or remove it")
+
+
+def same_value(before: object, now: object) -> bool:
+    """Whether two values of an argument are the same. A path may be written in several ways: m, m/, ./m."""
+    if isinstance(before, str) and isinstance(now, str):
+        return os.path.realpath(before) == os.path.realpath(now)
+    return before == now
 
 
 # --------------------------------------------------------------------------- whose is an existing output?
@@ -594,9 +601,9 @@ def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | N
     # 3. What no stage has made. An empty file or directory is free.
     advice = "and no args.json says that this program made it; choose another --out"
     if out.is_dir():
-        for name in ("config.json", "training", "metrics.jsonl", "tokenizer.json", "model.safetensors"):
-            if (out / name).exists():
-                raise InputError(f"--out {out} has a {name}, {advice}")
+        for pattern in ("config.json", "tokenizer*", "*.safetensors", "*.bin", "training", "metrics.jsonl"):
+            for found in out.glob(pattern):
+                raise InputError(f"--out {out} has a {found.name}, {advice}")
     elif out.stat().st_size > 0:
         begins_as_ours = False
         if signature is not None:
@@ -767,7 +774,8 @@ class RecordFile:
             if not is_ours:
                 fields += self.other_fields
             try:
-                for line in scan(self.path, fields, optional=(self.remembered_field or "",), end=end):
+                # Every field has its type now, rather than when the records are used, after hours of sampling.
+                for line in scan(self.path, fields, optional=tuple(FIELD_TYPES), end=end):
                     key = self.key_of(line.value)
                     if key in self.done:
                         raise InputError(f"{line.place}: {key!r} appears twice; ids must be unique")

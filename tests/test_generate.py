@@ -24,7 +24,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import generate
-from data import records
+from data import records, report
 from generate import extract_answer, find_boxes, render_response, render_steps, split_steps, unwrap_boxes
 from kernels import decode, distributed, sampler
 from kernels.decode import SlotCache, ragged_attention, visible_keys
@@ -980,8 +980,22 @@ def test_the_rule_of_short_contexts(prompt, limit, expected):
     assert generate.output_limit(prompt, limit, context=1000) == expected
 
 
+def test_escape_sequences_are_shown():
+    """Guards: a model's text that sets the terminal's title, hides what follows it, or turns its direction."""
+    text = "a\x1b[8m\x1b]0;b\x07\r\x9b\u202e\ttab\nline · 😀"
+    shown = "a\\x1b[8m\\x1b]0;b\\x07\\r\\x9b\\u202e\ttab\nline · 😀"
+    assert report.printable(text) == shown
+    judgement = {"verdict": True, "text": text}
+    rollout = {"ids": [], "finish": "stop", "valid": True, "reward": 1.0, "advantage": 0.0, "judgement": judgement}
+    label = {"id": text, "method": "single", "dropped": None, "steps": [text], "answer": text, "text": text}
+    label |= {"votes": [[1, 0]], "step_labels": [True], "outcome": True}
+    for printed in (report.show_rollout(rollout | {"text": text}), report.show_label(label)):
+        assert shown in printed and "\x1b" not in printed
+
+
 def test_long_problems_are_left_out_and_counted(tmp_path, model_dir, monkeypatch, capsys):
-    """Guards: one long problem that refuses the whole run, and a result although no prompt fits."""
+    """Guards: one long problem that refuses the whole run, and a result although no prompt fits; a resumed run that is
+    refused because --model m is called m/ now."""
     out, problems = tmp_path / "out.jsonl", tmp_path / "problems.jsonl"
     texts = {"short": "2 + 2?", "longer": "2 + 2?" + " 1" * 50, "too long": "2 + 2?" + " 1" * 500}
     problems.write_text("".join(json.dumps({"id": k, "problem": text}) + "\n" for k, text in texts.items()))
@@ -992,6 +1006,8 @@ def test_long_problems_are_left_out_and_counted(tmp_path, model_dir, monkeypatch
     assert counted in capsys.readouterr().out
     assert {record["id"] for record in records.read(out, ["id"])} == {"short/0", "longer/0"}
     before = out.read_bytes()
+    monkeypatch.chdir(tmp_path)  # the same inputs, written in another way
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--model", f"{model_dir}/", "--problems", "./problems.jsonl"])
     generate.main()
     assert out.read_bytes() == before and "1 are too long" in capsys.readouterr().out
 

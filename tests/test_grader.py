@@ -75,7 +75,7 @@ KINDS = {
     "Unicode": (
         [
             ("60°", r"60^\circ"), ("½", "1/2"), ("√5", r"\sqrt5"), ("１２", "12"), ("5\u200b", "5"), ("3½", "3.5"),
-            ("2√3", r"2\sqrt{3}"), ("√(x+1)", r"\sqrt{x+1}"), ("x²", "x^2"), ("10⁻¹²", "10^{-12}"), ("2π", r"2\pi"),
+            ("2√3", r"2\sqrt{3}"), ("√(x+1)", r"\sqrt{x+1}"), ("e⁻ˣ", "e^{-x}"), ("1∶2", "1:2"), ("x²", "x^2"), ("10⁻¹²", "10^{-12}"), ("2π", r"2\pi"),
             ("−5", "-5"), ("3×4", "12"), ("≥ 5", r"\ge 5"), ("∞", r"\infty"), ("x₁", "x_1"), ("a·b", "ab"), ("50％", r"50\%"),
         ],
         [("x²", "x2"), ("3½", "31/2"), ("√10", r"\sqrt{1}0")],
@@ -105,7 +105,7 @@ KINDS = {
     "degrees in functions": (
         [
             (r"\sin 30^\circ", r"\frac12"), (r"\cos\left(60^\circ\right)", "0.5"), (r"\sin^2 30^{\circ}", r"\frac14"),
-            ("sin 30°", "1/2"), (r"\tan{60^{\circ}}", r"\sqrt3"), (r"\sin 30^\circ+\cos 60^\circ", "1"),
+            ("sin 30°", "1/2"), (r"\sin 30\degree", "1/2"), (r"\tan{60^{\circ}}", r"\sqrt3"), (r"\sin 30^\circ+\cos 60^\circ", "1"),
         ],
         [(r"\sin 30^\circ", r"\sin 30")],
     ),
@@ -142,7 +142,7 @@ KINDS = {
         [
             (r"\textcolor{red}{5}", "5"), (r"\underline{5}", "5"), (r"{\color{red}5}", "5"), (r"\mathbf{5}", "5"),
             (r"\underline{\frac{1}{2}}", "1/2"), (r"\frac{\textcolor{red}{1}}{2}", "0.5"), (r"\textbf{(B)}", "B"),
-            (r"\boxed{\underline{5}}", "5"), ("**5**", "5"), (r"\text{5}", "5"),
+            (r"\boxed{\underline{5}}", "5"), (r"\fcolorbox{red}{white}{5}", "5"), ("**5**", "5"), (r"\text{5}", "5"),
         ],
         [(r"\underline{5}", "6"), (r"\textcolor{red}{5}", "6")],
     ),

@@ -132,6 +132,7 @@ FOREIGN = [
     (b"\x00\x01\x02\nPK", "not JSON"),
     (b'{"id": "a", "problem": "b"}\n{"id": "c", "pro', "no field 'sample'"),
     (b'{"id": "a", "answer": "5"}\n', "no field 'problem'"),
+    (b'{"id": "a", "problem": "b", "sample": 0, "text": "c", "tokens": "5"}\n', "tokens must be a whole number"),
     (b"42", "not an output of this command"),
     (b"42\n", "no field 'id'"),
 ]
@@ -212,6 +213,48 @@ def test_model_directories_and_runs_of_others_are_refused(tmp_path, trained, mon
     with pytest.raises(InputError, match=r"was written by train_prm.py"):
         run_main(monkeypatch, grpo, *judge, tmp_path / "run")
     assert snapshot(root) == before and snapshot(tmp_path / "model") == snapshot(root / "model")
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("prm", {"step_labels": [1, -1], "outcome": -1}, "step_labels must be a list of true and false, not"),
+        ("prm", {"step_labels": [True]}, "1 step_labels for 2 steps"),
+        ("prm", {"step_labels": []}, "0 step_labels for 2 steps"),
+        ("prm", {"step_labels": None}, "step_labels must be a list of true and false, not None"),
+        ("orm", {"outcome": "No"}, "outcome must be true or false, not No"),
+        ("orm", {"outcome": "incorrect", "step_labels": ["correct", "incorrect"]}, ".*must be .*true"),
+        ("orm", {"id": None}, "id must be a string or a number, not None"),
+        ("prm_cot", {"text": None}, 'text must be a string, not None; null is for labels .* "dropped" must then give'),
+    ],
+)
+def test_wrong_labels_are_never_trained(tmp_path, trained, monkeypatch, kind, change, message):
+    """Guards: PRM800K's and Math-Shepherd's marks, or "No", trained as Correct and Yes; as many lines as there are
+    labels, for other numbers of steps."""
+    labels = write(tmp_path / "labels.jsonl", [make_label(3), make_label(0) | change])
+    flags = [*trained[1], "--labels", labels, "--kind", kind, "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match=rf"labels.jsonl:2: {message}"):
+        run_main(monkeypatch, train_prm, *flags)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_solutions_without_steps(tmp_path, monkeypatch):
+    """Guards: "verifications.jsonl: no such file; create it with verify.py" by verify.py."""
+    solutions = write(tmp_path / "solutions.jsonl", [SOLUTION | {"steps": []}])
+    with pytest.raises(InputError, match="no solution has steps"):
+        run_main(monkeypatch, verify, "--model", "none", "--solutions", solutions, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"verdict": 5}, {"step_verdicts": [7, -3]}, {"text": None}, {"sample": "3"}])
+def test_wrong_verifications_never_vote(tmp_path, trained, monkeypatch, change):
+    """Guards: a verdict of 5 that counts as five votes; text that is null in a label; types found after sampling."""
+    solutions = write(tmp_path / "solutions.jsonl", [SOLUTION])
+    path = write(tmp_path / "verifications.jsonl", [VERIFICATION | change])
+    before = Path(path).read_bytes()
+    flags = ["--model", trained[0] / "model", "--solutions", solutions, "--device", "cpu", "--num_verifications", 2]
+    with pytest.raises(InputError, match=rf"verifications.jsonl:1: {next(iter(change))} must be"):
+        run_main(monkeypatch, verify, *flags, "--out", tmp_path)
+    assert Path(path).read_bytes() == before
 
 
 def test_the_args_json_of_a_run(tmp_path, trained, monkeypatch):

@@ -391,21 +391,22 @@ def test_resume_equals_uninterrupted(world, monkeypatch, tmp_path, interruption)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_signal_ends_the_step_and_saves(world, monkeypatch, tmp_path):
+@pytest.mark.parametrize("stopped_in", [3, 6])  # step 4 is evaluated anyway; step 7 is not, and step 6 was the best
+def test_a_signal_ends_the_step_and_saves(world, monkeypatch, tmp_path, stopped_in):
     """Guards: up to --save_every steps lost to a scheduler's signal; an unplanned evaluation, which chooses another
-    model than the run that nobody interrupted."""
+    model than the run that nobody interrupted; a step that wasn't evaluated exported in place of the best."""
     root, flags = world
     real = train_prm.batch_for_step
 
     def batch_for_step(step, *rest):
-        if step == 3:
+        if step == stopped_in:
             signal.raise_signal(signal.SIGUSR1)
         return real(step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train_prm, "batch_for_step", batch_for_step)
         run_main(patch, train_prm, *flags, "--out", tmp_path / "out")
-    assert end.value.code == 143 and (tmp_path / "out" / "training" / "step_0000004").exists()
+    assert end.value.code == 143 and (tmp_path / "out" / "training" / f"step_{stopped_in + 1:07}").exists()
     run_main(monkeypatch, train_prm, *flags, "--out", tmp_path / "out")
     assert read_metrics(tmp_path / "out") == read_metrics(root / "whole")
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", root / "whole"))

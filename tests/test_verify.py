@@ -7,7 +7,7 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from kernels.sampler import Sample
 from train_prm import (
     REWARD_MODELS,
     Judge,
+    judge_prompt,
     parse_orm,
     parse_prm,
     score_discriminative,
@@ -642,6 +643,18 @@ def test_votes_of_a_reward_model_count_as_in_stage_one(monkeypatch):
     assert found == {
         ("prm_cot", 3): ([False], False, 0.0), ("prm_cot", 1): ([False], False, 0.0), ("orm", 3): (None, True, 2 / 3),
     }  # fmt: skip
+
+
+def test_a_judge_has_what_the_context_leaves():
+    """Guards: a result although no prompt fits, and a judgement that is given up although most of it would."""
+    engine = generate.open_engine(str(ROOT / "data/tiny/verifier"), torch.device("cpu"), 4)
+    solution = {"problem": "P", "steps": ["1+1=2"], "answer": "2"}
+    prompt = len(engine.encode(judge_prompt(REWARD_MODELS["prm"].prompt, solution)))
+    engine.sampler.model.config = replace(engine.sampler.model.config, max_positions=prompt + 5)
+    long = {**solution, "steps": ["1+1=2"] * 50}
+    for max_new_tokens, tokens, too_long in ((4, 4, False), (40, 5, False), (41, 0, True)):
+        judged = score_solutions(Judge(engine, "prm", max_new_tokens), [solution, long])
+        assert judged[0].tokens <= tokens and judged[0].too_long is too_long and judged[1].too_long
 
 
 def test_references_are_read_by_those_who_may(tmp_path, judged):

@@ -152,7 +152,7 @@ def main() -> None:
         rows = measure()
         records.write_lines(path, rows)
         records.write_lines(HERE / "efficiency_curves.jsonl", make_curves(rows))
-    print_table(records.read(path, ["series", "x", "seconds", "MiB", "tokens"]))
+    print_table(records.read(path, ["series", "seconds", "MiB", "tokens"]))
 
 
 if __name__ == "__main__":
