@@ -25,6 +25,7 @@ What `parse_verification` cannot read is *unparsed*: it is counted and never bec
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
 import time
@@ -42,7 +43,7 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.sampler import CPU_SLOTS, with_progress
+from kernels.sampler import CPU_SLOTS, Sample, with_progress
 
 import torch
 
@@ -384,6 +385,59 @@ def label_solutions(solutions: list[dict], verifications: list[dict], aggregate:
     return labels
 
 
+# --------------------------------------------------------------------------- when the votes are settled (--stop)
+
+Vote = tuple[bool, ...]  # of one parsed verification: its step verdicts, then its verdict
+
+
+def vote_of(verification: dict) -> Vote | None:
+    """What a verification votes; None if it is unparsed."""
+    if not keep_parsed([verification]):
+        return None
+    return (*verification["step_verdicts"], verification["verdict"])
+
+
+def fewest_to_settle(votes: list[Vote | None], total: int) -> int:
+    """How many further votes, at least, until the `total` votes of a solution can no longer change a label; 0: now.
+
+    A column is a step, or the outcome. Of its votes c say correct, w incorrect, and R are left. It is settled as correct
+    if c > w + R and as incorrect if w >= c + R, since a tie is incorrect. m further votes that agree also reduce R by m,
+    which makes 2m > w + R - c, or 2m >= c + R - w. With c = 6, w = 2, R = 8: 3, since 9 > 2 + 5, but not 8 > 2 + 6.
+    """
+    left = total - len(votes)
+    parsed = [vote for vote in votes if vote is not None]
+    if not parsed:
+        return math.ceil(left / 2)  # the columns are still empty: w >= c + R as above
+    fewest = 0
+    for column in zip(*parsed, strict=True):
+        correct = sum(column)
+        incorrect = len(column) - correct
+        until_correct = (incorrect + left - correct) // 2 + 1
+        until_incorrect = math.ceil((correct + left - incorrect) / 2)
+        fewest = max(fewest, min(until_correct, until_incorrect))
+    return fewest
+
+
+def fewest_to_lead(votes: list[Vote | None], total: int, lead: int) -> int:
+    """The same for `--stop lead`: after 4, 6, 8, ... votes, stop if every column is ahead by `lead`. That may be wrong."""
+    parsed = [vote for vote in votes if vote is not None]
+    looked_at = len(votes) >= 4 and len(votes) % 2 == 0
+    margins = [abs(2 * sum(column) - len(column)) for column in zip(*parsed, strict=True)]
+    if looked_at and parsed and min(margins) >= lead:
+        return 0
+    next_look = max(4, len(votes) + 2 - len(votes) % 2)
+    return min(next_look, total) - len(votes)
+
+
+def fewest_further_votes(votes: list[Vote | None], args: argparse.Namespace) -> int:
+    """How many votes a solution needs at least beside these, by the rule of --stop; 0: it stops here."""
+    if args.stop == "settled":
+        return fewest_to_settle(votes, args.num_verifications)
+    if args.stop == "lead":
+        return fewest_to_lead(votes, args.num_verifications, args.lead)
+    return args.num_verifications - len(votes)
+
+
 # --------------------------------------------------------------------------- sampling verifications
 
 
@@ -418,47 +472,101 @@ def hash_prompt(args: argparse.Namespace) -> str:
     return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
+def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], resumed: bool) -> list[list[Vote | None]]:
+    """The votes that an earlier run left of each solution, up to the first that is missing. A collective. Under
+    `--stop all` nobody looks at them, and there are none."""
+    votes: list[list[Vote | None]] = [[] for _ in solutions]
+    if args.stop == "all" or not resumed:
+        return votes
+    if distributed.rank() == 0:
+        groups = group_by_solution(solutions, read_verifications(path, solutions))
+        for so_far, group in zip(votes, groups.values(), strict=True):
+            so_far += [vote_of(v) for number, v in enumerate(group) if v["sample"] == number]
+    return distributed.broadcast(votes)
+
+
+def size_of_round(args: argparse.Namespace, votes: list[list[Vote | None]]) -> int:
+    """How many votes each unsettled solution gets in the next round: 16 under `--stop all`; else the fewest that any of
+    them needs, which no stop can make superfluous, or more where a round would leave slots empty."""
+    fewest = min(fewest_further_votes(so_far, args) for so_far in votes)
+    if args.stop == "all":
+        return fewest
+    slots = (args.slots or CPU_SLOTS) * distributed.world_size()
+    most = args.num_verifications - max(len(so_far) for so_far in votes)
+    return min(most, max(fewest, math.ceil(2 * slots / len(votes))))
+
+
 def verify_solutions(
-    args: argparse.Namespace, engine: Engine, todo: list[dict], references: dict[str, str], output: records.RecordFile
+    args: argparse.Namespace,
+    engine: Engine,
+    todo: list[dict],
+    votes: list[list[Vote | None]],
+    references: dict[str, str],
+    output: records.RecordFile,
 ) -> None:
-    """Sample and write the verifications of these solutions. references: solution id -> reference answer, if used."""
+    """Sample and write the verifications of these solutions. votes: those they have, which this function continues.
+    references: solution id -> reference answer, if used."""
     # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
-    prompts, judged, limits = [], [], []
+    prompts, limits = [], []
     for solution in todo:
         turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
         prompt = engine.encode(turn)
-        limit = engine.output_limit(prompt, args.max_new_tokens)
-        limits.append(limit)
-        if limit is not None:
-            prompts.append(prompt)
-            judged.append(solution)
+        prompts.append(prompt)
+        limits.append(engine.output_limit(prompt, args.max_new_tokens))
     check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
+    unsettled = [i for i, limit in enumerate(limits) if limit is not None]
 
-    # 2. The samples. A solution's verifications are written as soon as its last one ends.
-    stream = sample_from_queue(
-        engine,
-        prompts,
-        "verify",
-        "verifications",
-        keys=[solution["id"] for solution in judged],
-        num_samples=args.num_verifications,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_new_tokens=[limit for limit in limits if limit is not None],
-        seed=args.seed,
-    )
-    for i, samples in stream:
-        solution = judged[i]
-        digest = hash_solution(solution)
-        verifications = []
-        for j, sample in enumerate(samples):
-            text = engine.text(sample.ids, prompts[i])
-            parsed = parse_verification(text, len(solution["steps"]))
-            verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
-            verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
-            verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
-            verifications.append(verification)
-        output.append(verifications)
+    # 2. Rounds of votes, on the solutions that the earlier ones left unsettled. By default one round settles all.
+    rounds = 0
+    while unsettled:
+        rounds += 1
+        count = size_of_round(args, [votes[i] for i in unsettled])
+        stream = sample_from_queue(
+            engine,
+            [prompts[i] for i in unsettled],
+            "verify" if rounds == 1 else f"verify, round {rounds}",
+            f"verifications {rounds}",
+            keys=[todo[i]["id"] for i in unsettled],
+            num_samples=count,
+            first_samples=[len(votes[i]) for i in unsettled],
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=[limits[i] for i in unsettled],
+            seed=args.seed,
+        )
+        # 3. A solution's verifications are written as soon as the round's last one ends; those beyond the stop never.
+        new: list[tuple[int, list[Vote | None]]] = []
+        for place, samples in stream:
+            i = unsettled[place]
+            verifications = make_verifications(engine, todo[i], prompts[i], samples, len(votes[i]))
+            so_far = list(votes[i])
+            for verification in verifications:
+                if fewest_further_votes(so_far, args) > 0:
+                    so_far.append(vote_of(verification))
+            added = len(so_far) - len(votes[i])
+            output.append(verifications[:added])
+            new.append((i, so_far))
+        # 4. Every rank learns all votes, so that the next round is the same for all.
+        for of_rank in distributed.gather([new]):
+            for i, so_far in of_rank:
+                votes[i] = so_far
+        unsettled = [i for i in unsettled if fewest_further_votes(votes[i], args) > 0]
+
+
+def make_verifications(
+    engine: Engine, solution: dict, prompt: list[int], samples: list[Sample], first: int
+) -> list[dict]:
+    """The records of samples, which are numbered from `first`."""
+    digest = hash_solution(solution)
+    verifications = []
+    for j, sample in enumerate(samples, first):
+        text = engine.text(sample.ids, prompt)
+        parsed = parse_verification(text, len(solution["steps"]))
+        verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
+        verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
+        verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
+        verifications.append(verification)
+    return verifications
 
 
 # --------------------------------------------------------------------------- reading verifications
@@ -758,6 +866,9 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_verifications", type=COUNT, default=16, help="N, verifications per solution")
+    group.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample all N verifications, "
+                       "or stop when the rest can't change a label, or when every label is ahead by --lead")  # fmt: skip
+    group.add_argument("--lead", type=COUNT, default=3, help="votes, for --stop lead")
     group.add_argument("--temperature", type=TEMPERATURE, default=0.8)
     group.add_argument("--top_p", type=TOP_P, default=0.95)
     group.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
@@ -770,6 +881,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--method {args.method} needs --answers")
     if args.answers is not None and not METHODS[args.method].reads_answers:
         raise InputError("--answers is used with --method reference_guided only")
+    if args.stop != "all" and args.method != "step_consistency":
+        raise InputError(f"--stop {args.stop} decides by the votes of --method step_consistency, not of {args.method}")
     return args
 
 
@@ -799,12 +912,17 @@ def main() -> None:
     engine = None
     key = ("solution_id", "sample")
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
-        todo = find_unverified(solutions, args.num_verifications, output)
+        unverified = find_unverified(solutions, args.num_verifications, output)
+        earlier = votes_so_far(args, path, unverified, output.was_there)
+        todo = [
+            (s, votes) for s, votes in zip(unverified, earlier, strict=True) if fewest_further_votes(votes, args) > 0
+        ]
         if todo:
             model = records.hash_model(find_model(args.model))
             output.check_made_with(model_sha256=model, prompt_sha256=hash_prompt(args))
             engine = open_engine(args.model, device, args.slots)
-            verify_solutions(args, engine, todo, references, output)
+            unsettled, votes = (list(column) for column in zip(*todo, strict=True))
+            verify_solutions(args, engine, unsettled, votes, references, output)
     speed = {}
     if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
         sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]

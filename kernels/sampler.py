@@ -162,6 +162,7 @@ class Call:
     choose: Callable  # logits (n, V), uniform (n,) -> tensors (n,): token, log-prob, full log-prob (, certainty)
     stop_ids: set[int]
     seed: int
+    first_samples: list[int]  # of each prompt, the number of its first sample
     batches: Iterator[list[int]]  # of the work queue: places in `order`
     order: list[int]  # the prompts, longest first
     shared: bool  # whether prompts are kept once for all their samples
@@ -223,9 +224,11 @@ class Sampler:
         stop_ids: list[int],
         seed: int = 0,
         certainty: bool = False,
+        first_samples: list[int] | None = None,
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all prompts, or one for each.
+        first_samples: of each prompt, the number of its first sample, to continue where an earlier call ended; None: 0.
         batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
         when slots are free (`distributed.work_queue`); None: all of them.
 
@@ -258,6 +261,7 @@ class Sampler:
             choose=choose,
             stop_ids=set(stop_ids),
             seed=seed,
+            first_samples=first_samples or [0] * len(prompts),
             batches=batches or iter([list(range(len(prompts)))]),
             order=sorted(range(len(prompts)), key=lambda p: -len(prompts[p]) - limits[p]),
             shared=self._shares_prompts(prompts, limits, num_samples),
@@ -342,7 +346,8 @@ class Sampler:
         # 4. The first tokens.
         rows = []
         for prompt, number in new:
-            rng = random.Random(f"{call.seed}/{call.keys[prompt]}/{number}")
+            sample_number = call.first_samples[prompt] + number
+            rng = random.Random(f"{call.seed}/{call.keys[prompt]}/{sample_number}")
             prompt_tokens = 0 if call.shared else len(call.prompts[prompt])
             rows.append(Row(prompt, number, prompt_tokens, call.limits[prompt], rng))
         uniform = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)

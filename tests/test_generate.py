@@ -169,6 +169,10 @@ def test_sample_is_a_function_of_seed_key_and_index(models):
         assert draw(prompts, keys, 5, **mode) == expected
     assert draw(prompts[::-1], keys[::-1], slots=4) == expected
     assert {key: group[:3] for key, group in draw(prompts, keys, 4, num_samples=5).items()} == expected
+    rest = Sampler(model, 4).sample(  # single samples, each of another number
+        prompts[1:], keys=keys[1:], num_samples=1, first_samples=[2, 1, 0, 2, 1, 0], seed=1, **settings
+    )
+    assert [group[0].ids for group in rest] == [expected[k][n] for k, n in zip(keys[1:], [2, 1, 0] * 2, strict=True)]
     assert draw(prompts, keys, 64, seed=2) != expected
     texts = {tuple(ids) for group in expected.values() for ids in group if len(ids) > 5}
     assert len(texts) == sum(len(ids) > 5 for group in expected.values() for ids in group) > 10  # no two alike

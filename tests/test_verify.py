@@ -1,5 +1,6 @@
 """Parsers of verifications against tables, garbage and random texts; aggregation against toys counted by hand."""
 
+import itertools
 import json
 import math
 import random
@@ -769,3 +770,60 @@ def test_two_ranks_write_the_linesof_one(tmp_path, judged):
     assert run_script("generate.py", tmp_path, *problems, "--out", tmp_path / "one.jsonl")[0] == 0
     ranks, one = ({r["id"]: r for r in records.read(tmp_path / f"{d}.jsonl", ["id"])} for d in ("ranks", "one"))
     assert ranks == one and len(one) == 21
+
+
+# --------------------------------------------------------------------------- votes that stop when they are settled
+
+
+def continuations(total: int, columns: int) -> dict[tuple, list[tuple]]:
+    """Every sequence of up to `total` votes, an unparsed one among them -> all complete sequences that begin so."""
+    votes = [None, *itertools.product([True, False], repeat=columns)]
+    complete: dict[tuple, list[tuple]] = {}
+    for sequence in itertools.product(votes, repeat=total):
+        for n in range(total + 1):
+            complete.setdefault(sequence[:n], []).append(sequence)
+    return complete
+
+
+@pytest.mark.parametrize(("total", "columns"), [(6, 1), (5, 1), (4, 2), (3, 2)])
+def test_settled_by_brute_force(total, columns):
+    """Guards: a stop before the labels are certain, or after they were; ties and unparsed votes in the count; a round
+    that asks for more votes than may be needed, which would have to be thrown away."""
+
+    def labels(sequence):
+        parsed = [vote for vote in sequence if vote is not None]
+        return [verify.majority(list(column)) for column in zip(*parsed, strict=True)]
+
+    complete = continuations(total, columns)
+    settled = {}
+    for prefix, sequences in complete.items():
+        outcomes = {tuple(labels(sequence)) for sequence in sequences}
+        settled[prefix] = len(prefix) == total or (any(vote is not None for vote in prefix) and len(outcomes) == 1)
+    assert 0.1 < sum(settled.values()) / len(settled) < 0.99
+    for prefix, sequences in complete.items():
+        fewest = verify.fewest_to_settle(list(prefix), total)
+        assert (fewest == 0) == settled[prefix], prefix
+        first = min(n for s in sequences for n in range(len(prefix), total + 1) if settled[s[:n]])
+        assert len(prefix) + fewest <= first, prefix
+        if columns == 1:
+            assert len(prefix) + fewest == first, prefix
+
+
+def test_lead():
+    """Guards: a look after three votes or an odd number; one column behind; unparsed votes that count for a side."""
+    yes, no, split = (True, True), (False, False), (True, False)
+    cases = [
+        ([yes] * 3, 1),
+        ([yes] * 4, 0),
+        ([yes] * 5, 1),
+        ([no] * 4, 0),
+        ([yes, yes, yes, no], 2),
+        ([yes, yes, yes, yes, no, yes], 0),
+        ([yes, yes, yes, split], 2),
+        ([None, yes, yes, yes], 0),
+        ([None, None, yes, yes], 2),
+        ([None] * 4, 2),
+        ([yes, no] * 7 + [yes], 1),
+        ([yes, no] * 8, 0),
+    ]
+    assert [verify.fewest_to_lead(votes, 16, lead=3) for votes, _ in cases] == [fewest for _, fewest in cases]
