@@ -12,7 +12,7 @@ from pathlib import Path
 
 import evaluate
 import grpo
-from data import grader, report
+from data import grader, records, report
 from data.chat import open_model, open_tokenizer
 from data.records import RecordFile
 from evaluate import (
