@@ -915,9 +915,9 @@ def test_plot_command(tmp_path, monkeypatch):
     first = [{"step": s, "reward/mean": s / 10, "heldout/accuracy": 0.5} for s in range(6)]
     second = [{"step": 0, "heldout/accuracy": 0.4, "heldout/low": 0.3, "heldout/high": 0.5}]
     second += [{"step": s, "kl/k3": 0.1 * s} for s in (1, 2, 1, 2)]
-    for name, records in (("one", first), ("two", second)):
+    for name, lines in (("one", first), ("two", second)):
         (tmp_path / name).mkdir()
-        write_lines(tmp_path / name / "metrics.jsonl", records)
+        write_lines(tmp_path / name / "metrics.jsonl", lines)
     assert report.read_metrics(str(tmp_path / "two"))["kl/k3"] == {1: 0.1, 2: 0.2}
     out = tmp_path / "plots/curves.png"
     run(monkeypatch, "plot", "--runs", tmp_path / "one", tmp_path / "two", "--out", out)
