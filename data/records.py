@@ -5,6 +5,7 @@ one file; files that are replaced as a whole; recording how a file was made; fla
 """
 
 import argparse
+import codecs
 import fcntl
 import hashlib
 import json
@@ -366,6 +367,61 @@ def read_answers(paths: list[str]) -> dict[str, str]:
     return gold
 
 
+def name_files(flag: str, paths: list[str]) -> dict[str, str]:
+    """name -> path, the name being the file's without its suffix. Raises InputError if two are the same."""
+    named = {Path(path).stem: path for path in paths}
+    if len(named) < len(paths):
+        raise InputError(f"--{flag} {' '.join(paths)}: two files share a name, the key of results; rename one")
+    return named
+
+
+def read_samples(path: str | Path) -> dict[str, list[dict]]:
+    """problem id -> its samples in order, from a solutions file. Raises InputError if some problems have fewer."""
+    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
+    groups: dict[str, list[dict]] = {}
+    for solution in sorted(read(path, fields, "python generate.py"), key=itemgetter("sample")):
+        groups.setdefault(solution["problem_id"], []).append(solution)
+    if len({len(group) for group in groups.values()}) > 1:
+        raise InputError(f"{path}: problems have different numbers of samples; let generate.py finish the file")
+    return groups
+
+
+def read_cases(path: str) -> list[dict]:
+    """ProcessBench cases (problem, steps, label) from JSON Lines or, as published, a JSON array.
+
+    Raises InputError, with the number of the case, for a field that is missing or of another type, and for a label that
+    is neither -1 nor the index of a step.
+    """
+    fields = ["problem", "steps"]
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        cases = parse_json(data, path, "fetch the file again")
+        if not cases:
+            raise InputError(f"{path}: an empty array, no cases; fetch the file again")
+        for number, case in enumerate(cases):
+            check_record(case, fields, f"{path}: case {number}")
+    else:
+        cases = read(path, fields, "python -m data.make_tiny")
+    for number, case in enumerate(cases):
+        label = case.get("label")
+        num_steps = len(case["steps"])
+        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
+            given = f"label {label!r} and {num_steps} steps"
+            raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
+        final_answer_correct(case, f"{path}: case {number}")
+    return cases
+
+
+def final_answer_correct(case: dict, place: str) -> bool:
+    """Is the final answer of a ProcessBench case correct? Its final_answer_correct, which some tools write as a string;
+    without it, whether no step is wrong. Raises InputError, beginning with `place`, for any other value."""
+    value = case.get("final_answer_correct", case["label"] == -1)
+    known = {"true": True, "false": False}.get(str(value).lower())
+    if known is None:
+        raise InputError(f"{place}: final_answer_correct must be true or false, not {value!r}")
+    return known
+
+
 def read_metrics(path: Path, made_by: str = "") -> list[dict]:
     """The records of a run's metrics.jsonl: `step`, and numbers. A last line without its newline is left out: a run is
     writing it, or was killed. Raises InputError if another value is no number; made_by: see `read`."""
@@ -572,6 +628,15 @@ def stage_of(arguments: dict) -> str | None:
         if flag in arguments:
             return str(arguments[flag]) if flag == "command" else stage
     return None
+
+
+def check_place(out: Path) -> None:
+    """Raise InputError if no file can be written at --out."""
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; name a file in it")
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
 
 
 def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | None = None) -> None:
@@ -810,6 +875,35 @@ class RecordFile:
                 key = tuple(self.shared.setdefault(part, part) for part in key)
             value = record.get(self.remembered_field)
             self.done[key] = self.shared.setdefault(value, value)
+
+
+class ResultsFile:
+    """The rows of a results file, which is written anew when rows are added, so that a killed run loses only the
+    benchmark that was under way.
+
+    inputs: the files and model directories that the rows depend on; their fingerprints go into the args.json. earlier:
+    (model, benchmark, subset) -> rows that a run with the same arguments and inputs had added when it was killed. A
+    complete file is measured anew. Under torchrun every rank has the rows, and rank 0 writes.
+    """
+
+    def __init__(self, args: argparse.Namespace, inputs: list[str | Path]):
+        self.args = args
+        args.inputs_sha256 = [hash_model(path) if Path(path).is_dir() else hash_file(path) for path in inputs]
+        args.complete = False
+        self.rows: list[dict] = []
+        self.earlier: dict[tuple[str, str, str], list[dict]] = {}
+        if Path(args.out).is_file() and read_args(Path(args.out)) == vars(args):
+            for row in read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+                key = (row["settings"]["model"], row["benchmark"], row["subset"])
+                self.earlier.setdefault(key, []).append(row)
+        distributed.barrier()  # rank 0 writes to the file only after every rank has read it
+
+    def add(self, rows: list[dict], complete: bool = False) -> None:
+        """Add rows and write the file; complete: these are the last."""
+        self.rows += rows
+        self.args.complete = complete
+        if distributed.rank() == 0:
+            write_records(Path(self.args.out), self.rows, self.args)
 
 
 class MetricsFile:

@@ -107,6 +107,15 @@ FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures:
 COLOURS = 10  # of Matplotlib's cycle
 
 
+def check_format(out: str, is_figure: bool) -> bytes | None:
+    """How a file of this name begins if it is a figure. Raises InputError for a figure that isn't named as one, and for
+    another result that is."""
+    begins = FORMATS.get(Path(out).suffix.lower())
+    if (begins is not None) != is_figure:
+        raise InputError(f"--out {out}: figures are named {', '.join(FORMATS)}, other results otherwise; rename it")
+    return begins
+
+
 def read_metrics(run: str) -> dict[str, dict[int, float]]:
     """key -> {step: value} from a run's metrics.jsonl, in order; if a step was repeated, its last record counts."""
     by_step = {}

@@ -816,8 +816,8 @@ def test_label_report_on_a_toy_worked_out_by_hand():
 def test_gains_are_resampled_by_problem():
     """Guards: intervals of the label report over solutions, of which those of one problem gain or lose together."""
     names = [f"{p}/{k}" for p in "abcdefgh" for k in range(8)]
-    base = {name: dict.fromkeys(evaluate.LABEL_METRICS, (0, 1)) for name in names}
-    scores = {name: dict.fromkeys(evaluate.LABEL_METRICS, (int(name[0] in "abcd"), 1)) for name in names}
+    base = {name: np.array([[0] * 4, [1] * 4]) for name in names}  # how much is right by each metric, of how much
+    scores = {name: np.array([[name[0] in "abcd"] * 4, [1] * 4]) for name in names}
     found = evaluate.paired_gain(scores, base, seed=0)["exact"]
     assert found == pytest.approx([0.5, *bootstrap_interval(np.repeat([1.0, 0.0], 4), seed=0)])
 
