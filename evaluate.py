@@ -6,12 +6,6 @@
     python evaluate.py plot           # the curves of GRPO runs, and of studies         -> runs/tiny/curves.png
     python evaluate.py show t0003     # one problem's way through all stages            -> the terminal
 
-With your own models, also under torchrun:
-
-    python evaluate.py processbench --model runs/prm_cot --data gsm8k.json math.json --out runs/processbench.jsonl
-    python evaluate.py benchmark --model runs/grpo Qwen/Qwen2.5-Math-7B --problems math500.jsonl aime24.jsonl \\
-        --gold gold.jsonl --num_samples 16 --greedy --out runs/benchmark.jsonl
-
 Reference answers are read here, after the fact: nothing feeds back into reference-free training. What can't be judged
 is counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
 `unknown`. What the paper doesn't have: intervals, and a report on the labels themselves.
@@ -19,10 +13,8 @@ is counted: an unparsed verification is wrong on ProcessBench, an answer that ca
 
 import argparse
 import functools
-import inspect
 import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,8 +26,8 @@ from typing import NamedTuple
 
 from data import grader, records, report
 from data.chat import check_model, find_model
-from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, read_cases
-from data.text import extract_answer
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, name_files, read_cases, require_answers
+from data.text import extract_answer, gold_labels
 from generate import SOLVE_PROMPT, Engine, find_incomplete, fit_prompts, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
@@ -73,9 +65,9 @@ def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool 
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
     crashed. Both are LaTeX or plain text, with or without `\boxed{…}`; no answer (None, "") is False.
 
-    Units are dropped (5 g is 5 kg); a capital letter is another symbol; data/grader.py lists these decisions, and runs
-    the algebra in a worker process. timeout: seconds of CPU time per reading; a number like 4.5e33 and a percent sign
-    have a second reading each. Raises ValueError for a timeout that isn't positive, InputError if no worker can run.
+    Units are dropped (5 g is 5 kg); data/grader.py lists such decisions. timeout: seconds of CPU time per reading; a
+    number like 4.5e33 and a percent sign have a second one. Raises ValueError for a timeout that isn't positive,
+    InputError if the grading worker can't run.
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
@@ -211,35 +203,24 @@ def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float
 # --------------------------------------------------------------------------- shared by the commands
 
 
-def result_rows(
-    benchmark: str, subset: str, metrics: dict[str, Metric], settings: dict, seconds: float, tokens: int
-) -> list[dict]:
-    """Rows of a results file, one for each metric."""
-    rows = []
-    for name, metric in metrics.items():
-        row = {"benchmark": benchmark, "subset": subset, "metric": name, **metric._asdict()}
-        rows.append({**row, "settings": settings, "seconds": round(seconds, 1), "tokens": tokens})
-    return rows
-
-
 def average_rows(benchmark: str, rows: list[dict], metrics: list[str]) -> list[dict]:
     """Each metric's plain mean over the subsets or benchmarks of one model, if there are several; n counts them."""
     averages = []
     for metric in metrics:
         measured = [row for row in rows if row["metric"] == metric]
-        if len(measured) < 2:
+        n = len(measured)
+        if n < 2:
             continue
-        mean = float(np.mean([row["value"] for row in measured]))
+        values, low, high = np.array([[row["value"], *row["interval"]] for row in measured]).T  # (n,) each
         # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
-        squares = 0.0
-        for row in measured:
-            low, high = row["interval"]
-            squares += (high - low) ** 2
-        half = squares**0.5 / 2 / len(measured)
-        average = Metric(mean, len(measured), (mean - half, mean + half))
+        half = ((high - low) ** 2).sum() ** 0.5 / 2 / n
+        mean = values.mean()
+        average = Metric(float(mean), n, (float(mean - half), float(mean + half)))
         seconds = sum(row["seconds"] for row in measured)
         tokens = sum(row["tokens"] for row in measured)
-        averages += result_rows(benchmark, "average", {metric: average}, measured[0]["settings"], seconds, tokens)
+        averages += records.result_rows(
+            benchmark, "average", {metric: average}, measured[0]["settings"], seconds, tokens
+        )
     return averages
 
 
@@ -268,16 +249,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
 
 
 def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str = "") -> argparse.Namespace:
-    """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults,
-    unless there is the flag that makes do without them."""
-    args = records.parse_flags(parser)
-    missing = [name for name in inputs if getattr(args, name) is None]
-    if missing and not getattr(args, unless, None):
-        args = records.parse_args(parser, TINY[args.command], missing[0])
-    if "out" in args:  # fail early, not after hours of sampling
-        if args.out is None:
-            raise InputError("--out is missing; say where to write the result")
-        records.check_place(Path(args.out))
+    """`records.parse_inputs` of one command, which also looks at --out: early, not after hours of sampling."""
+    args = records.parse_inputs(parser, TINY, inputs, unless)
+    if "out" in args:
         records.check_output(args.out, args, report.check_format(args.out, args.command == "plot"))
     return args
 
@@ -331,7 +305,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     # 1. Whatever is wrong with the input is found before the first judgement.
     check_votes(args.kind, args.votes, "--votes")
     subsets = {}
-    for name, path in records.name_files("data", args.data).items():
+    for name, path in name_files("data", args.data).items():
         # ProcessBench has no separate answer, so an answer field of a case is ignored.
         cases = read_cases(path)[: args.limit]
         subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
@@ -346,18 +320,18 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
-    engine = None
+    judge = Judge(
+        open_engine(args.model, device, args.slots), args.kind, args.max_new_tokens, args.votes, args.temperature
+    )
     for subset, cases in subsets.items():
         rows = results.earlier.get((args.model, "processbench", subset))
         if rows is None:
             started = time.time()
-            engine = engine or open_engine(args.model, device, args.slots)
-            judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
             judgements = score_shared(judge, cases, args.seed, subset)
             metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
             metrics |= limit_metrics(limits[subset], args.max_new_tokens)
             tokens = sum(judgement.tokens for judgement in judgements)
-            rows = result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
+            rows = records.result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
         results.add(rows)
 
     # 3. The paper's headline is the average over subsets.
@@ -379,13 +353,6 @@ class Graded:
     accuracy: float
     low: float
     high: float
-
-
-def require_answers(problem_ids: list[str], gold: dict[str, str]) -> None:
-    """Raise InputError for the first problem without a reference answer."""
-    for problem_id in problem_ids:
-        if problem_id not in gold:
-            raise InputError(f"problem {problem_id}: no gold answer; --gold must have one for every problem")
 
 
 def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) -> Graded:
@@ -414,8 +381,8 @@ def heldout_accuracy(
     """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer): a look at
     a policy in training, without files. settings: num_samples and temperature, optionally top_p, as for the sampler.
 
-    Under torchrun every rank calls it, does its share, and returns the same. Problems that are too long for the context
-    are left out. Raises InputError for a problem without a gold answer, and if all are too long.
+    A collective; every rank returns the same. Problems that are too long for the context are left out. Raises
+    InputError for a problem without a gold answer, and if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
@@ -472,13 +439,7 @@ def best_of_k(
 ) -> dict[str, np.ndarray]:
     """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0;
     correct is (P, n), and k = 2, 4, 8, ... and n. The sample with the greatest score is chosen, the earliest of equals.
-
-        verdict   scores the outcome
-        mean      the steps, by their mean
-        min       the steps, by the worst of them
-        vote      the answer, by the sum of the outcome scores of all samples with this answer
-
-    An unparsed judgement scores 0.
+    `report.BENCHMARK_METRICS` has the rules. An unparsed judgement scores 0.
     """
     P, n = correct.shape
     scores = {rule: np.zeros((P, n)) for rule in ("verdict", "mean", "min")}
@@ -503,9 +464,11 @@ def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -
     sums = np.zeros((len(answers), k))
     for p, group in enumerate(answers):
         clusters = cluster_answers(tuple(group))[:k]
+        totals = Counter()
         for i, cluster in enumerate(clusters):
-            if cluster is not None:
-                sums[p, i] = sum(scores[p, j] for j in range(k) if clusters[j] == cluster)
+            totals[cluster] += scores[p, i]
+        totals[None] = 0
+        sums[p] = [totals[cluster] for cluster in clusters]
     return sums
 
 
@@ -527,7 +490,7 @@ class Benchmark:
 
 def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benchmark]:
     """Samples from any source, one benchmark per solutions file."""
-    for name, path in records.name_files("solutions", args.solutions).items():
+    for name, path in name_files("solutions", args.solutions).items():
         started = time.time()
         groups = records.read_samples(path)
         problem_ids = list(groups)[: args.limit]
@@ -542,7 +505,7 @@ def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> list[tuple]:
     """(model, benchmark, the problems that fit the model's context, `limit_metrics`) of every model and file. Raises
     InputError for what would otherwise be found after hours of sampling."""
     files = {}
-    for name, path in records.name_files("problems", args.problems).items():
+    for name, path in name_files("problems", args.problems).items():
         files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
         require_answers([problem["id"] for problem in files[name]], gold)
     plan = []
@@ -612,47 +575,35 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         others["unparsed"] = unparsed.reshape(P, k).mean(axis=1)
     metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
     seconds = benchmark.seconds + time.time() - started
-    return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
+    return records.result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
+
+
+def accuracies(benchmark: Benchmark) -> dict[str, float]:
+    """problem id -> accuracy of its samples."""
+    problem_ids = [group[0]["problem_id"] for group in benchmark.graded.samples]
+    return dict(zip(problem_ids, benchmark.graded.correct.mean(axis=1), strict=True))
 
 
 def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
     """Rows of each model's accuracy minus that of the last one, over the problems that both have; paired by problem."""
-    accuracies = {}  # (model, benchmark) -> problem id -> accuracy
-    for benchmark in benchmarks:
-        problem_ids = [group[0]["problem_id"] for group in benchmark.graded.samples]
-        accuracy = dict(zip(problem_ids, benchmark.graded.correct.mean(axis=1), strict=True))
-        accuracies[benchmark.model, benchmark.name] = accuracy
     last_model = benchmarks[-1].model
+    last = {benchmark.name: accuracies(benchmark) for benchmark in benchmarks if benchmark.model == last_model}
     rows = []
     for benchmark in benchmarks:
-        mine = accuracies[benchmark.model, benchmark.name]
-        last = accuracies.get((last_model, benchmark.name), {})
-        change = np.array([mine[problem_id] - last[problem_id] for problem_id in mine if problem_id in last])
+        mine = accuracies(benchmark)
+        others = last.get(benchmark.name, {})
+        change = np.array([mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others])
         if benchmark.model != last_model and len(change) > 0:
             metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
             settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
-            rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
+            rows += records.result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
     return rows
 
 
 def run_benchmark(parser: argparse.ArgumentParser) -> None:
-    """Benchmarks: k solutions per problem, graded; 95 % intervals over problems in brackets.
-
-        avg@k          mean accuracy
-        pass@j         one of j is right
-        maj@k          the most frequent answer is right
-        greedy         the greedy solution is right (--greedy)
-        best@j/RULE    the one of j that a reward model chooses is right (--prm); the RULE is the best
-                       outcome score (verdict), mean step score (mean), worst step's score (min), or
-                       sum of outcome scores over equal answers (vote)
-        unparsed       judgements without a verdict (--prm)
-        unknown        answers that can't be graded
-        truncated      solutions cut off at the limit of tokens
-        too_long       problems left out because their prompts fill the context, if any
-        shortened      problems with a lower limit of new tokens, which the context leaves, if any
-
-    Several models are each compared with the last, problem by problem. The samples are kept beside --out as solutions
-    files, so a killed run resumes."""
+    """Benchmarks: k solutions per problem, graded. Several models are each compared with the last, problem by problem.
+    The samples are kept beside --out as solutions files, so a killed run resumes."""
+    parser.epilog = report.BENCHMARK_METRICS
     parser.add_argument("--model", nargs="+", help="policies: directories or hub names; none: the tiny world")
     parser.add_argument("--problems", nargs="+", help="one file per benchmark: JSON Lines with id and problem")
     parser.add_argument("--gold", nargs="+", help="JSON Lines with id and answer")
@@ -685,19 +636,16 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     results = records.ResultsFile(args, [*(args.solutions or args.problems), *args.gold, *models])
 
     # 2. Benchmark by benchmark: sample, grade, measure, write.
+    judge = None
     if args.prm:
         benchmarks = list(benchmarks)  # all samples come first: the reward model needs the memory
-    judge = None
+        engine = open_engine(args.prm, device, args.slots, "--prm")
+        judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
     measured = []
     for benchmark in benchmarks:
         measured.append(benchmark)
         rows = results.earlier.get((benchmark.model, benchmark.name, "all"))
-        if rows is None:
-            if args.prm and judge is None:
-                engine = open_engine(args.prm, device, args.slots, "--prm")
-                judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
-            rows = measure_benchmark(benchmark, judge, args)
-        results.add(rows)
+        results.add(rows or measure_benchmark(benchmark, judge, args))
 
     # 3. Average over benchmarks, compare models. The paper's table of six benchmarks is greedy.
     headline = f"avg@{measured[0].settings['num_samples']}"
@@ -717,54 +665,23 @@ PREFIXES = (1, 2, 4, 8, 16, 32)
 Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a solution, each None where not known
 
 
-def problem_of(solution_id: str) -> str:
-    """The problem's id in <problem_id>/<k>."""
-    problem_id, _, _ = solution_id.rpartition("/")
-    return problem_id
-
-
-def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
-    """Step k is right if it is the gold step k, white space aside, and all before it are right.
-
-    Exact where solutions are canonical, as in the tiny world; elsewhere another way to the answer would count as wrong.
-    """
-    labels = []
-    right = True
-    for k, step in enumerate(steps):
-        right = right and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
-        labels.append(right)
-    return labels
-
-
 def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     """solution id -> gold, for the solutions (id, steps, answer) that have a record: their own (step_labels, outcome),
     or their problem's (answer, and steps if solutions are canonical)."""
-    optional = ("answer", "steps", "step_labels", "outcome")
-    lines = records.read(path, ["id"], "python -m data.make_tiny problems", optional=optional)
-    known = {record["id"]: record for record in lines}
     gold: dict[str, Gold] = {}
     ungraded: dict[str, tuple[str | None, str]] = {}  # solution id -> (its answer, the reference answer)
-    for solution in solutions:
+    for solution, record in records.find_gold(path, solutions):
         solution_id = solution["id"]
-        steps = solution["steps"]
-        own = known.get(solution_id)
-        problem = known.get(problem_of(solution_id))
-        if own:
-            labels = own.get("step_labels")
-            if labels is not None and len(labels) != len(steps):
-                found = f"{len(labels)} step_labels and {len(steps)} steps"
-                raise InputError(f"{path}: {solution_id} has {found}; fix the record")
-            gold[solution_id] = (labels, own.get("outcome"))
-        elif problem:
-            labels = gold_labels(steps, problem["steps"]) if problem.get("steps") else None
-            gold[solution_id] = (labels, None)
-            if problem.get("answer") is not None:
-                ungraded[solution_id] = (solution["answer"], problem["answer"])
+        if record["id"] == solution_id:
+            gold[solution_id] = (record.get("step_labels"), record.get("outcome"))
+            continue
+        labels = gold_labels(solution["steps"], record["steps"]) if record.get("steps") else None
+        gold[solution_id] = (labels, None)
+        if record.get("answer") is not None:
+            ungraded[solution_id] = (solution["answer"], record["answer"])
     for solution_id, outcome in zip(ungraded, grade_all(list(ungraded.values())), strict=True):
         labels, _ = gold[solution_id]
         gold[solution_id] = (labels, outcome)
-    if not gold:
-        raise InputError(f"{path}: no record for any of {len(solutions)} solutions, by their ids or their problems'")
     return gold
 
 
@@ -772,15 +689,15 @@ def count_right(step_labels: list[bool], outcome: bool, gold: Gold) -> np.ndarra
     """(2, 4): by each of LABEL_METRICS, how much is right in the label of one solution, and of how much; 0 of 0 where
     gold isn't known."""
     gold_steps, gold_outcome = gold
-    right, of = np.zeros((2, len(LABEL_METRICS)))
+    counts = [(0, 0)] * 4
     if gold_steps is not None:
         same = sum(ours == theirs for ours, theirs in zip(step_labels, gold_steps, strict=True))
-        right[:3] = same, step_labels == gold_steps, first_error(step_labels) == first_error(gold_steps)
-        of[:3] = len(gold_steps), 1, 1
+        counts[0] = (same, len(gold_steps))
+        counts[1] = (step_labels == gold_steps, 1)
+        counts[2] = (first_error(step_labels) == first_error(gold_steps), 1)
     if gold_outcome is not None:
-        right[3] = outcome == gold_outcome
-        of[3] = 1
-    return np.stack([right, of])
+        counts[3] = (outcome == gold_outcome, 1)
+    return np.array(counts, dtype=float).T
 
 
 def summarize(counts: list[np.ndarray], num_labels: int) -> dict:
@@ -798,22 +715,22 @@ def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tu
     The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the
     hard ones can't pass for accuracy.
     """
-    everything: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
     kept = []
     for solution_id, label in labels.items():
         if label["step_labels"] is None:  # nothing voted
             continue
-        everything[solution_id] = count_right(label["step_labels"], label["outcome"], gold[solution_id])
+        counts[solution_id] = count_right(label["step_labels"], label["outcome"], gold[solution_id])
         if label["dropped"] is None:
-            kept.append(everything[solution_id])
+            kept.append(counts[solution_id])
     row = {
         **about,
         "ties": sum(label.get("ties", 0) for label in labels.values()),
         "dropped": dict(Counter(label["dropped"] for label in labels.values() if label["dropped"])),
         "kept": summarize(kept, len(labels)),
-        "all": summarize(list(everything.values()), len(labels)),
+        "all": summarize(list(counts.values()), len(labels)),
     }
-    return row, everything
+    return row, counts
 
 
 def paired_gain(counts: dict[str, np.ndarray], base: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
@@ -821,7 +738,7 @@ def paired_gain(counts: dict[str, np.ndarray], base: dict[str, np.ndarray], seed
     by_problem: dict[str, np.ndarray] = {}  # (2, 4) each: how much more is right, of how much
     for solution_id, (right, of) in base.items():
         gain = np.stack([counts[solution_id][0] - right, of])
-        problem_id = problem_of(solution_id)
+        problem_id = records.problem_of(solution_id)
         by_problem[problem_id] = by_problem.get(problem_id, 0) + gain
     gains, sizes = np.stack(list(by_problem.values()), axis=1)  # (P, 4) each
     resampled = bootstrap(gains, seed, sizes)  # (RESAMPLES, 4)
@@ -845,9 +762,8 @@ def vote_rows(N: int, solutions: list[dict], used: list[dict], gold: dict[str, G
     cost = {"verifications": len(used), "unparsed": len(used) - len(parsed), "tokens": sum(v["tokens"] for v in used)}
     rows = []
     for method, aggregate in AGGREGATES.items():
-        labels = {}
-        for solution, label in zip(solutions, label_solutions(solutions, used, aggregate, seed), strict=True):
-            labels[solution["id"]] = vars(label)
+        voted = label_solutions(solutions, used, aggregate, seed)
+        labels = {solution["id"]: vars(label) for solution, label in zip(solutions, voted, strict=True)}
         row, counts = label_row({"method": method, "N": N, **cost}, labels, gold)
         if method == "single":
             row["all"] = summarize(list(singles.values()), len(labels))
@@ -861,14 +777,11 @@ def vote_report(
     solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int, stopped: bool = False
 ) -> list[dict]:
     """What voting buys: rows for single, outcome-level and step-level labels from the first N = 1, 2, 4, ...
-    verifications; `minus_single` of a voted row is its paired gain over one verification.
-
-    stopped: a solution has fewer verifications because its votes agreed early (verify.py --stop). More votes than all
-    solutions have are then no fair sample, and there are no rows for them.
-    """
+    verifications; `minus_single` of a voted row is its paired gain over one verification. stopped: were they, by
+    verify.py --stop? Then those with more votes are the hard solutions, and no row is on more votes than all have."""
     by_solution = group_by_solution(solutions, verifications)
     numbers = [group[-1]["sample"] + 1 for group in by_solution.values() if group]  # each group is in order
-    most = (min if stopped else max)(numbers, default=0)
+    most = min(numbers, default=0) if stopped else max(numbers, default=0)
     rows = []
     for N in PREFIXES:
         if most >= N:
@@ -881,7 +794,7 @@ def file_row(
     method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict], gold: dict
 ) -> dict:
     """The row of a labels file, with the tokens of the verifications that its method reads, and of its critiques."""
-    only_first = METHODS[method].aggregate is single if method in METHODS else False
+    only_first = method in METHODS and METHODS[method].aggregate is single
     tokens = sum(critique["tokens"] for critique in critiques if critique["method"] == method)
     for verification in verifications:
         if verification["solution_id"] in labels and (verification["sample"] == 0 or not only_first):
@@ -933,9 +846,9 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     records.write_json(Path(args.out), {**counts, "rows": rows})
     report.print_label_report(rows, LABEL_METRICS)
     report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))
-    distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
     if stop != "all":
-        distributed.log(f"{args.verifications}: --stop {stop}, so no row is on more votes than every solution has")
+        distributed.log(f"{args.verifications}: --stop {stop}, so no row is on more votes than all solutions have")
+    distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")
 
 
 # --------------------------------------------------------------------------- what only shows
@@ -951,8 +864,6 @@ def run_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", nargs="+", default=list(report.PANELS), help="metrics to draw, where a run has them")
     args = parse_command(parser, "runs")
     curves = report.read_curves(args.runs, args.keys)
-    if not curves:
-        raise InputError(f"--keys {' '.join(args.keys)}: {' '.join(args.runs)} have none of them; name others")
     report.draw_curves(curves, Path(args.out))
     print(f"{args.out}: {len(curves)} curves")
 
@@ -965,16 +876,10 @@ def run_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
     args = parse_command(parser, "labels")
-    fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
-    labels = records.read(args.labels, fields, "python verify.py")
-    wanted = args.id or problem_of(labels[0]["id"])
-    found = [label for label in labels if wanted in (label["id"], problem_of(label["id"]))]
-    rollouts = report.read_rollouts(Path(args.rollouts), wanted) if args.rollouts else []
-    if not found and not rollouts:
-        raise InputError(f"{wanted}: no such problem or solution in {args.labels}, nor in --rollouts {args.rollouts}")
+    labels, rollouts = report.read_problem(args.id, args.labels, args.rollouts)
     path = Path(args.labels).with_name("verifications.jsonl")
-    verifications = read_verifications(path, found) if path.exists() else []
-    report.print_problem(found, keep_parsed(verifications), rollouts)
+    verifications = read_verifications(path, labels) if path.exists() else []
+    report.print_problem(labels, keep_parsed(verifications), rollouts)
 
 
 # --------------------------------------------------------------------------- main
@@ -989,17 +894,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Each command has a parser of its own, so that its --help shows its flags only."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    run = COMMANDS.get(command)
-    parser = records.new_parser()
-    if run is None:
-        parser.description = __doc__
-        parser.add_argument("command", choices=list(COMMANDS), help="each has a --help of its own")
-        records.parse_flags(parser)  # prints the help or says what is wrong, and exits
-    parser.description = inspect.cleandoc(run.__doc__)
-    parser.add_argument("command", choices=[command])
-    run(parser)
+    records.run_command(COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import codecs
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -365,6 +366,41 @@ def read_answers(paths: list[str]) -> dict[str, str]:
                 raise InputError(f"{path}: {name!r} has two different answers, {answers}; rename one id")
             gold[name] = answer
     return gold
+
+
+def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
+    """Raise InputError for the first problem without a reference answer."""
+    for problem_id in problem_ids:
+        if problem_id not in gold:
+            raise InputError(f"problem {problem_id}: no gold answer; --gold must have one for every problem")
+
+
+def problem_of(solution_id: str) -> str:
+    """The problem's id in <problem_id>/<k>."""
+    problem_id, _, _ = solution_id.rpartition("/")
+    return problem_id
+
+
+def find_gold(path: str, solutions: list[dict]) -> list[tuple[dict, dict]]:
+    """(solution, gold record) for the solutions (id, steps) that have a record of their own in a gold file, or one of
+    their problem. Raises InputError if none has, and for another number of step_labels than of steps."""
+    optional = ("answer", "steps", "step_labels", "outcome")
+    lines = read(path, ["id"], "python -m data.make_tiny problems", optional=optional)
+    known = {record["id"]: record for record in lines}
+    found = []
+    for solution in solutions:
+        name = solution["id"]
+        record = known.get(name) or known.get(problem_of(name))
+        if record is None:
+            continue
+        labels = record.get("step_labels")
+        if record["id"] == name and labels is not None and len(labels) != len(solution["steps"]):
+            lengths = f"{len(labels)} step_labels and {len(solution['steps'])} steps"
+            raise InputError(f"{path}: {name} has {lengths}; fix the record")
+        found.append((solution, record))
+    if not found:
+        raise InputError(f"{path}: no record for any of {len(solutions)} solutions, by their ids or their problems'")
+    return found
 
 
 def name_files(flag: str, paths: list[str]) -> dict[str, str]:
@@ -877,6 +913,17 @@ class RecordFile:
             self.done[key] = self.shared.setdefault(value, value)
 
 
+def result_rows(
+    benchmark: str, subset: str, metrics: dict[str, Any], settings: dict, seconds: float, tokens: int
+) -> list[dict]:
+    """Rows of a results file, one for each metric (a NamedTuple of value, n, interval)."""
+    rows = []
+    for name, metric in metrics.items():
+        row = {"benchmark": benchmark, "subset": subset, "metric": name, **metric._asdict()}
+        rows.append({**row, "settings": settings, "seconds": round(seconds, 1), "tokens": tokens})
+    return rows
+
+
 class ResultsFile:
     """The rows of a results file, which is written anew when rows are added, so that a killed run loses only the
     benchmark that was under way.
@@ -1044,6 +1091,37 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> arg
         if getattr(args, flag) is None:
             raise InputError(f"--{key} also needs --{flag}")
     return args
+
+
+def parse_inputs(
+    parser: argparse.ArgumentParser, tiny: dict, inputs: tuple[str, ...], unless: str
+) -> argparse.Namespace:
+    """The flags of one command of a stage; tiny: the TINY defaults of each command. They are used if one of its inputs
+    isn't given, unless the flag is that makes do without them. Raises InputError if nothing can be written at --out."""
+    args = parse_flags(parser)
+    missing = [name for name in inputs if getattr(args, name) is None]
+    if missing and not getattr(args, unless, None):
+        args = parse_args(parser, tiny[args.command], missing[0])
+    if "out" in args:
+        if args.out is None:
+            raise InputError("--out is missing; say where to write the result")
+        check_place(Path(args.out))
+    return args
+
+
+def run_command(commands: dict[str, Callable[[argparse.ArgumentParser], None]], description: str) -> None:
+    """Run the command that the command line names. Each has a parser of its own, so that its --help shows its flags
+    only, and its function's docstring."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    run = commands.get(command)
+    parser = new_parser()
+    if run is None:
+        parser.description = description
+        parser.add_argument("command", choices=list(commands), help="each has a --help of its own")
+        parse_flags(parser)  # prints the help or says what is wrong, and exits
+    parser.description = inspect.cleandoc(run.__doc__)
+    parser.add_argument("command", choices=[command])
+    run(parser)
 
 
 def check_directory(args: argparse.Namespace, inputs: set[str]) -> None:
