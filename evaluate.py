@@ -8,7 +8,7 @@
 
 Reference answers are read here, after the fact: nothing feeds back into reference-free training. What can't be judged
 is counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
-`unknown`. What the paper doesn't have: intervals, and a report on the labels themselves.
+`unknown`. The paper has neither intervals nor a report on the labels.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import NamedTuple
 from data import grader, records, report
 from data.chat import check_model, find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, name_files, read_cases, require_answers
-from data.text import extract_answer, gold_labels
+from data.text import extract_answer
 from generate import SOLVE_PROMPT, Engine, find_incomplete, fit_prompts, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
@@ -99,11 +99,11 @@ class Metric(NamedTuple):
     interval: tuple[float, float] | None = None  # (low, high), 95 %
 
 
-def first_error(step_verdicts: list[bool]) -> int:
-    """Index of the first step judged incorrect, else -1."""
-    if False in step_verdicts:
-        return step_verdicts.index(False)
-    return -1
+def first_error(step_verdicts: list[bool] | None) -> int | None:
+    """Index of the first step judged incorrect, else -1; None for unparsed verdicts."""
+    if step_verdicts is None:
+        return None
+    return step_verdicts.index(False) if False in step_verdicts else -1
 
 
 def processbench_f1(labels: list[int], predictions: list[int | None]) -> dict:
@@ -136,8 +136,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def cluster_answers(answers: tuple[str | None, ...]) -> tuple[str | None, ...]:
     """Each answer's cluster, named by its first answer: ("5", "7", "5.0", None) -> ("5", "7", "5", None).
 
-    Each distinct string joins the first cluster whose first answer it equals by `grade`, or begins a new one: at most
-    one question to the grader per distinct string and cluster. An answer that is None or blank has no cluster.
+    Each distinct string joins the first cluster whose first answer it equals by `grade`, or begins a new one. An answer
+    that is None or blank has no cluster.
     """
     cluster_of = {}
     unclustered = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
@@ -248,14 +248,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
 
 
-def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str = "") -> argparse.Namespace:
-    """`records.parse_inputs` of one command, which also looks at --out: early, not after hours of sampling."""
-    args = records.parse_inputs(parser, TINY, inputs, unless)
-    if "out" in args:
-        records.check_output(args.out, args, report.check_format(args.out, args.command == "plot"))
-    return args
-
-
 # --------------------------------------------------------------------------- ProcessBench
 
 
@@ -271,10 +263,7 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
         return {"outcome_acc": accuracy, "unparsed": Metric(verdicts.count(None) / n, n)}
 
     labels = [case["label"] for case in cases]
-    predictions = []
-    for judgement in judgements:
-        verdicts = judgement.step_verdicts
-        predictions.append(None if verdicts is None else first_error(verdicts))
+    predictions = [first_error(judgement.step_verdicts) for judgement in judgements]
     found = processbench_f1(labels, predictions)
 
     # F1 is no mean over cases: each resample of the cases has accuracies of its own, and F1 follows from them.
@@ -300,7 +289,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
     parser.add_argument("--votes", type=COUNT, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
-    args = parse_command(parser, "model", "data")
+    args = records.parse_inputs(parser, TINY, "model", "data")
 
     # 1. Whatever is wrong with the input is found before the first judgement.
     check_votes(args.kind, args.votes, "--votes")
@@ -324,7 +313,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         open_engine(args.model, device, args.slots), args.kind, args.max_new_tokens, args.votes, args.temperature
     )
     for subset, cases in subsets.items():
-        rows = results.earlier.get((args.model, "processbench", subset))
+        rows = results.earlier.pop((args.model, "processbench", subset), None)
         if rows is None:
             started = time.time()
             judgements = score_shared(judge, cases, args.seed, subset)
@@ -358,18 +347,14 @@ class Graded:
 def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) -> Graded:
     """Grade P >= 1 lists of k samples against gold (problem id -> answer). Under torchrun every rank has all samples,
     grades its share, and returns the same."""
-    pairs = []
-    for group in distributed.my_part(samples):
-        for sample in group:
-            pairs.append((sample["answer"], gold[sample["problem_id"]]))
-    verdicts = grade_all(pairs)
     k = len(samples[0])
-    mine = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
-    grades = distributed.gather(mine)  # P lists of k: True, False or None
+    mine = chain.from_iterable(distributed.my_part(samples))
+    verdicts = grade_all([(sample["answer"], gold[sample["problem_id"]]) for sample in mine])
+    grades = distributed.gather([verdicts[i : i + k] for i in range(0, len(verdicts), k)])  # P lists of k
 
     correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
     unknown = sum(group.count(None) for group in grades)
-    tokens = sum(sample["tokens"] for group in samples for sample in group)
+    tokens = sum(sample["tokens"] for sample in chain.from_iterable(samples))
     per_problem = correct.mean(axis=1)  # (P,)
     low, high = bootstrap_interval(per_problem, seed)
     return Graded(samples, correct, unknown, tokens, float(per_problem.mean()), low, high)
@@ -379,10 +364,10 @@ def heldout_accuracy(
     engine: Engine, problems: list[dict], gold: dict[str, str], *, max_new_tokens: int, seed: int, **settings
 ) -> Graded:
     """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer): a look at
-    a policy in training, without files. settings: num_samples and temperature, optionally top_p, as for the sampler.
+    a policy in training, without files. settings: num_samples and temperature, optionally top_p. A collective.
 
-    A collective; every rank returns the same. Problems that are too long for the context are left out. Raises
-    InputError for a problem without a gold answer, and if all are too long.
+    Problems that are too long for the context are left out. Raises InputError for a problem without a gold answer, and
+    if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
@@ -410,8 +395,8 @@ def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) 
     """avg@k, pass@j for j = 2, 4, ... k, and maj@k of graded samples; others: further metrics' values (P,)."""
     P, k = graded.correct.shape
     per_problem = {f"avg@{k}": graded.correct.mean(axis=1)}  # (P,) each
+    counts = graded.correct.sum(axis=1)  # (P,)
     for j in sizes_up_to(k):
-        counts = graded.correct.sum(axis=1)  # (P,)
         per_problem[f"pass@{j}"] = np.array([pass_at_k(k, int(c), j) for c in counts])
     majority = np.zeros(P)
     for p, group in enumerate(graded.samples):
@@ -438,9 +423,8 @@ def best_of_k(
     correct: np.ndarray, answers: list[list[str | None]], judgements: list[list[Judgement]]
 ) -> dict[str, np.ndarray]:
     """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0;
-    correct is (P, n), and k = 2, 4, 8, ... and n. The sample with the greatest score is chosen, the earliest of equals.
-    `report.BENCHMARK_METRICS` has the rules. An unparsed judgement scores 0.
-    """
+    correct is (P, n), and k = 2, 4, 8, ... and n. The sample with the greatest score by the rule is chosen (see
+    `report.BENCHMARK_METRICS`), the earliest of equals. An unparsed judgement scores 0."""
     P, n = correct.shape
     scores = {rule: np.zeros((P, n)) for rule in ("verdict", "mean", "min")}
     for p, i in np.ndindex(P, n):
@@ -502,8 +486,7 @@ def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benc
 
 
 def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> list[tuple]:
-    """(model, benchmark, the problems that fit the model's context, `limit_metrics`) of every model and file. Raises
-    InputError for what would otherwise be found after hours of sampling."""
+    """(model, benchmark, the problems that fit the model's context, `limit_metrics`) of every model and file."""
     files = {}
     for name, path in name_files("problems", args.problems).items():
         files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
@@ -522,24 +505,25 @@ def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> list[tuple]:
 def sample_benchmarks(
     plan: list[tuple], gold: dict[str, str], args: argparse.Namespace, device: torch.device
 ) -> Iterator[Benchmark]:
-    """Sample and grade what `plan_samples` says. The samples stay in solutions files beside --out, and what an earlier
-    run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    """Sample and grade what `plan_samples` says. The samples stay in solutions files beside --out, which a killed run
+    continues; with other settings it may not."""
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
     directory = Path(args.out.removesuffix(".jsonl") + "_samples")
-    engine, opened = None, None  # opened only if a solution is missing
+    engine = None
+    opened = ""  # the model that the engine has
     for model, name, problems, limits in plan:
         started = time.time()
         # A model that has been trained on under the same name isn't the one that sampled.
-        fingerprints = {"model_sha256": records.hash_model(find_model(model)),
-                        "prompt_sha256": records.hash_text(SOLVE_PROMPT)}  # fmt: skip
+        source = {"model": model, "model_sha256": records.hash_model(find_model(model))}
+        source["prompt_sha256"] = records.hash_text(SOLVE_PROMPT)
         graded: dict[str, Graded | None] = {"_greedy": None}
         for suffix, how in passes.items():
             path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
-            described = argparse.Namespace(model=model, **fingerprints, **how)
+            described = argparse.Namespace(**source, **how)
             with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
                 if find_incomplete(problems, output, how["num_samples"]):
                     if opened != model:
@@ -564,8 +548,8 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         others["greedy"] = benchmark.greedy.correct.mean(axis=1)
         tokens += benchmark.greedy.tokens
     if judge:
-        settings |= {"prm": args.prm, "kind": args.prm_kind, "votes": args.prm_votes}
-        settings["prm_max_new_tokens"] = args.prm_max_new_tokens
+        settings |= {"prm": args.prm, "kind": args.prm_kind, "votes": args.prm_votes,
+                     "prm_max_new_tokens": args.prm_max_new_tokens}  # fmt: skip
         solutions = list(chain.from_iterable(graded.samples))
         judgements = score_shared(judge, solutions, args.seed, f"{benchmark.name}, judged")  # P * k
         tokens += sum(judgement.tokens for judgement in judgements)
@@ -616,7 +600,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per sample; 1: a greedy one")
     parser.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
     add_sampling_flags(parser, temperature=1.0, max_new_tokens=3072)
-    args = parse_command(parser, "model", "problems", "gold", unless="solutions")
+    args = records.parse_inputs(parser, TINY, "model", "problems", "gold", unless="solutions")
     if args.solutions and (args.model or args.problems or args.greedy):
         raise InputError("--solutions are measured as they are; leave out --model, --problems and --greedy")
     if not args.gold:
@@ -644,7 +628,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     measured = []
     for benchmark in benchmarks:
         measured.append(benchmark)
-        rows = results.earlier.get((benchmark.model, benchmark.name, "all"))
+        rows = results.earlier.pop((benchmark.model, benchmark.name, "all"), None)
         results.add(rows or measure_benchmark(benchmark, judge, args))
 
     # 3. Average over benchmarks, compare models. The paper's table of six benchmarks is greedy.
@@ -666,28 +650,22 @@ Gold = tuple[list[bool] | None, bool | None]  # step labels and outcome of a sol
 
 
 def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
-    """solution id -> gold, for the solutions (id, steps, answer) that have a record: their own (step_labels, outcome),
-    or their problem's (answer, and steps if solutions are canonical)."""
+    """solution id -> gold, for the solutions (id, steps, answer) that have it by `records.find_gold`; an outcome that
+    isn't given is the grade of the answer."""
+    found = records.find_gold(path, solutions)
+    answers = {}  # solution id -> (its answer, the reference answer)
+    for solution, _, _, reference in found:
+        if reference is not None:
+            answers[solution["id"]] = (solution["answer"], reference)
+    grades = dict(zip(answers, grade_all(list(answers.values())), strict=True))
     gold: dict[str, Gold] = {}
-    ungraded: dict[str, tuple[str | None, str]] = {}  # solution id -> (its answer, the reference answer)
-    for solution, record in records.find_gold(path, solutions):
-        solution_id = solution["id"]
-        if record["id"] == solution_id:
-            gold[solution_id] = (record.get("step_labels"), record.get("outcome"))
-            continue
-        labels = gold_labels(solution["steps"], record["steps"]) if record.get("steps") else None
-        gold[solution_id] = (labels, None)
-        if record.get("answer") is not None:
-            ungraded[solution_id] = (solution["answer"], record["answer"])
-    for solution_id, outcome in zip(ungraded, grade_all(list(ungraded.values())), strict=True):
-        labels, _ = gold[solution_id]
-        gold[solution_id] = (labels, outcome)
+    for solution, step_labels, outcome, _ in found:
+        gold[solution["id"]] = (step_labels, grades.get(solution["id"], outcome))
     return gold
 
 
 def count_right(step_labels: list[bool], outcome: bool, gold: Gold) -> np.ndarray:
-    """(2, 4): by each of LABEL_METRICS, how much is right in the label of one solution, and of how much; 0 of 0 where
-    gold isn't known."""
+    """(2, 4): by each of LABEL_METRICS, how much is right in one label, and of how much; 0 of 0 if gold isn't known."""
     gold_steps, gold_outcome = gold
     counts = [(0, 0)] * 4
     if gold_steps is not None:
@@ -702,7 +680,7 @@ def count_right(step_labels: list[bool], outcome: bool, gold: Gold) -> np.ndarra
 
 def summarize(counts: list[np.ndarray], num_labels: int) -> dict:
     """How many of num_labels solutions are counted, and the accuracy by each metric, None where nothing is known."""
-    right, of = np.sum(counts, axis=0) if counts else np.zeros((2, len(LABEL_METRICS)))
+    right, of = np.sum([np.zeros((2, 4)), *counts], axis=0)
     summary = {"solutions": len(counts), "yield": len(counts) / num_labels}
     for m, metric in enumerate(LABEL_METRICS):
         summary[metric] = float(right[m] / of[m]) if of[m] else None
@@ -711,10 +689,8 @@ def summarize(counts: list[np.ndarray], num_labels: int) -> dict:
 
 def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, np.ndarray]]:
     """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and each solution's counts.
-
-    The accuracy is given twice: over the labels that were `kept`, and over `all` that had a vote, so that dropping the
-    hard ones can't pass for accuracy.
-    """
+    The accuracy is that of the labels that were `kept`, and that of `all` that had a vote, so that dropping the hard
+    ones can't pass for accuracy."""
     counts: dict[str, np.ndarray] = {}
     kept = []
     for solution_id, label in labels.items():
@@ -777,8 +753,8 @@ def vote_report(
     solutions: list[dict], verifications: list[dict], gold: dict[str, Gold], seed: int, stopped: bool = False
 ) -> list[dict]:
     """What voting buys: rows for single, outcome-level and step-level labels from the first N = 1, 2, 4, ...
-    verifications; `minus_single` of a voted row is its paired gain over one verification. stopped: were they, by
-    verify.py --stop? Then those with more votes are the hard solutions, and no row is on more votes than all have."""
+    verifications; `minus_single` of a voted row is its paired gain over one verification. stopped: by verify.py --stop;
+    then only hard solutions have many, and no row is on more votes than all have."""
     by_solution = group_by_solution(solutions, verifications)
     numbers = [group[-1]["sample"] + 1 for group in by_solution.values() if group]  # each group is in order
     most = min(numbers, default=0) if stopped else max(numbers, default=0)
@@ -810,7 +786,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gold", help="id, answer, steps of problems, or id, step_labels, outcome of solutions")
     parser.add_argument("--out", help="labels.json to write")
     parser.add_argument("--seed", type=SEED, default=0, help="verify.py's, for the same choices; also the bootstrap's")
-    args = parse_command(parser, "labels", "verifications", "gold")
+    args = records.parse_inputs(parser, TINY, "labels", "verifications", "gold")
 
     # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
@@ -856,28 +832,26 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
 def run_plot(parser: argparse.ArgumentParser) -> None:
     """Curves of GRPO runs, or of a file of curves: a panel for each metric, a colour for each run. The runs that a
-    pattern finds are seeds of one, drawn as their mean and a band from the lowest to the highest:
-    python evaluate.py plot --runs 'runs/*/grpo' --out curves.png."""
+    pattern finds ('runs/*/grpo') are seeds of one, drawn as their mean and a band from the lowest to the highest."""
     parser.add_argument("--runs", nargs="+", help="directories with metrics.jsonl, patterns of them, files of curves "
                         "(panel, curve, x, y); none: the tiny world")  # fmt: skip
     parser.add_argument("--out", help="PNG, SVG or PDF to write")
     parser.add_argument("--keys", nargs="+", default=list(report.PANELS), help="metrics to draw, where a run has them")
-    args = parse_command(parser, "runs")
+    args = records.parse_inputs(parser, TINY, "runs", is_figure=True)
     curves = report.read_curves(args.runs, args.keys)
     report.draw_curves(curves, Path(args.out))
     print(f"{args.out}: {len(curves)} curves")
 
 
 def run_show(parser: argparse.ArgumentParser) -> None:
-    """One problem's way through the stages: each solution with the votes on its steps, the label and the verification
-    chosen for it; then the responses of GRPO's steps, each with its judgement, reward and advantage. The votes on the
-    answer are counted if verifications.jsonl lies beside --labels."""
+    """One problem's way through the stages: each solution with the votes on its steps, its label and the verification
+    chosen for it; then GRPO's responses, each with its judgement, reward and advantage."""
     parser.add_argument("id", nargs="?", help="of a problem or of a solution; none: the first problem")
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py; none: the tiny world")
     parser.add_argument("--rollouts", help="the directory that grpo.py --dump_rollouts made")
-    args = parse_command(parser, "labels")
+    args = records.parse_inputs(parser, TINY, "labels")
     labels, rollouts = report.read_problem(args.id, args.labels, args.rollouts)
-    path = Path(args.labels).with_name("verifications.jsonl")
+    path = Path(args.labels).with_name("verifications.jsonl")  # for the votes on the answer
     verifications = read_verifications(path, labels) if path.exists() else []
     report.print_problem(labels, keep_parsed(verifications), rollouts)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from data import records
 from data.chat import open_model
 from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
-from evaluate import gold_labels
+from data.text import gold_labels
 from generate import SOLVE_PROMPT, render_response
 from kernels import distributed
 from kernels.distributed import InputError

@@ -18,10 +18,12 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from importlib.metadata import version
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
+from data.text import gold_labels
 from kernels import distributed
 from kernels.distributed import InputError
 
@@ -381,23 +383,27 @@ def problem_of(solution_id: str) -> str:
     return problem_id
 
 
-def find_gold(path: str, solutions: list[dict]) -> list[tuple[dict, dict]]:
-    """(solution, gold record) for the solutions (id, steps) that have a record of their own in a gold file, or one of
-    their problem. Raises InputError if none has, and for another number of step_labels than of steps."""
+def find_gold(path: str, solutions: list[dict]) -> list[tuple[dict, list[bool] | None, bool | None, str | None]]:
+    """(solution, step labels, outcome, reference answer) for the solutions (id, steps) that have a record in a gold
+    file: their own (step_labels, outcome), or their problem's (answer, and steps if solutions are canonical). What a
+    record doesn't give is None. Raises InputError if there is no record, or one for another number of steps."""
     optional = ("answer", "steps", "step_labels", "outcome")
     lines = read(path, ["id"], "python -m data.make_tiny problems", optional=optional)
     known = {record["id"]: record for record in lines}
     found = []
     for solution in solutions:
         name = solution["id"]
-        record = known.get(name) or known.get(problem_of(name))
-        if record is None:
-            continue
-        labels = record.get("step_labels")
-        if record["id"] == name and labels is not None and len(labels) != len(solution["steps"]):
-            lengths = f"{len(labels)} step_labels and {len(solution['steps'])} steps"
-            raise InputError(f"{path}: {name} has {lengths}; fix the record")
-        found.append((solution, record))
+        own = known.get(name)
+        problem = known.get(problem_of(name))
+        if own:
+            labels = own.get("step_labels")
+            if labels is not None and len(labels) != len(solution["steps"]):
+                lengths = f"{len(labels)} step_labels and {len(solution['steps'])} steps"
+                raise InputError(f"{path}: {name} has {lengths}; fix the record")
+            found.append((solution, labels, own.get("outcome"), None))
+        elif problem:
+            labels = gold_labels(solution["steps"], problem["steps"]) if problem.get("steps") else None
+            found.append((solution, labels, None, problem.get("answer")))
     if not found:
         raise InputError(f"{path}: no record for any of {len(solutions)} solutions, by their ids or their problems'")
     return found
@@ -929,8 +935,8 @@ class ResultsFile:
     benchmark that was under way.
 
     inputs: the files and model directories that the rows depend on; their fingerprints go into the args.json. earlier:
-    (model, benchmark, subset) -> rows that a run with the same arguments and inputs had added when it was killed. A
-    complete file is measured anew. Under torchrun every rank has the rows, and rank 0 writes.
+    (model, benchmark, subset) -> rows that a run with the same arguments and inputs had added when it was killed, to be
+    popped and added again. A complete file is measured anew. Under torchrun every rank has the rows, and rank 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, inputs: list[str | Path]):
@@ -950,7 +956,7 @@ class ResultsFile:
         self.rows += rows
         self.args.complete = complete
         if distributed.rank() == 0:
-            write_records(Path(self.args.out), self.rows, self.args)
+            write_records(Path(self.args.out), chain(self.rows, *self.earlier.values()), self.args)
 
 
 class MetricsFile:
@@ -1093,11 +1099,15 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> arg
     return args
 
 
+FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures, by suffix: how such a file begins
+
+
 def parse_inputs(
-    parser: argparse.ArgumentParser, tiny: dict, inputs: tuple[str, ...], unless: str
+    parser: argparse.ArgumentParser, tiny: dict, *inputs: str, unless: str = "", is_figure: bool = False
 ) -> argparse.Namespace:
     """The flags of one command of a stage; tiny: the TINY defaults of each command. They are used if one of its inputs
-    isn't given, unless the flag is that makes do without them. Raises InputError if nothing can be written at --out."""
+    isn't given, unless the flag is that makes do without them. Raises InputError, before hours of sampling, if --out
+    can't be written, is somebody's file, or is named as a figure where none is drawn."""
     args = parse_flags(parser)
     missing = [name for name in inputs if getattr(args, name) is None]
     if missing and not getattr(args, unless, None):
@@ -1105,7 +1115,12 @@ def parse_inputs(
     if "out" in args:
         if args.out is None:
             raise InputError("--out is missing; say where to write the result")
-        check_place(Path(args.out))
+        out = Path(args.out)
+        signature = FORMATS.get(out.suffix.lower())
+        if (signature is not None) != is_figure:
+            raise InputError(f"--out {out}: figures are named {', '.join(FORMATS)}, other results otherwise; rename it")
+        check_place(out)
+        check_output(out, args, signature)
     return args
 
 

@@ -120,17 +120,7 @@ PANELS = {
     "gap/mean": "sampler against trainer, nats a token",
 }
 AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
-FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures: suffix -> how such a file begins
 COLOURS = 10  # of Matplotlib's cycle
-
-
-def check_format(out: str, is_figure: bool) -> bytes | None:
-    """How a file of this name begins if it is a figure. Raises InputError for a figure that isn't named as one, and for
-    another result that is."""
-    begins = FORMATS.get(Path(out).suffix.lower())
-    if (begins is not None) != is_figure:
-        raise InputError(f"--out {out}: figures are named {', '.join(FORMATS)}, other results otherwise; rename it")
-    return begins
 
 
 def read_metrics(run: str) -> dict[str, dict[int, float]]:

@@ -15,12 +15,12 @@ import grpo
 from data import grader, records, report
 from data.chat import open_model, open_tokenizer
 from data.records import RecordFile
+from data.text import gold_labels
 from evaluate import (
     Graded,
     bootstrap,
     bootstrap_interval,
     first_error,
-    gold_labels,
     grade,
     grade_all,
     heldout_accuracy,
