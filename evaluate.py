@@ -8,7 +8,7 @@
 
 Reference answers are read here, after the fact: nothing feeds back into reference-free training. What can't be judged
 is counted: an unparsed verification is wrong on ProcessBench, an answer that can't be graded within its deadline is
-`unknown`. The paper has neither intervals nor a report on the labels.
+`unknown`.
 """
 
 import argparse
@@ -65,9 +65,8 @@ def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool 
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
     crashed. Both are LaTeX or plain text, with or without `\boxed{…}`; no answer (None, "") is False.
 
-    Units are dropped (5 g is 5 kg); data/grader.py lists such decisions. timeout: seconds of CPU time per reading; a
-    number like 4.5e33 and a percent sign have a second one. Raises ValueError for a timeout that isn't positive,
-    InputError if the grading worker can't run.
+    Units are dropped (5 g is 5 kg); data/grader.py lists such decisions. timeout: seconds of CPU time per reading, of
+    which some numbers have two. Raises ValueError if it isn't positive, InputError if the grading worker can't run.
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
@@ -157,10 +156,7 @@ def cluster_answers(answers: tuple[str | None, ...]) -> tuple[str | None, ...]:
 def majority_answer(answers: list[str | None]) -> str | None:
     """The first answer of the largest cluster, the earliest of equals; None (no answer) doesn't vote."""
     votes = Counter(cluster for cluster in cluster_answers(tuple(answers)) if cluster is not None)
-    if not votes:
-        return None
-    [(winner, _)] = votes.most_common(1)
-    return winner
+    return max(votes, key=votes.get, default=None)
 
 
 def sizes_up_to(n: int) -> list[int]:
@@ -225,7 +221,7 @@ def average_rows(benchmark: str, rows: list[dict], metrics: list[str]) -> list[d
 
 
 def score_shared(judge: Judge, solutions: list[dict], seed: int, title: str) -> list[Judgement]:
-    """`score_solutions` of which every rank does its share, and has all."""
+    """`score_solutions`; every rank does its share and has all."""
     mine = distributed.my_part(solutions)
     return distributed.gather(score_solutions(judge, mine, seed=seed, title=title))
 
@@ -238,7 +234,7 @@ def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Me
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
-    """The flags that all commands with a model have."""
+    """The flags of commands with a model."""
     parser.add_argument("--out", help="results.jsonl to write")
     parser.add_argument("--temperature", type=TEMPERATURE, default=temperature, help="a greedy pass has none")
     parser.add_argument("--max_new_tokens", type=POSITIVE, default=max_new_tokens, help="per sample")
@@ -253,7 +249,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
 
 def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
     """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names no
-    step; its verdict is compared with the correctness of the final answer."""
+    step; its verdict is compared with final_answer_correct."""
     n = len(cases)
     if not REWARD_MODELS[kind].judges_steps:
         verdicts = [judgement.verdict for judgement in judgements]
@@ -304,7 +300,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in cases]
         _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
     device = distributed.init_distributed(args.device)
-    results = records.ResultsFile(args, [*args.data, find_model(args.model)])
+    results = records.ResultsFile(args.out, args, [*args.data, find_model(args.model)])
 
     # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
@@ -443,8 +439,8 @@ def best_of_k(
 
 
 def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
-    """(P, k): for each of a problem's first k samples the sum of the scores (P, n) of those with an equal answer. A
-    sample without an answer gets 0."""
+    """(P, k): for each of a problem's first k samples the sum of the scores (P, n) of those with an equal answer; 0
+    without an answer."""
     sums = np.zeros((len(answers), k))
     for p, group in enumerate(answers):
         clusters = cluster_answers(tuple(group))[:k]
@@ -476,10 +472,8 @@ def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benc
     """Samples from any source, one benchmark per solutions file."""
     for name, path in name_files("solutions", args.solutions).items():
         started = time.time()
-        groups = records.read_samples(path)
-        problem_ids = list(groups)[: args.limit]
-        require_answers(problem_ids, gold)
-        samples = [groups[problem_id] for problem_id in problem_ids]
+        samples = list(records.read_samples(path).values())[: args.limit]
+        require_answers([group[0]["problem_id"] for group in samples], gold)
         graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0]), "seed": args.seed}
         yield Benchmark(samples[0][0]["model"], name, settings, graded, None, {}, time.time() - started)
@@ -555,8 +549,8 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         tokens += sum(judgement.tokens for judgement in judgements)
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
         others |= best_of_k(graded.correct, answers, [judgements[i : i + k] for i in range(0, P * k, k)])
-        unparsed = np.array([judgement.verdict is None for judgement in judgements])
-        others["unparsed"] = unparsed.reshape(P, k).mean(axis=1)
+        unparsed = [judgement.verdict is None for judgement in judgements]
+        others["unparsed"] = np.reshape(unparsed, (P, k)).mean(axis=1)
     metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
     seconds = benchmark.seconds + time.time() - started
     return records.result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
@@ -569,7 +563,7 @@ def accuracies(benchmark: Benchmark) -> dict[str, float]:
 
 
 def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
-    """Rows of each model's accuracy minus that of the last one, over the problems that both have; paired by problem."""
+    """Rows of each model's accuracy minus that of the last one; paired, over the problems that both have."""
     last_model = benchmarks[-1].model
     last = {benchmark.name: accuracies(benchmark) for benchmark in benchmarks if benchmark.model == last_model}
     rows = []
@@ -617,7 +611,7 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     else:
         benchmarks = sample_benchmarks(plan_samples(args, gold), gold, args, device)
     models = [find_model(model) for model in [*(args.model or []), args.prm] if model]
-    results = records.ResultsFile(args, [*(args.solutions or args.problems), *args.gold, *models])
+    results = records.ResultsFile(args.out, args, [*(args.solutions or args.problems), *args.gold, *models])
 
     # 2. Benchmark by benchmark: sample, grade, measure, write.
     judge = None
@@ -769,7 +763,7 @@ def vote_report(
 def file_row(
     method: str, labels: dict[str, dict], verifications: list[dict], critiques: list[dict], gold: dict
 ) -> dict:
-    """The row of a labels file, with the tokens of the verifications that its method reads, and of its critiques."""
+    """The row of a labels file, with the tokens of the verifications and critiques that its method uses."""
     only_first = method in METHODS and METHODS[method].aggregate is single
     tokens = sum(critique["tokens"] for critique in critiques if critique["method"] == method)
     for verification in verifications:
@@ -800,6 +794,8 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     path = path.with_name("critiques.jsonl")
     critiques = records.read(path, ["method", "tokens"]) if path.exists() else []
     gold = read_gold(args.gold, solutions)
+    unknown = sum(outcome is None for _, outcome in gold.values())
+    counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold), "unknown_outcomes": unknown}
 
     # 2. Measure the files as they are, then what each way of voting makes of the verifications.
     rows = []
@@ -809,13 +805,8 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
         judged = with_reference if method == "reference_guided" else verifications
         if labels:
             rows.append(file_row(method, labels, judged, critiques, gold))
-    known = [solution for solution in solutions if solution["id"] in gold]
-    rows += vote_report(known, verifications, gold, args.seed, stopped=stop != "all")
-    counts = {
-        "solutions": len(gold),
-        "without_gold": len(solutions) - len(gold),
-        "unknown_outcomes": sum(outcome is None for _, outcome in gold.values()),
-    }
+    solutions = [solution for solution in solutions if solution["id"] in gold]
+    rows += vote_report(solutions, verifications, gold, args.seed, stopped=stop != "all")
 
     # 3. Write, print and draw.
     records.write_args(Path(args.out), args)

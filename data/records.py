@@ -23,7 +23,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
-from data.text import gold_labels
 from kernels import distributed
 from kernels.distributed import InputError
 
@@ -381,6 +380,19 @@ def problem_of(solution_id: str) -> str:
     """The problem's id in <problem_id>/<k>."""
     problem_id, _, _ = solution_id.rpartition("/")
     return problem_id
+
+
+def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
+    """Step k is right if it is the gold step k, white space aside, and all before it are right.
+
+    Exact where solutions are canonical, as in the tiny world; elsewhere another way to the answer would count as wrong.
+    """
+    labels = []
+    right = True
+    for k, step in enumerate(steps):
+        right = right and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
+        labels.append(right)
+    return labels
 
 
 def find_gold(path: str, solutions: list[dict]) -> list[tuple[dict, list[bool] | None, bool | None, str | None]]:
@@ -939,14 +951,15 @@ class ResultsFile:
     popped and added again. A complete file is measured anew. Under torchrun every rank has the rows, and rank 0 writes.
     """
 
-    def __init__(self, args: argparse.Namespace, inputs: list[str | Path]):
+    def __init__(self, path: str | Path, args: argparse.Namespace, inputs: list[str | Path]):
+        self.path = Path(path)
         self.args = args
         args.inputs_sha256 = [hash_model(path) if Path(path).is_dir() else hash_file(path) for path in inputs]
         args.complete = False
         self.rows: list[dict] = []
         self.earlier: dict[tuple[str, str, str], list[dict]] = {}
-        if Path(args.out).is_file() and read_args(Path(args.out)) == vars(args):
-            for row in read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+        if self.path.is_file() and read_args(self.path) == vars(args):
+            for row in read(self.path, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
                 key = (row["settings"]["model"], row["benchmark"], row["subset"])
                 self.earlier.setdefault(key, []).append(row)
         distributed.barrier()  # rank 0 writes to the file only after every rank has read it
@@ -956,7 +969,7 @@ class ResultsFile:
         self.rows += rows
         self.args.complete = complete
         if distributed.rank() == 0:
-            write_records(Path(self.args.out), chain(self.rows, *self.earlier.values()), self.args)
+            write_records(self.path, chain(self.rows, *self.earlier.values()), self.args)
 
 
 class MetricsFile:

@@ -230,16 +230,3 @@ def hidden_text(response: str) -> str:
         return thoughts.strip()
     outside = ANSWER_TAG.sub("", STEP_TAG.sub("", response))
     return re.sub("|".join(TAGS), "", outside).strip()
-
-
-def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
-    """Step k is right if it is the gold step k, white space aside, and all before it are right.
-
-    Exact where solutions are canonical, as in the tiny world; elsewhere another way to the answer would count as wrong.
-    """
-    labels = []
-    right = True
-    for k, step in enumerate(steps):
-        right = right and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
-        labels.append(right)
-    return labels
