@@ -27,7 +27,6 @@ from pathlib import Path
 from data import records
 from data.chat import open_model
 from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
-from evaluate import gold_labels
 from generate import SOLVE_PROMPT, render_response
 from kernels import distributed
 from kernels.distributed import InputError
@@ -71,7 +70,7 @@ def sort(row: str) -> list[str]:
 def judge(row: str, steps: list[str]) -> tuple[list[bool], bool]:
     """Which steps are correct, and whether the solution is. Mistakes propagate."""
     right = sort(row)
-    return gold_labels(steps, right), steps == right
+    return records.gold_labels(steps, right), steps == right
 
 
 # --------------------------------------------------------------------------- problems and solutions

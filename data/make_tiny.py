@@ -41,8 +41,9 @@ from pathlib import Path
 import verify
 from data import records
 from data.chat import encode_chat, open_model
+from data.records import gold_labels
 from data.text import extract_answer, split_steps
-from evaluate import first_error, gold_labels
+from evaluate import first_error
 from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model

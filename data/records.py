@@ -5,8 +5,10 @@ one file; files that are replaced as a whole; recording how a file was made; fla
 """
 
 import argparse
+import codecs
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from importlib.metadata import version
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
@@ -366,6 +369,113 @@ def read_answers(paths: list[str]) -> dict[str, str]:
     return gold
 
 
+def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
+    """Raise InputError for the first problem without a reference answer."""
+    for problem_id in problem_ids:
+        if problem_id not in gold:
+            raise InputError(f"problem {problem_id}: no gold answer; --gold must have one for every problem")
+
+
+def problem_of(solution_id: str) -> str:
+    """The problem's id in <problem_id>/<k>."""
+    problem_id, _, _ = solution_id.rpartition("/")
+    return problem_id
+
+
+def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
+    """Step k is right if it is the gold step k, white space aside, and all before it are right.
+
+    Exact where solutions are canonical, as in the tiny world; elsewhere another way to the answer would count as wrong.
+    """
+    labels = []
+    right = True
+    for k, step in enumerate(steps):
+        right = right and k < len(gold_steps) and "".join(step.split()) == "".join(gold_steps[k].split())
+        labels.append(right)
+    return labels
+
+
+def find_gold(path: str, solutions: list[dict]) -> list[tuple[dict, list[bool] | None, bool | None, str | None]]:
+    """(solution, step labels, outcome, reference answer) for the solutions (id, steps) that have a record in a gold
+    file: their own (step_labels, outcome), or their problem's (answer, and steps if solutions are canonical). What a
+    record doesn't give is None. Raises InputError if there is no record, or one for another number of steps."""
+    optional = ("answer", "steps", "step_labels", "outcome")
+    lines = read(path, ["id"], "python -m data.make_tiny problems", optional=optional)
+    known = {record["id"]: record for record in lines}
+    found = []
+    for solution in solutions:
+        name = solution["id"]
+        own = known.get(name)
+        problem = known.get(problem_of(name))
+        if own:
+            labels = own.get("step_labels")
+            if labels is not None and len(labels) != len(solution["steps"]):
+                lengths = f"{len(labels)} step_labels and {len(solution['steps'])} steps"
+                raise InputError(f"{path}: {name} has {lengths}; fix the record")
+            found.append((solution, labels, own.get("outcome"), None))
+        elif problem:
+            labels = gold_labels(solution["steps"], problem["steps"]) if problem.get("steps") else None
+            found.append((solution, labels, None, problem.get("answer")))
+    if not found:
+        raise InputError(f"{path}: no record for any of {len(solutions)} solutions, by their ids or their problems'")
+    return found
+
+
+def name_files(flag: str, paths: list[str]) -> dict[str, str]:
+    """name -> path, the name being the file's without its suffix. Raises InputError if two are the same."""
+    named = {Path(path).stem: path for path in paths}
+    if len(named) < len(paths):
+        raise InputError(f"--{flag} {' '.join(paths)}: two files share a name, the key of results; rename one")
+    return named
+
+
+def read_samples(path: str | Path) -> dict[str, list[dict]]:
+    """problem id -> its samples in order, from a solutions file. Raises InputError if some problems have fewer."""
+    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
+    groups: dict[str, list[dict]] = {}
+    for solution in sorted(read(path, fields, "python generate.py"), key=itemgetter("sample")):
+        groups.setdefault(solution["problem_id"], []).append(solution)
+    if len({len(group) for group in groups.values()}) > 1:
+        raise InputError(f"{path}: problems have different numbers of samples; let generate.py finish the file")
+    return groups
+
+
+def read_cases(path: str) -> list[dict]:
+    """ProcessBench cases (problem, steps, label) from JSON Lines or, as published, a JSON array.
+
+    Raises InputError, with the number of the case, for a field that is missing or of another type, and for a label that
+    is neither -1 nor the index of a step.
+    """
+    fields = ["problem", "steps"]
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        cases = parse_json(data, path, "fetch the file again")
+        if not cases:
+            raise InputError(f"{path}: an empty array, no cases; fetch the file again")
+        for number, case in enumerate(cases):
+            check_record(case, fields, f"{path}: case {number}")
+    else:
+        cases = read(path, fields, "python -m data.make_tiny")
+    for number, case in enumerate(cases):
+        label = case.get("label")
+        num_steps = len(case["steps"])
+        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
+            given = f"label {label!r} and {num_steps} steps"
+            raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
+        final_answer_correct(case, f"{path}: case {number}")
+    return cases
+
+
+def final_answer_correct(case: dict, place: str) -> bool:
+    """Is the final answer of a ProcessBench case correct? Its final_answer_correct, which some tools write as a string;
+    without it, whether no step is wrong. Raises InputError, beginning with `place`, for any other value."""
+    value = case.get("final_answer_correct", case["label"] == -1)
+    known = {"true": True, "false": False}.get(str(value).lower())
+    if known is None:
+        raise InputError(f"{place}: final_answer_correct must be true or false, not {value!r}")
+    return known
+
+
 def read_metrics(path: Path, made_by: str = "") -> list[dict]:
     """The records of a run's metrics.jsonl: `step`, and numbers. A last line without its newline is left out: a run is
     writing it, or was killed. Raises InputError if another value is no number; made_by: see `read`."""
@@ -572,6 +682,15 @@ def stage_of(arguments: dict) -> str | None:
         if flag in arguments:
             return str(arguments[flag]) if flag == "command" else stage
     return None
+
+
+def check_place(out: Path) -> None:
+    """Raise InputError if no file can be written at --out."""
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; name a file in it")
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
 
 
 def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | None = None) -> None:
@@ -812,6 +931,47 @@ class RecordFile:
             self.done[key] = self.shared.setdefault(value, value)
 
 
+def result_rows(
+    benchmark: str, subset: str, metrics: dict[str, Any], settings: dict, seconds: float, tokens: int
+) -> list[dict]:
+    """Rows of a results file, one for each metric (a NamedTuple of value, n, interval)."""
+    rows = []
+    for name, metric in metrics.items():
+        row = {"benchmark": benchmark, "subset": subset, "metric": name, **metric._asdict()}
+        rows.append({**row, "settings": settings, "seconds": round(seconds, 1), "tokens": tokens})
+    return rows
+
+
+class ResultsFile:
+    """The rows of a results file, which is written anew when rows are added, so that a killed run loses only the
+    benchmark that was under way.
+
+    inputs: the files and model directories that the rows depend on; their fingerprints go into the args.json. earlier:
+    (model, benchmark, subset) -> rows that a run with the same arguments and inputs had added when it was killed, to be
+    popped and added again. A complete file is measured anew. Under torchrun every rank has the rows, and rank 0 writes.
+    """
+
+    def __init__(self, path: str | Path, args: argparse.Namespace, inputs: list[str | Path]):
+        self.path = Path(path)
+        self.args = args
+        args.inputs_sha256 = [hash_model(path) if Path(path).is_dir() else hash_file(path) for path in inputs]
+        args.complete = False
+        self.rows: list[dict] = []
+        self.earlier: dict[tuple[str, str, str], list[dict]] = {}
+        if self.path.is_file() and read_args(self.path) == vars(args):
+            for row in read(self.path, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+                key = (row["settings"]["model"], row["benchmark"], row["subset"])
+                self.earlier.setdefault(key, []).append(row)
+        distributed.barrier()  # rank 0 writes to the file only after every rank has read it
+
+    def add(self, rows: list[dict], complete: bool = False) -> None:
+        """Add rows and write the file; complete: these are the last."""
+        self.rows += rows
+        self.args.complete = complete
+        if distributed.rank() == 0:
+            write_records(self.path, chain(self.rows, *self.earlier.values()), self.args)
+
+
 class MetricsFile:
     """metrics.jsonl of a training run, one record per step. Use as a context manager, within `lock_run`.
 
@@ -950,6 +1110,46 @@ def parse_args(parser: argparse.ArgumentParser, tiny: dict, *needed: str) -> arg
         if getattr(args, flag) is None:
             raise InputError(f"--{key} also needs --{flag}")
     return args
+
+
+FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures, by suffix: how such a file begins
+
+
+def parse_inputs(
+    parser: argparse.ArgumentParser, tiny: dict, *inputs: str, unless: str = "", is_figure: bool = False
+) -> argparse.Namespace:
+    """The flags of one command of a stage; tiny: the TINY defaults of each command. They are used if one of its inputs
+    isn't given, unless the flag is that makes do without them. Raises InputError, before hours of sampling, if --out
+    can't be written, is somebody's file, or is named as a figure where none is drawn."""
+    args = parse_flags(parser)
+    missing = [name for name in inputs if getattr(args, name) is None]
+    if missing and not getattr(args, unless, None):
+        args = parse_args(parser, tiny[args.command], missing[0])
+    if "out" in args:
+        if args.out is None:
+            raise InputError("--out is missing; say where to write the result")
+        out = Path(args.out)
+        signature = FORMATS.get(out.suffix.lower())
+        if (signature is not None) != is_figure:
+            raise InputError(f"--out {out}: figures are named {', '.join(FORMATS)}, other results otherwise; rename it")
+        check_place(out)
+        check_output(out, args, signature)
+    return args
+
+
+def run_command(commands: dict[str, Callable[[argparse.ArgumentParser], None]], description: str) -> None:
+    """Run the command that the command line names. Each has a parser of its own, so that its --help shows its flags
+    only, and its function's docstring."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    run = commands.get(command)
+    parser = new_parser()
+    if run is None:
+        parser.description = description
+        parser.add_argument("command", choices=list(commands), help="each has a --help of its own")
+        parse_flags(parser)  # prints the help or says what is wrong, and exits
+    parser.description = inspect.cleandoc(run.__doc__)
+    parser.add_argument("command", choices=[command])
+    run(parser)
 
 
 def check_directory(args: argparse.Namespace, inputs: set[str]) -> None:

@@ -59,6 +59,23 @@ def print_results(rows: list[dict]) -> None:
     print_table(["model", "benchmark", "subset", "n", *metrics, "tokens", "seconds"], table)
 
 
+BENCHMARK_METRICS = """metrics, each with its 95 % interval over problems in brackets:
+
+  avg@k          mean accuracy
+  pass@j         one of j is right
+  maj@k          the most frequent answer is right
+  greedy         the greedy solution is right (--greedy)
+  best@j/RULE    the one of j that a reward model chooses is right (--prm); the RULE is the best
+                 outcome score (verdict), mean step score (mean), worst step's score (min), or
+                 sum of outcome scores over equal answers (vote)
+  unparsed       judgements without a verdict (--prm)
+  unknown        answers that can't be graded
+  truncated      solutions cut off at the limit of tokens
+  too_long       problems left out because their prompts fill the context, if any
+  shortened      problems with a lower limit of new tokens, which the context leaves, if any
+"""
+
+
 def print_label_report(rows: list[dict], metrics: tuple[str, ...]) -> None:
     """The label report as a table: accuracy over all labels, then yield and accuracy of the kept ones, gain and
     cost."""
@@ -103,7 +120,6 @@ PANELS = {
     "gap/mean": "sampler against trainer, nats a token",
 }
 AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
-FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # of figures: suffix -> how such a file begins
 COLOURS = 10  # of Matplotlib's cycle
 
 
@@ -137,7 +153,8 @@ def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
 
 
 def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
-    """The curves of files of curves and of runs; all runs that a pattern finds have its name, as seeds of one."""
+    """The curves of files of curves and of runs; all runs that a pattern finds have its name, as seeds of one. Raises
+    InputError if there are none."""
     curves = []
     for pattern in patterns:
         for run in sorted(glob(pattern)) or [pattern]:
@@ -145,6 +162,8 @@ def read_curves(patterns: list[str], keys: list[str]) -> list[dict]:
                 curves += records.read(run, ["panel", "curve", "x", "y"], optional=("low", "high", "ylim"))
             else:
                 curves += run_curves(run, pattern, keys)
+    if not curves:
+        raise InputError(f"--keys {' '.join(keys)}: {' '.join(patterns)} have none of them; name others")
     return curves
 
 
@@ -273,6 +292,19 @@ def paint(text: str, right: bool | None) -> str:
         return text
     colour = 32 if right else 31
     return f"\033[{colour}m{text}\033[0m"
+
+
+def read_problem(name: str | None, labels: str, rollouts: str | None) -> tuple[list[dict], list[tuple[int, dict]]]:
+    """(its labels, its responses of GRPO) of the problem or solution of this name; None: of the first problem. labels: a
+    file of verify.py; rollouts: see `read_rollouts`. Raises InputError if neither has anything."""
+    fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
+    everything = records.read(labels, fields, "python verify.py")
+    name = name or records.problem_of(everything[0]["id"])
+    found = [label for label in everything if name in (label["id"], records.problem_of(label["id"]))]
+    responses = read_rollouts(Path(rollouts), name) if rollouts else []
+    if not found and not responses:
+        raise InputError(f"{name}: no such problem or solution in {labels}, nor in --rollouts {rollouts}")
+    return found, responses
 
 
 def read_rollouts(directory: Path, problem_id: str) -> list[tuple[int, dict]]:

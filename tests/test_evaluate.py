@@ -14,13 +14,12 @@ import evaluate
 import grpo
 from data import grader, records, report
 from data.chat import open_model, open_tokenizer
-from data.records import RecordFile
+from data.records import RecordFile, gold_labels
 from evaluate import (
     Graded,
     bootstrap,
     bootstrap_interval,
     first_error,
-    gold_labels,
     grade,
     grade_all,
     heldout_accuracy,
@@ -597,7 +596,8 @@ def test_processbench_command(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_benchmark_command(checkpoint, tmp_path, monkeypatch, capsys):
-    """Guards against models that are measured on different problems, and against mixed-up answers of two benchmarks."""
+    """Guards: models that are measured on different problems; mixed-up answers of two benchmarks; a table of several
+    benchmarks that can't be laid beside the paper's, which is greedy."""
     problems = read_lines(TINY / "heldout.jsonl")[:4]
     paths = [write_lines(tmp_path / f"{name}.jsonl", problems[i : i + 2]) for i, name in [(0, "a"), (2, "b")]]
     out, other = tmp_path / "results.jsonl", tmp_path / "other"
@@ -608,7 +608,13 @@ def test_benchmark_command(checkpoint, tmp_path, monkeypatch, capsys):
     for metric in ("avg@2", "pass@2", "maj@2", "greedy", "unknown", "truncated"):
         assert values[str(checkpoint), "a", metric]["n"] == 2
         assert values[str(checkpoint), "a", metric]["value"] == values[str(other), "a", metric]["value"]
-    assert values[str(checkpoint), "benchmarks", "avg@2"]["subset"] == "average"
+    for metric in ("avg@2", "greedy"):
+        average = values[str(checkpoint), "benchmarks", metric]
+        of_each = [values[str(checkpoint), name, metric] for name in ("a", "b")]
+        assert (average["subset"], average["n"]) == ("average", 2)
+        assert average["value"] == np.mean([row["value"] for row in of_each])
+        widths = [high - low for low, high in (row["interval"] for row in [*of_each, average])]
+        assert widths[2] == pytest.approx(np.hypot(*widths[:2]) / 2)
     assert values[f"{checkpoint} minus {other}", "b", "avg@2"]["interval"] == [0, 0]
     assert f"{checkpoint} minus {other}" in capsys.readouterr().out  # the table
     wrong = write_lines(tmp_path / "wrong.jsonl", [{"id": problems[0]["id"], "answer": "-1"}])
@@ -816,8 +822,8 @@ def test_label_report_on_a_toy_worked_out_by_hand():
 def test_gains_are_resampled_by_problem():
     """Guards: intervals of the label report over solutions, of which those of one problem gain or lose together."""
     names = [f"{p}/{k}" for p in "abcdefgh" for k in range(8)]
-    base = {name: dict.fromkeys(evaluate.LABEL_METRICS, (0, 1)) for name in names}
-    scores = {name: dict.fromkeys(evaluate.LABEL_METRICS, (int(name[0] in "abcd"), 1)) for name in names}
+    base = {name: np.array([[0] * 4, [1] * 4]) for name in names}  # how much is right by each metric, of how much
+    scores = {name: np.array([[name[0] in "abcd"] * 4, [1] * 4]) for name in names}
     found = evaluate.paired_gain(scores, base, seed=0)["exact"]
     assert found == pytest.approx([0.5, *bootstrap_interval(np.repeat([1.0, 0.0], 4), seed=0)])
 
@@ -866,6 +872,27 @@ def test_labels_command(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="same solutions"):
         gold = tmp_path / "problems.jsonl"
         run(monkeypatch, "labels", *files[:2], "--verifications", wrong, "--gold", gold, "--out", out)
+
+
+@pytest.mark.parametrize("stop, most", [(None, 4), ("all", 4), ("settled", 2), ("lead", 2)])
+def test_votes_that_stopped_early(stop, most, tmp_path, monkeypatch, capsys):
+    """Guards: a row "from 4 votes" of which easy solutions have had 2, and so a gain by voting that isn't one."""
+    labels = [
+        {**s, "method": "step_consistency", "step_labels": [T, T], "outcome": T, "dropped": None} for s in SOLUTIONS[:2]
+    ]
+    labels.append(
+        {**SOLUTIONS[2], "method": "step_consistency", "step_labels": None, "outcome": None, "dropped": "no_votes"}
+    )
+    verifications = [v for v in VERIFICATIONS if v["sample"] < {"p/0": 2, "p/1": 4, "q/0": 0}[v["solution_id"]]]
+    path = write_lines(tmp_path / "verifications.jsonl", verifications)
+    if stop:
+        (tmp_path / "verifications.jsonl.args.json").write_text(json.dumps({"arguments": {"stop": stop}}))
+    gold = write_lines(tmp_path / "gold.jsonl", [{"id": f"{name}", "outcome": T} for name in ("p/0", "p/1", "q/0")])
+    flags = ["--labels", write_lines(tmp_path / "labels.jsonl", labels), "--verifications", path, "--gold", gold]
+    run(monkeypatch, "labels", *flags, "--out", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows[0]["method"] == "step_consistency (file)" and max(row["N"] for row in rows[1:]) == most
+    assert ("no row is on more votes" in capsys.readouterr().out) == (most == 2)
 
 
 @pytest.mark.parametrize(

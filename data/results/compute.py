@@ -10,13 +10,14 @@ from pathlib import Path
 
 from data import records
 from data.results.claims import over_seeds, read_results
-from evaluate import count_right, read_gold, vote_report
+from evaluate import LABEL_METRICS, count_right, read_gold, vote_report
 from verify import keep_parsed
 
 import numpy as np
 
 HERE = Path(__file__).parent
 RUNS, CLAIMS, SINGLE = Path("runs/compute"), Path("runs/claims"), Path("runs/methods")
+EXACT = LABEL_METRICS.index("exact")
 METHODS = ("single", "outcome_consistency", "step_consistency")
 TEMPERATURES = ("0.4", "1.2")  # of the verifier, beside the 0.8 of claims.sh
 STEPS = ((1, 3), (4, 4), (5, 99))  # steps of a solution, from and to
@@ -55,9 +56,9 @@ def collect(seed: str) -> dict:
     rounds = {}
     for file in sorted((RUNS / seed).glob("rounds-*/labels_meta_critique.jsonl")):
         directory, labels = file.parent, [r for r in records.read(file, ["id"]) if r["dropped"] is None]
-        right = [count_right(r["step_labels"], r["outcome"], gold[r["id"]])["exact"][0] for r in labels]
+        right = [count_right(r["step_labels"], r["outcome"], gold[r["id"]])[0, EXACT] for r in labels]
         one = [first[r["id"]] for r in labels]
-        base = [count_right(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])["exact"][0] for r in one]
+        base = [count_right(r["step_verdicts"], r["verdict"], gold[r["solution_id"]])[0, EXACT] for r in one]
         tokens = sum(r["tokens"] for r in records.read(directory / "critiques.jsonl", ["tokens"]))
         tokens += sum(r["tokens"] for r in verifications if r["sample"] == 0)
         of = {
