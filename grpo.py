@@ -9,19 +9,18 @@
 
 One step: (1) sample a group of G responses to each problem; (2) check their format and let the reward model judge the
 valid ones; (3) normalise rewards within each group to advantages; (4) one clipped policy-gradient update with a KL
-penalty towards the initial policy. The file has them in this order, then `train`, the loop that calls them. What stands
-below the loop can be skipped at first: rewards for steps, what is logged, flags and loading.
+penalty towards the initial policy. The file has them in this order, then `train`, the loop. What stands below the loop
+can be skipped at first: rewards for steps, what is logged, flags and loading.
 
-| --reward            | of a response                                                     | baseline |
-|---------------------|-------------------------------------------------------------------|----------|
-| process_aware       | V y                                                               |          |
-| step_augmented      | V (0.4 k/n + 0.6 y)                                               |          |
-| selective_advantage | V y; a token keeps its advantage if its step's verdict agrees with the sign | |
-| global_step         | V y, and 0.8 A + 0.2 A_step                                       |          |
-| rlvr                | the answer is graded right against the reference                  | x        |
-| majority            | the answer is the group's most frequent one                       | x        |
-| self_certainty      | mean KL(uniform || p) over its tokens                             | x        |
-| random              | V times a coin                                                    | x        |
+    --reward             what a response is worth
+    process_aware        V y
+    step_augmented       V (0.4 k/n + 0.6 y)
+    selective_advantage  V y; a token keeps its advantage if its step's verdict agrees with the sign
+    global_step          V y, and 0.8 A + 0.2 A_step
+    rlvr                 1 if its answer is graded right against the reference (a baseline)
+    majority             1 if its answer is the group's most frequent one (a baseline)
+    self_certainty       mean KL(uniform || p) over its tokens (a baseline)
+    random               V times a coin (the control)
 
 V: the format is valid; y: the reward model's verdict; k of n steps judged correct.
 
@@ -50,7 +49,7 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 from data.text import STEP_TAG, count_empty_boxes, extract_answer, find_boxes, has_layout_line, hidden_text, split_steps
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
+from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, name_files, require_answers
 from generate import SOLVE_PROMPT, Engine, format_valid, open_engine
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -68,8 +67,9 @@ TINY = {
     "prm": "runs/tiny/prm_cot",
     "problems": "data/tiny/problems.jsonl",
     "out": "runs/tiny/grpo",
-    "heldout": "data/tiny/heldout.jsonl",
-    "gold": "data/tiny/gold.jsonl",
+    "heldout": ["data/tiny/heldout.jsonl"],
+    "heldout_temperature": 1.0,
+    "gold": ["data/tiny/gold.jsonl"],
     "steps": 60,
     "batch_size": 16,
     "group_size": 8,
@@ -85,7 +85,7 @@ TINY = {
 }
 MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
-    "heldout", "activation_checkpointing", "max_gap", "prm", "prm_sha256",
+    "heldout", "heldout_temperature", "gold", "activation_checkpointing", "max_gap", "prm", "prm_sha256",
 }  # fmt: skip
 WEIGHT_DECAY = 0.01  # of the released code
 MAX_GRAD_NORM = 1.0  # the paper's gradient clip
@@ -581,7 +581,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     judge: Callable | None  # judge(solutions, seed=...) -> judgements; None for rewards without a reward model
     problems: list[dict]
-    heldout: list[dict]
+    heldout: dict[str, list[dict]]  # name of a file -> its problems
     gold: dict[str, str]
     start: int  # steps done by an earlier run
 
@@ -589,10 +589,9 @@ class Setup:
 def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
     """The loop: one step is sample, judge, advantages, update."""
     out = Path(args.out)
-    measure = partial(heldout_metrics, run.policy, run.heldout, run.gold, run.judge, args)  # of a step
     signals = distributed.stop_on_signal()
     if run.start == 0 and run.heldout:
-        metrics.append({"step": 0, **measure(0)})
+        metrics.append({"step": 0, **heldout_metrics(run, args, 0)})
     if run.start == args.steps:  # an earlier run may have been killed just before its last export
         distributed.export(run.model, find_model(args.policy), out)
     todo = range(run.start, args.steps)
@@ -630,9 +629,9 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
         last = step + 1 == args.steps
         stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
         if run.heldout and (last or (step + 1) % args.heldout_every == 0):
-            record |= measure(step + 1)
+            record |= heldout_metrics(run, args, step + 1)
         if main_rank:
-            show_progress(bar, record, rollouts, advantages, args, step)
+            show_step(bar, record, rollouts, advantages, run.policy.tokenizer, args)
         metrics.append(record)
         if last or stopped or (step + 1) % args.save_every == 0:
             # First what the run resumes from: whatever goes wrong with the copy for others then costs nothing.
@@ -803,6 +802,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
         "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
         "reward/too_long": mean([r.judgement.too_long for r in judged]),
+        "reward/shortened": mean([r.judgement.shortened for r in judged]),
         "format/valid": mean([r.valid for r in rollouts]),
         "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
         "format/empty_boxes": mean([count_empty_boxes(r.text) for r in rollouts]),
@@ -818,69 +818,68 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     }
 
 
-def heldout_metrics(
-    engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
-) -> dict[str, float]:
-    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper`. With a reward model
-    also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
-    result = heldout_accuracy(
-        engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
-    )
-    texts = [sample["text"] for (sample,) in result.samples]
+def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str, float]:
+    """`measure_heldout` as heldout/accuracy and so on: the plain mean over the files of --heldout, and if there are
+    several, each as heldout/<name>/accuracy."""
+    files = {name: measure_heldout(run, problems, args, step) for name, problems in run.heldout.items()}
+    first, *others = files.values()
+    if not others:
+        return {f"heldout/{key}": value for key, value in first.items()}
+    metrics = {}
+    for key in first:
+        values = [numbers[key] for numbers in files.values() if key in numbers]
+        if len(values) == len(files):
+            metrics[f"heldout/{key}"] = sum(values) / len(values)
+    # The files' errors are independent of each other, so the squares of the half-widths add up.
+    half = sum((numbers["high"] - numbers["low"]) ** 2 for numbers in files.values()) ** 0.5 / 2 / len(files)
+    metrics["heldout/low"] = metrics["heldout/accuracy"] - half
+    metrics["heldout/high"] = metrics["heldout/accuracy"] + half
+    for name, numbers in files.items():
+        metrics |= {f"heldout/{name}/{key}": value for key, value in numbers.items()}
+    return metrics
+
+
+def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, step: int) -> dict[str, float]:
+    """The accuracy of one response to each problem of a file, and of those that are valid under `paper`. With a reward
+    model also the reward: where it rises and the accuracy doesn't, it is being gamed."""
+    settings = {"temperature": args.heldout_temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    result = heldout_accuracy(run.policy, problems, run.gold, num_samples=1, **settings)
+    samples = [sample for (sample,) in result.samples]
     correct = torch.from_numpy(result.correct[:, 0])
-    valid = torch.tensor([format_valid(text) for text in texts])
+    valid = torch.tensor([format_valid(sample["text"]) for sample in samples])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
-    if len(texts) < len(heldout):
-        numbers["too_long"] = 1 - len(texts) / len(heldout)
+    if len(samples) < len(problems):
+        numbers["too_long"] = 1 - len(samples) / len(problems)
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
-    if judge is not None:
-        responses = []
-        problems = {problem["id"]: problem["problem"] for problem in heldout}
-        for (sample,) in result.samples:
+    if run.judge is not None:
+        text_of = {problem["id"]: problem["problem"] for problem in problems}
+        mine = []
+        for sample in distributed.my_part(samples):
             problem_id = sample["problem_id"]
-            response = Rollout(problem_id, [], [], [], sample["text"], sample["finish"], problem=problems[problem_id])
-            responses.append(response)
-        mine = distributed.my_part(responses)
-        score_rollouts(mine, judge, engine.tokenizer, {}, args, step)
+            mine.append(Rollout(problem_id, [], [], [], sample["text"], sample["finish"], problem=text_of[problem_id]))
+        score_rollouts(mine, run.judge, run.policy.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
-    return {f"heldout/{name}": value for name, value in numbers.items()}
+    return numbers
 
 
-def describe_rollout(r: Rollout, advantage: float) -> dict:
+def describe_rollout(r: Rollout, advantage: float, tokenizer) -> dict:
     """A response as a record: what --dump_rollouts writes and `report.show_rollout` shows."""
     return {
         "problem_id": r.problem_id,
+        "prompt": tokenizer.decode(r.prompt),
         "text": r.text,
         "ids": r.ids,
         "finish": r.finish,
         "valid": r.valid,
         "reward": r.reward,
         "advantage": advantage,
+        "token_advantages": r.token_advantages.tolist(),
         "judgement": vars(r.judgement) if r.judgement is not None else None,
     }
-
-
-def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
-    """All responses of a step, one per line."""
-    rows = [describe_rollout(r, a) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
-    records.write_lines(path, rows)
-
-
-def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
-    """Say that not one judgement of a batch has a verdict: no response is rewarded, so the update is noise."""
-    texts = [r.judgement.text for r in rollouts if r.judgement is not None]
-    tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict, so nothing is rewarded; check "
-               f"--prm, --prm_kind and --prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
-
-
-def print_sample(r: Rollout, advantage: float, step: int) -> None:
-    """One response with its judgement: reading samples is the first diagnostic."""
-    shown = report.show_rollout(describe_rollout(r, advantage))
-    tqdm.write(f"--- step {step} · {report.printable(r.problem)}\n{shown}")
 
 
 class Clock:
@@ -909,17 +908,21 @@ class Clock:
         return numbers
 
 
-def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, args, step: int) -> None:
-    """What rank 0 prints and writes of a step beside its metrics."""
-    if record["reward/unparsed"] == 1:
-        warn_of_garbage(rollouts, step + 1)
+def show_step(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, tokenizer, args) -> None:
+    """What rank 0 prints and writes of a step beside its metrics. Reading samples is the first diagnostic."""
+    step = record["step"]
+    if record["reward/unparsed"] == 1:  # no response is rewarded, so the update is noise
+        texts = [r.judgement.text for r in rollouts if r.judgement is not None]
+        tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict, so nothing is rewarded; "
+                   f"check --prm, --prm_kind and --prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
     if args.dump_rollouts:
-        dump_rollouts(Path(args.out) / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
-    if step % args.sample_every == 0:
-        print_sample(rollouts[0], advantages[0].item(), step + 1)
-    speed = f"{record['time/tokens_per_second']:,.0f} tok/s"
+        rows = [describe_rollout(r, a, tokenizer) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
+        records.write_lines(Path(args.out) / "rollouts" / f"step_{step:07d}.jsonl", rows)
+    if (step - 1) % args.sample_every == 0:
+        shown = report.show_rollout(describe_rollout(rollouts[0], advantages[0].item(), tokenizer))
+        tqdm.write(f"--- step {step} · {report.printable(rollouts[0].problem)}\n{shown}")
     reward = f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}"
-    bar.set_postfix_str(f"{reward}, {speed}", refresh=False)
+    bar.set_postfix_str(f"{reward}, {record['time/tokens_per_second']:,.0f} tok/s", refresh=False)
 
 
 # --------------------------------------------------------------------------- set-up
@@ -934,8 +937,12 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--prm_kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
     group.add_argument("--problems", help="JSON Lines with id and problem")
     group.add_argument("--out", help="directory of the trained policy")
-    group.add_argument("--heldout", help="problems for monitoring, never for training")
-    group.add_argument("--gold", help="JSON Lines with id and answer, for monitoring and --reward rlvr only")
+    group.add_argument("--limit", type=POSITIVE,
+                       help="use only the first N problems. The paper labels 8,000 and trains on 17,000 others: for two "
+                            "such files, head -n 8000 ALL.jsonl and tail -n +8001 ALL.jsonl")  # fmt: skip
+    group.add_argument("--heldout", nargs="+", help="files of problems for monitoring, never for training")
+    group.add_argument("--heldout_temperature", type=TEMPERATURE, default=0.0, help="0 is greedy, as in the paper")
+    group.add_argument("--gold", nargs="+", help="JSON Lines with id and answer, for monitoring and --reward rlvr only")
     group = parser.add_argument_group("reward")
     group.add_argument("--reward", default="process_aware", choices=list(REWARDS))
     group.add_argument("--format_constraints", default="paper", choices=["none", "paper", "strict"])
@@ -1007,14 +1014,14 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     gold = {}
     if needed:
         gold = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None}
-    if args.gold is not None and (needed or args.gold != TINY["gold"] or Path(args.gold).is_file()):
-        gold |= records.read_answers([args.gold])
+    if args.gold and (needed or args.gold != TINY["gold"] or Path(args.gold[0]).is_file()):
+        gold |= records.read_answers(args.gold)
     if needed:
-        missing = [p["id"] for p in problems if p["id"] not in gold]
-        if missing:
-            raise InputError(
-                f"--reward {args.reward}: problem {missing[0]} has no reference answer; give --gold with all of them"
-            )
+        for p in problems:
+            if p["id"] not in gold:
+                raise InputError(f"--reward {args.reward}: problem {p['id']} has no reference answer; give --gold")
+        # A resumed run must find the same answers; those for monitoring may change, as --heldout may.
+        args.gold_sha256 = records.hash_text(str([gold[p["id"]] for p in problems]))
     return gold
 
 
@@ -1052,10 +1059,13 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     them is whole on every rank for a moment."""
     out = Path(args.out)
     # 1. The data.
-    problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
+    problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     gold = load_gold(args, problems)
-    heldout = records.read(args.heldout, ["id", "problem"]) if args.heldout and gold else []
-    require_answers([problem["id"] for problem in heldout], gold)
+    heldout = {}
+    if gold:
+        for name, path in name_files("heldout", [path for path in args.heldout or [] if path]).items():
+            heldout[name] = records.read(path, ["id", "problem"])
+            require_answers([problem["id"] for problem in heldout[name]], gold)
     # A resumed run must find the same problems, and the same policy, to which the KL term refers.
     source = find_model(args.policy, "--policy")
     args.problems_sha256 = records.hash_file(args.problems)
