@@ -9,7 +9,7 @@ import weakref
 from dataclasses import replace
 
 import grpo
-from data import report
+from data import records, report
 from generate import Engine, format_valid, open_engine
 from kernels import distributed
 from kernels.decode import SlotCache
@@ -132,7 +132,7 @@ def make_args(**changes) -> argparse.Namespace:
 def reward_of(reward, valid: bool, judgement: Judgement | None) -> float:
     """A reward of one response."""
     response = grpo.Rollout("p", [1], [2], [0.0], "", "stop", valid=valid, judgement=judgement)
-    return reward([response], grpo.RewardInputs("0/0", {}))[0]
+    return reward([response], "0/0", {})[0]
 
 
 def test_judgements_reach_their_own_response():
@@ -187,8 +187,8 @@ def test_random_reward_sees_nothing_but_the_format():
         coins.append([r.reward for r in rollouts])
     assert coins[0] == coins[1] and 8 < sum(coins[0]) < 32 and coins[0][7] == 0
     invalid, valid = ([grpo.Rollout("p", [1], [2], [0.0], "", "stop", valid=v)] * 20 for v in (False, True))
-    assert not any(grpo.random_reward(invalid, grpo.RewardInputs("0/3", {})))
-    assert set(grpo.random_reward(valid, grpo.RewardInputs("0/3", {}))) == {0.0, 1.0}
+    assert not any(grpo.random_reward(invalid, "0/3", {}))
+    assert set(grpo.random_reward(valid, "0/3", {})) == {0.0, 1.0}
 
 
 def test_verifiable_reward_needs_every_answer(tmp_path, monkeypatch):
@@ -242,12 +242,12 @@ def test_step_augmented_and_majority_by_hand():
     def majority(answers):
         texts = [STEPS if answer is None else f"\\boxed{{{answer}}}" for answer in answers]
         group = [grpo.Rollout("p", [1], [2], [0.0], text, "stop") for text in texts]
-        return grpo.majority_reward(group, grpo.RewardInputs("0/0", {}))
+        return grpo.majority_reward(group, "0/0", {})
 
     assert majority(["1/2", None, "0.5", "3", "1/2"]) == [1, 0, 1, 0, 1]
     assert majority([None, None]) == [0, 0]
     sure = [grpo.Rollout("p", [1], [2], [0.0], "", "stop", certainty=x) for x in ([1.0, 2.0, 6.0], [])]
-    assert grpo.self_certainty_reward(sure, grpo.RewardInputs("0/0", {})) == [3.0, 0.0]
+    assert grpo.self_certainty_reward(sure, "0/0", {}) == [3.0, 0.0]
 
 
 def test_selective_advantage_by_hand():
@@ -687,7 +687,7 @@ def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--temperature", 0], r"--temperature 0\.0: it must be positive"),
+        (["--temperature", 0], r"--temperature 0: it must be from 0\.001 to 100"),
         (["--min_steps", 9, "--max_steps", 8], "--min_steps 9 is more than --max_steps 8"),
         (["--prm", TINY / "verifier", "--prm_kind", "orm", "--reward", "global_step"], "--prm_kind orm gives none"),
         (["--device", "gpu"], "--device gpu: no such device; use cpu"),
@@ -740,8 +740,8 @@ def test_a_run_knows_its_models(world, monkeypatch, tmp_path):
     shutil.copy(root / "whole/model.safetensors", policy)
     with pytest.raises(InputError, match="the contents of --policy have changed"):
         run("--steps", 4)
-    assert grpo.note_reward_model([[0, "a"], [20, "b"]], 20, "a") == [[0, "a"]]
-    assert grpo.note_reward_model([[0, "a"]], 20, "b") == [[0, "a"], [20, "b"]]
+    assert records.note_model([[0, "a"], [20, "b"]], 20, "a") == [[0, "a"]]
+    assert records.note_model([[0, "a"]], 20, "b") == [[0, "a"], [20, "b"]]
 
 
 def test_several_held_out_files(world, monkeypatch, tmp_path):
