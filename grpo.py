@@ -13,17 +13,15 @@ penalty towards the initial policy. In this order they stand here, then `train`,
     step_augmented       V (0.4 k/n + 0.6 y)
     selective_advantage  V y; a token keeps its advantage if its step's verdict agrees with the sign
     global_step          V y, and 0.8 A + 0.2 A_step
-    rlvr                 1 if its answer is graded right against the reference (a baseline)
-    majority             1 if its answer is the group's most frequent one (a baseline)
-    self_certainty       mean KL(uniform || p) over its tokens (a baseline)
-    random               V times a coin (the control)
+    rlvr                 1 if its answer is graded right against the reference
+    majority             1 if its answer is the group's most frequent one
+    self_certainty       mean KL(uniform || p) over its tokens
+    random               V times a coin: the control
 
 V: the format is valid; y: the reward model's verdict; k of n steps judged correct.
 
-Of PPO there is no critic, as the group's mean is the baseline; no GAE, as there is one reward, at the end; and no pass
-of an old policy: with one update per batch it is the current one, so the loss is nearly 0, although its gradient isn't.
-
-Shapes: B responses of a global batch, G responses of a group, N response tokens packed one behind the other.
+Left out of PPO: the critic (the group's mean is the baseline), GAE (there is one reward, at the end), and the pass of an
+old policy (with one update per batch it is the current one: the loss is nearly 0, its gradient isn't).
 """
 
 import argparse
@@ -32,6 +30,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from data import records, report
@@ -75,7 +74,7 @@ CONSTANTS = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}  # li
 
 @dataclass(eq=False)  # tensors have no plain equality
 class Rollout:
-    """One response on its way from the sampler to the loss, as token ids that are never encoded anew."""
+    """One response on its way from sampler to loss; its ids are never encoded anew."""
 
     problem_id: str
     prompt: list[int]
@@ -109,8 +108,7 @@ class Rollout:
 
     @property
     def judged_steps(self) -> list[tuple[bool, tuple[int, int]]]:
-        """(verdict, token range) of each step; [] where verdicts don't match steps, and where the number of steps is
-        penalised, so that a step bonus can't undo the penalty."""
+        """(verdict, token range) of each step; [] where the verdicts don't match the steps, or these are penalised."""
         if self.wrong_step_count or not self.step_spans:
             return []
         return list(zip(self.step_verdicts, self.step_spans, strict=True))
@@ -123,8 +121,8 @@ Group = list[Rollout]  # the G responses to one problem
 
 
 def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
-    """The problems of a step, a function of (step, seed), so that a resumed run continues exactly; each epoch has a new
-    order. `place` is the problem's number in the run: one that comes twice in a step must get two groups."""
+    """The problems of a step, a function of (step, seed), so that a resumed run continues exactly. `place` is the
+    problem's number in the run: one that comes twice in a step must get two groups."""
     batch: list[dict] = []
     for place in range(step * batch_size, (step + 1) * batch_size):
         epoch, position = divmod(place, len(problems))
@@ -166,8 +164,8 @@ def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: s
     for r in valid:
         steps, answer = shown_solution(r.text)
         # The id seeds the samples of --prm_votes: equal responses get equal judgements, on any rank.
-        name = f"{r.problem_id}/{r.text}"
-        solutions.append({"id": name, "problem": r.problem, "steps": steps, "answer": answer})
+        solution = {"id": f"{r.problem_id}/{r.text}", "problem": r.problem, "steps": steps, "answer": answer}
+        solutions.append(solution)
     for r, solution, judgement in zip(valid, solutions, judge(solutions, seed=seed), strict=True):
         r.judgement = judgement
         if REWARDS[args.reward].least_steps and r.verdict is not None and r.step_verdicts is not None:
@@ -224,7 +222,7 @@ def random_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
 
 
 def groups_of(rollouts: list[Rollout], group_size: int) -> list[Group]:
-    """The groups of rollouts, which stand one behind the other."""
+    """The groups, which stand one behind the other."""
     return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
 
 
@@ -269,7 +267,7 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
 
 
 def spread_advantages(rollouts: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
-    """The advantage of every token, (T_i,) for each response, from A (B,). Only the step designs change A."""
+    """The advantage of every token, (T_i,) for each response, from A (B,)."""
     spread = REWARDS[args.reward].spread
     groups = groups_of(rollouts, args.group_size)
     result = []
@@ -279,7 +277,7 @@ def spread_advantages(rollouts: list[Rollout], advantages: Tensor, args) -> list
 
 
 def spread_evenly(group: Group, advantages: Tensor, args) -> list[Tensor]:
-    """A for every token of a response."""
+    """A for every token."""
     return [a.expand(len(r.ids)) for r, a in zip(group, advantages, strict=True)]
 
 
@@ -294,12 +292,12 @@ def loss_weights(lengths: list[int], norm: str, max_tokens: int) -> Tensor:
     """
     B, N = len(lengths), sum(lengths)
     if norm == "token":
-        weight_of_response = [1 / N] * B
+        weights = [1 / N] * B
     elif norm == "sequence":
-        weight_of_response = [1 / (B * max(length, 1)) for length in lengths]
+        weights = [1 / (B * max(length, 1)) for length in lengths]
     else:
-        weight_of_response = [1 / (B * max_tokens)] * B
-    return torch.tensor(weight_of_response).repeat_interleave(torch.tensor(lengths))
+        weights = [1 / (B * max_tokens)] * B
+    return torch.tensor(weights).repeat_interleave(torch.tensor(lengths))
 
 
 def grpo_loss(
@@ -339,7 +337,7 @@ def grpo_loss(
     return loss, stats
 
 
-def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
     """Put the responses of a micro-batch one behind the other, with each prompt only once: (ids (N,), lengths (S,),
     targets (N,), layout (M,)), as `Transformer.packed` takes them.
 
@@ -351,8 +349,7 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
         layout     0 1 2 3 | 0 1 4 5 6      the places of sequence 1, then those of sequence 2
         lengths    4       | 5
 
-    The prompt's last token c is repeated, because it predicts the first token of each response. layout is None if
-    nothing is shared.
+    The prompt's last token c is repeated, because it predicts the first token of each response.
     """
     ids, targets, layout, lengths = [], [], [], []
     places_of_prompt: dict[tuple[int, ...], range] = {}  # of its tokens without the last
@@ -371,20 +368,13 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
 
         layout += [*shared, *own]
         lengths.append(len(shared) + len(own))
-    packed = [torch.tensor(x, device=device) for x in (ids, lengths, targets)]
-    if len(layout) == len(ids):
-        return *packed, None
-    return *packed, torch.tensor(layout, device=device)
+    return tuple(torch.tensor(x, device=device) for x in (ids, lengths, targets, layout))
 
 
 def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[Group]:
     """The groups of one rank: responses that follow each other and have one prompt, which is packed and run once for all
     of them. Dealt out by size, so that ranks have similar work."""
-    groups: list[Group] = []
-    for r in rollouts:
-        if not groups or r.prompt != groups[-1][0].prompt:
-            groups.append([])
-        groups[-1].append(r)
+    groups = [list(group) for _, group in groupby(rollouts, key=lambda r: r.prompt)]
     groups.sort(key=lambda group: len(group[0].prompt) + sum(len(r.ids) for r in group))
     return groups[rank::ranks]
 
@@ -402,16 +392,16 @@ def fill_micro_batches(groups: list[Group], max_tokens: int) -> list[list[Rollou
     tokens = 0  # packed in the last of them
     for group in groups:
         prompt = len(group[0].prompt) - 1  # its last token is counted with each response
-        for number, r in enumerate(group):
-            needed = len(r.ids)
-            if number == 0:
-                needed += prompt
+        packed = 0  # tokens of this prompt in the last micro-batch
+        for r in group:
+            needed = prompt - packed + len(r.ids)
             if not batches or tokens + needed > max_tokens:
                 batches.append([])
                 tokens = 0
                 needed = prompt + len(r.ids)
             batches[-1].append(r)
             tokens += needed
+            packed = prompt
     return batches
 
 
@@ -422,14 +412,14 @@ def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[l
     batches = fill_micro_batches(groups, max_tokens)
     most = distributed.max_over_ranks(len(batches))  # a collective: every rank must get here
     while len(batches) < most:
-        batches.append([Rollout(problem_id="", prompt=[0], ids=[], logprobs=[], text="", finish="")])
+        batches.append([Rollout("", prompt=[0], ids=[], logprobs=[], text="", finish="")])
     return batches
 
 
 def micro_batch_loss(
     model: Transformer, reference: Transformer | None, batch: list[Rollout], args
 ) -> tuple[Tensor, dict[str, float]]:
-    """The GRPO loss of a micro-batch, a part of the global batch's sum, and sums over its N response tokens."""
+    """The GRPO loss of a micro-batch, a part of the batch's sum, and sums over its N response tokens."""
     ids, lengths, targets, layout = pack_responses(batch, model.device)
     response = targets >= 0
 
@@ -523,7 +513,7 @@ class Setup:
     model: Transformer  # is trained: fp32 weights, sharded
     reference: Transformer | None  # the frozen initial policy, sharded
     optimizer: torch.optim.Optimizer
-    judge: Callable | None  # judge(solutions, seed=...) -> judgements; None for a reward without it
+    judge: Callable | None  # judge(solutions, seed=...) -> judgements
     problems: list[dict]
     heldout: dict[str, list[dict]]  # name of a file -> its problems
     gold: dict[str, str]
@@ -592,8 +582,8 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
 def selective_advantage(
     advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
 ) -> Tensor:
-    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
-    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
+    """(T,) advantages of one response's tokens: A if the step is correct and A >= 0, or incorrect and A < 0; otherwise
+    A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
     tokens = torch.full((length,), advantage)
     for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
         agrees = correct == (advantage >= 0)
@@ -677,22 +667,21 @@ REWARDS = {
 
 
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
-    """The reward and its parts, and the indicators of reward hacking; means over the batch."""
+    """The reward and its parts, and indicators of reward hacking; means over the batch."""
     judged = [r for r in rollouts if r.judgement is not None]
     judges_steps = REWARD_MODELS[prm_kind].judges_steps
-    share_correct = [sum(r.step_verdicts) / len(r.step_verdicts) for r in judged if r.step_verdicts]
     mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
-    rewards = torch.tensor([r.reward for r in rollouts])
+    rewards = [r.reward for r in rollouts]
     formats = [describe_format(r.text) for r in rollouts]
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
 
     return {
-        "reward/mean": mean([r.reward for r in rollouts]),
-        "reward/std": rewards.std().item() if len(rollouts) > 1 else 0.0,
+        "reward/mean": mean(rewards),
+        "reward/std": torch.tensor(rewards).std().item() if len(rewards) > 1 else 0.0,
         "reward/verdict": mean([r.verdict is True for r in judged]),
-        "reward/steps_correct": mean(share_correct),
+        "reward/steps_correct": mean([mean(r.step_verdicts) for r in judged if r.step_verdicts]),
         "reward/unknown": mean([r.ungradable for r in rollouts]),
         "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
@@ -728,8 +717,8 @@ def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str
 
 
 def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, step: int) -> dict[str, float]:
-    """Accuracy of one response to each problem, and of those valid under `paper`. With a reward model also the reward:
-    where it rises and the accuracy doesn't, it is being gamed."""
+    """Accuracy of one response to each problem, and of those valid under `paper`. Where a reward model's reward rises
+    and the accuracy doesn't, it is being gamed."""
     settings = {"temperature": args.heldout_temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     result = heldout_accuracy(run.policy, problems, run.gold, num_samples=1, **settings)
     samples = [sample for (sample,) in result.samples]
@@ -742,11 +731,12 @@ def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, 
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
     if run.judge is not None:
-        text_of = {problem["id"]: problem["problem"] for problem in problems}
+        text_of = {p["id"]: p["problem"] for p in problems}
         mine = []
         for sample in distributed.my_part(samples):
-            problem_id = sample["problem_id"]
-            mine.append(Rollout(problem_id, [], [], [], sample["text"], sample["finish"], problem=text_of[problem_id]))
+            r = Rollout(sample["problem_id"], [], [], [], sample["text"], sample["finish"])
+            r.problem = text_of[r.problem_id]
+            mine.append(r)
         score_rollouts(mine, run.judge, run.policy.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
@@ -783,8 +773,7 @@ def show_step(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tens
     if (step - 1) % args.sample_every == 0:
         shown = report.show_rollout(describe_rollout(rollouts[0], advantages[0].item(), tokenizer))
         tqdm.write(f"--- step {step} · {report.printable(rollouts[0].problem)}\n{shown}")
-    reward = f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}"
-    bar.set_postfix_str(f"{reward}, {record['time/tokens_per_second']:,.0f} tok/s", refresh=False)
+    bar.set_postfix({"reward": record["reward/mean"], "valid": record["format/valid"]}, refresh=False)
 
 
 # --------------------------------------------------------------------------- set-up
@@ -809,7 +798,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--reward", default="process_aware", choices=list(REWARDS))
     group.add_argument("--format_constraints", default="paper", choices=["none", "paper", "strict"])
     group.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
-    group.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per response; 1: a greedy one")
+    group.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per response; 1: greedy")
     group.add_argument("--selective_discount", type=real(0, 1), default=0.0, help="0.5 halves what is 0 in the paper")
     group.add_argument("--min_steps", type=POSITIVE, help="fewer: reward 0; default: 4 (selective), 3 (global_step)")
     group.add_argument("--max_steps", type=POSITIVE, default=20, help="more: reward 0, under these two rewards")
@@ -819,15 +808,15 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--group_size", type=integer(2, 100_000), default=16, help="G, responses per problem")
     group.add_argument("--max_new_tokens", type=POSITIVE, default=2048, help="per response")
     group.add_argument("--max_prompt_tokens", type=POSITIVE, default=2048, help="longer problems are left out")
-    group.add_argument("--temperature", type=real(0.001, 100), default=1.0, help="of rollouts and of every log-prob")
+    group.add_argument("--temperature", type=real(0.001, 100), default=1.0, help="of rollouts and log-probs")
     group.add_argument("--lr", type=real(0), default=1e-6, help="constant")
     group.add_argument("--clip_low", type=real(0, 1), default=0.2)
     group.add_argument("--clip_high", type=real(0), default=0.2)
     group.add_argument("--updates", type=COUNT, default=1, help="per batch")
-    group.add_argument("--tis_cap", type=real(0), default=0.0, help="caps the weights trainer/sampler; 0: none")
+    group.add_argument("--tis_cap", type=real(0), default=0.0, help="caps weights trainer/sampler; 0: none")
     group.add_argument("--kl_coef", type=real(0), default=0.001, help="0 turns the KL term off")
     group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"], help="dr_grpo: no std")
-    group.add_argument("--max_gap", type=real(0), default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
+    group.add_argument("--max_gap", type=real(0), default=0.1, help="most mean |sampler - trainer|, nats")
     group = parser.add_argument_group("running")
     group.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
     group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
@@ -858,8 +847,8 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, for --reward rlvr and the accuracy on --heldout only: delete the tiny world's
-    gold file, and no other reward changes. For rlvr the problems' own answers count, too."""
+    """Reference answers by problem id, for --reward rlvr and the accuracy on --heldout only. The tiny world's file may
+    be missing; for rlvr the problems' own answers count, too."""
     gold = {}
     if args.gold and (args.gold != TINY["gold"] or Path(args.gold[0]).is_file()):
         gold = records.read_answers(args.gold)
@@ -919,9 +908,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
 
     # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
     fitting = fitting_problems(problems, policy, args)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
-    )
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=fused)
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if start > args.steps:
@@ -931,8 +919,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
         args.prm_sha256 = records.note_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
     distributed.copy_weights(inference, model)
     resumed = f", resumed after step {start}" if start else ""
-    monitored = "" if gold else ", no gold file: held-out accuracy isn't measured"
-    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long){monitored}{resumed}")
+    measured = "" if gold else ", no gold file: held-out accuracy isn't measured"
+    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long){measured}{resumed}")
     return Setup(policy, model, reference, optimizer, judge, fitting, heldout, gold, start)
 
 
