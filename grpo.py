@@ -158,7 +158,7 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
 
 
 def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
-    """Set `judgement` of the valid responses, the only ones judged, and `step_spans` for the step designs."""
+    """Set `judgement` of the valid responses only, and `step_spans` for the step designs."""
     valid = [r for r in rollouts if r.valid]
     solutions = []
     for r in valid:
@@ -229,8 +229,8 @@ def groups_of(rollouts: list[Rollout], group_size: int) -> list[Group]:
 def score_rollouts(
     rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int, clock=nullcontext
 ):
-    """Set `valid`, `judgement` and `reward` of each rollout. In the step designs a response with too few or too many
-    steps earns nothing, before the group's mean and std are taken."""
+    """Set `valid`, `judgement` and `reward` of each rollout. In the step designs too few or too many steps earn nothing,
+    before the group's mean and std are taken."""
     reward = REWARDS[args.reward]
     seed = f"{args.seed}/{step}"
     for r in rollouts:
@@ -667,7 +667,7 @@ REWARDS = {
 
 
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
-    """The reward and its parts, and indicators of reward hacking; means over the batch."""
+    """The reward, its parts, and indicators of reward hacking: means over the batch."""
     judged = [r for r in rollouts if r.judgement is not None]
     judges_steps = REWARD_MODELS[prm_kind].judges_steps
     mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
@@ -698,8 +698,7 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 
 
 def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str, float]:
-    """`measure_heldout` of all files: their plain mean as heldout/accuracy and so on; of several, also each as
-    heldout/<name>/accuracy."""
+    """`measure_heldout`: its mean over files as heldout/accuracy and so on; of several, each as heldout/<name>/accuracy."""
     files = {name: measure_heldout(run, problems, args, step) for name, problems in run.heldout.items()}
     metrics = {}
     for key in next(iter(files.values())):
@@ -877,7 +876,7 @@ def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
 
 
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
-    """Read the data, load the models (one by one, as each is whole on every rank for a moment) and the checkpoint."""
+    """Read data, models (one by one, as each is whole on every rank for a moment) and checkpoint."""
     out = Path(args.out)
     # 1. The data.
     problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
@@ -908,8 +907,7 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
 
     # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
     fitting = fitting_problems(problems, policy, args)
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if start > args.steps:
@@ -919,7 +917,7 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
         args.prm_sha256 = records.note_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
     distributed.copy_weights(inference, model)
     resumed = f", resumed after step {start}" if start else ""
-    measured = "" if gold else ", no gold file: held-out accuracy isn't measured"
+    measured = "" if gold else ", no --gold: held-out accuracy isn't measured"
     distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long){measured}{resumed}")
     return Setup(policy, model, reference, optimizer, judge, fitting, heldout, gold, start)
 
