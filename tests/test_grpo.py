@@ -564,6 +564,11 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
     numbers that make no sense, or other ones than the run was begun with."""
     root, flags = world
     run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "halves")
+    described = json.loads((root / "halves/args.json").read_text())  # now as it was when a run had one held-out file
+    arguments = described["arguments"]
+    arguments |= {"heldout": arguments["heldout"][0], "gold": arguments["gold"][0]}
+    del arguments["heldout_temperature"], arguments["limit"]
+    (root / "halves/args.json").write_text(json.dumps(described))
     run_main(monkeypatch, grpo, *flags, "--steps", 4, "--out", root / "halves")
     assert read_metrics(root / "halves") == read_metrics(root / "whole")
     halves, whole = (load_file(root / name / "model.safetensors") for name in ("halves", "whole"))
