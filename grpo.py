@@ -2,60 +2,49 @@
 
     problems.jsonl, a policy, a reward model -> grpo.py -> a Hugging Face directory; metrics.jsonl and training/ inside
 
-    python grpo.py                                         # the tiny world, on a CPU, in about four minutes
-    python grpo.py --reward random --out runs/tiny/random  # the control (an explicit flag wins over the tiny numbers)
-    torchrun --nproc_per_node 8 grpo.py --policy runs/policy --prm runs/prm_cot --problems problems.jsonl \\
-        --out runs/grpo
+    python grpo.py    # the tiny world, on a CPU, in about four minutes
 
 One step: (1) sample a group of G responses to each problem; (2) check their format and let the reward model judge the
 valid ones; (3) normalise rewards within each group to advantages; (4) one clipped policy-gradient update with a KL
-penalty towards the initial policy. The file has them in this order, then `train`, the loop that calls them. What stands
-below the loop can be skipped at first: rewards for steps, what is logged, flags and loading.
+penalty towards the initial policy. In this order they stand here, then `train`, the loop; the rest can wait.
 
-| --reward            | of a response                                                     | baseline |
-|---------------------|-------------------------------------------------------------------|----------|
-| process_aware       | V y                                                               |          |
-| step_augmented      | V (0.4 k/n + 0.6 y)                                               |          |
-| selective_advantage | V y; a token keeps its advantage if its step's verdict agrees with the sign | |
-| global_step         | V y, and 0.8 A + 0.2 A_step                                       |          |
-| rlvr                | the answer is graded right against the reference                  | x        |
-| majority            | the answer is the group's most frequent one                       | x        |
-| self_certainty      | mean KL(uniform || p) over its tokens                             | x        |
-| random              | V times a coin                                                    | x        |
+    --reward             what a response is worth
+    process_aware        V y
+    step_augmented       V (0.4 k/n + 0.6 y)
+    selective_advantage  V y; a token keeps its advantage if its step's verdict agrees with the sign
+    global_step          V y, and 0.8 A + 0.2 A_step
+    rlvr                 1 if its answer is graded right against the reference
+    majority             1 if its answer is the group's most frequent one
+    self_certainty       mean KL(uniform || p) over its tokens
+    random               V times a coin: the control
 
 V: the format is valid; y: the reward model's verdict; k of n steps judged correct.
 
-What is left out of PPO, and why:
-- no critic: the group's mean is the baseline;
-- no GAE: there is one reward, at the end;
-- no pass of an old policy: with one update per batch it is the current one. The loss is then nearly 0 in value,
-  although its gradient isn't.
-
-Shapes: B responses of a global batch, G responses of a group, N response tokens packed one behind the other.
+Left out of PPO: the critic (the group's mean is the baseline), GAE (there is one reward, at the end), and the pass of an
+old policy (with one update per batch it is the current one: the loss is nearly 0, its gradient isn't).
 """
 
 import argparse
 import random
-import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from data import records, report
-from data.chat import decode, find_model, open_model
+from data.chat import find_model, locate_steps, open_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
-from data.text import STEP_TAG, count_empty_boxes, extract_answer, find_boxes, has_layout_line, hidden_text, split_steps
+from data.text import describe_format, extract_answer, shown_solution, split_steps
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, require_answers
-from generate import SOLVE_PROMPT, Engine, format_valid, open_engine
+from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, name_files, require_answers
+from generate import SOLVE_PROMPT, Engine, fit_prompts, format_valid, open_engine
 from kernels import distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler
-from kernels.transformer import Transformer, load_model
+from kernels.transformer import Transformer
 from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, check_votes, clip_and_step, score_solutions
 
 import torch
@@ -68,24 +57,15 @@ TINY = {
     "prm": "runs/tiny/prm_cot",
     "problems": "data/tiny/problems.jsonl",
     "out": "runs/tiny/grpo",
-    "heldout": "data/tiny/heldout.jsonl",
-    "gold": "data/tiny/gold.jsonl",
-    "steps": 60,
-    "batch_size": 16,
-    "group_size": 8,
-    "lr": 1.5e-4,
-    "max_new_tokens": 120,
-    "prm_max_new_tokens": 200,
-    "min_steps": 2,
-    "max_steps": 8,
-    "heldout_every": 10,
-    "save_every": 20,
-    "slots": 128,
-    "device": "cpu",
-}
+    "heldout": ["data/tiny/heldout.jsonl"],
+    "heldout_temperature": 1.0,
+    "gold": ["data/tiny/gold.jsonl"],
+    "steps": 60, "batch_size": 16, "group_size": 8, "lr": 1.5e-4, "max_new_tokens": 120, "prm_max_new_tokens": 200,
+    "min_steps": 2, "max_steps": 8, "heldout_every": 10, "save_every": 20, "slots": 128, "device": "cpu",
+}  # fmt: skip
 MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
-    "heldout", "activation_checkpointing", "max_gap", "prm", "prm_sha256",
+    "heldout", "heldout_temperature", "gold", "activation_checkpointing", "max_gap", "prm", "prm_sha256",
 }  # fmt: skip
 WEIGHT_DECAY = 0.01  # of the released code
 MAX_GRAD_NORM = 1.0  # the paper's gradient clip
@@ -94,7 +74,7 @@ CONSTANTS = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}  # li
 
 @dataclass(eq=False)  # tensors have no plain equality
 class Rollout:
-    """One response on its way from the sampler to the loss. Its token ids are never decoded and encoded again."""
+    """One response on its way from sampler to loss; its ids are never encoded anew."""
 
     problem_id: str
     prompt: list[int]
@@ -118,38 +98,39 @@ class Rollout:
 
     @property
     def verdict(self) -> bool | None:
-        """The reward model's verdict on the outcome; None if there is none that can be read."""
+        """On the outcome; None if there is none that can be read."""
         return self.judgement.verdict if self.judgement is not None else None
 
     @property
     def step_verdicts(self) -> list[bool] | None:
-        """Its verdicts on the steps; None unless there is one for each step."""
+        """None unless there is one for each step."""
         return self.judgement.step_verdicts if self.judgement is not None else None
 
     @property
     def judged_steps(self) -> list[tuple[bool, tuple[int, int]]]:
-        """(verdict, token range) of each step, for the step designs. [] where the verdicts don't match the steps, and
-        where their number is penalised, so that a step bonus can't undo the penalty."""
+        """(verdict, token range) of each step; [] where the verdicts don't match the steps, or these are penalised."""
         if self.wrong_step_count or not self.step_spans:
             return []
         return list(zip(self.step_verdicts, self.step_spans, strict=True))
+
+
+Group = list[Rollout]  # the G responses to one problem
 
 
 # --------------------------------------------------------------------------- 1. sample
 
 
 def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) -> list[dict]:
-    """The problems of a step: every epoch has a new order; a function of (step, seed), so that a resumed run continues
-    exactly. `place` is the problem's number in the whole run: one that comes twice in a step must get two groups."""
-    n = len(problems)
-    start = step * batch_size
-    order: list[int] = []  # of all epochs that the batch touches
-    for epoch in range(start // n, (start + batch_size - 1) // n + 1):
-        of_epoch = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(of_epoch)
-        order += of_epoch
-    first = start % n
-    return [problems[order[first + k]] | {"place": start + k} for k in range(batch_size)]
+    """The problems of a step, a function of (step, seed), so that a resumed run continues exactly. `place` is the
+    problem's number in the run: one that comes twice in a step must get two groups."""
+    batch: list[dict] = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(place, len(problems))
+        if not batch or position == 0:
+            order = list(range(len(problems)))
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+        batch.append(problems[order[position]] | {"place": place})
+    return batch
 
 
 def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
@@ -166,141 +147,105 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
     rollouts = []
     for p, samples in zip(problems, groups, strict=True):
         for sample in samples:
-            rollouts.append(
-                Rollout(
-                    problem_id=p["id"],
-                    problem=p["problem"],
-                    prompt=p["prompt"],
-                    ids=sample.ids,
-                    logprobs=sample.logprobs,
-                    text=engine.text(sample.ids, p["prompt"]),
-                    finish=sample.finish,
-                    certainty=sample.certainty,
-                )
-            )
+            text = engine.text(sample.ids, p["prompt"])
+            r = Rollout(p["id"], p["prompt"], sample.ids, sample.logprobs, text, sample.finish, problem=p["problem"])
+            r.certainty = sample.certainty
+            rollouts.append(r)
     return rollouts
 
 
 # --------------------------------------------------------------------------- 2. judge and reward
 
 
-def shown_solution(response: str) -> tuple[list[str], str | None]:
-    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`; where there are
-    tags, what stands in them and nothing else.
-
-    Under the constraint `none` this includes whatever was appended to a first solution; if it were cut away, appending
-    could never be rewarded, and could not be studied.
-    """
-    if "</answer>" in response:
-        response = response[: response.rindex("</answer>") + len("</answer>")]
-    return split_steps(response), extract_answer(response)
-
-
 def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
-    """Set `judgement` of the valid responses, and where the step designs ask for it, `step_spans`. An invalid response
-    costs no call of the reward model."""
+    """Set `judgement` of the valid responses only, and `step_spans` for the step designs."""
     valid = [r for r in rollouts if r.valid]
     solutions = []
     for r in valid:
         steps, answer = shown_solution(r.text)
         # The id seeds the samples of --prm_votes: equal responses get equal judgements, on any rank.
-        name = f"{r.problem_id}/{r.text}"
-        solutions.append({"id": name, "problem": r.problem, "steps": steps, "answer": answer})
+        solution = {"id": f"{r.problem_id}/{r.text}", "problem": r.problem, "steps": steps, "answer": answer}
+        solutions.append(solution)
     for r, solution, judgement in zip(valid, solutions, judge(solutions, seed=seed), strict=True):
         r.judgement = judgement
-        both = judgement.verdict is not None and judgement.step_verdicts is not None
-        if both and REWARDS[args.reward].spread is not None:
+        if REWARDS[args.reward].least_steps and r.verdict is not None and r.step_verdicts is not None:
             r.step_spans = locate_steps(tokenizer, r.ids, r.text, solution["steps"])
 
 
-@dataclass(frozen=True)
-class RewardInputs:
-    """What a reward may read beside the group itself."""
-
-    seed: str  # of this step
-    gold: dict[str, str]  # reference answers by problem id; empty unless the reward is marked with `reads_answers`
+# reward(group, seed of the step, reference answers by problem id) -> a reward for each response
 
 
-def process_aware_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
-    """r = V y, with y the reward model's verdict. A judgement that can't be parsed is worth 0."""
+def process_aware_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
+    """r = V y. A judgement that can't be parsed is worth 0."""
     return [float(r.valid and r.verdict is True) for r in group]
 
 
-def step_augmented_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
-    """r = V (0.4 k/n + 0.6 y), k of n steps judged correct. Without a verdict r = 0; without step verdicts k/n = 0."""
+def step_augmented_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
+    """r = V (0.4 k/n + 0.6 y). Without a verdict r = 0; without step verdicts k/n = 0."""
     rewards = []
     for r in group:
         if not r.valid or r.verdict is None:
             rewards.append(0.0)
             continue
-        share = 0.0
-        if r.step_verdicts:
-            share = sum(r.step_verdicts) / len(r.step_verdicts)
-        rewards.append(0.4 * share + 0.6 * r.verdict)
+        steps = r.step_verdicts or [False]
+        rewards.append(0.4 * (sum(steps) / len(steps)) + 0.6 * r.verdict)
     return rewards
 
 
-def rlvr_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
-    """r = 1 if the answer is graded right against the reference: the verifiable baseline."""
-    answers = [(extract_answer(r.text) or "", inputs.gold[r.problem_id]) for r in group]
-    grades = grade_all(answers)
+def rlvr_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
+    """r = 1 if the answer is graded right against the reference."""
+    grades = grade_all([(extract_answer(r.text) or "", gold[r.problem_id]) for r in group])
     for r, grade in zip(group, grades, strict=True):
         r.ungradable = grade is None
     return [float(grade is True) for grade in grades]
 
 
-def majority_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
-    """r = 1 for the answers that equal the group's most frequent one, as the grader sees it (TTRL); 0 for all if no
-    response has an answer."""
+def majority_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
+    """r = 1 if the answer equals the group's most frequent one, as the grader sees it (TTRL)."""
     answers = [extract_answer(r.text) for r in group]
     winner = majority_answer(answers)
     return [float(cluster is not None and cluster == winner) for cluster in cluster_answers(tuple(answers))]
 
 
-def self_certainty_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
-    """r = mean over the response's tokens of KL(uniform || p), recorded by the sampler (Intuitor)."""
+def self_certainty_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
+    """r = mean over the tokens of KL(uniform || p), recorded by the sampler (Intuitor)."""
     return [sum(r.certainty) / max(len(r.certainty), 1) for r in group]
 
 
-def random_reward(group: list[Rollout], inputs: RewardInputs) -> list[float]:
-    """r = V times a coin: the control. It may teach the format, it must not teach mathematics."""
+def random_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
+    """r = V times a coin. It may teach the format, it must not teach mathematics."""
     rewards = []
     for number, r in enumerate(group):
-        coin = random.Random(f"{inputs.seed}/{r.problem_id}/{number}")
+        coin = random.Random(f"{seed}/{r.problem_id}/{number}")
         rewards.append(float(r.valid and coin.random() < 0.5))
     return rewards
 
 
-def give_rewards(rollouts: list[Rollout], inputs: RewardInputs, args) -> None:
-    """Set `reward`, group by group. In the step designs a response with too few or too many steps earns nothing, before
-    the group's mean and std are taken."""
-    reward = REWARDS[args.reward]
-    for group in groups_of(rollouts, args.group_size):
-        for r, value in zip(group, reward.of_group(group, inputs), strict=True):
-            r.reward = value
-            if reward.least_steps and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
-                r.wrong_step_count = True
-                r.reward = 0.0
-
-
-def groups_of(rollouts: list[Rollout], group_size: int) -> list[list[Rollout]]:
-    """The groups of rollouts, which stand one behind the other."""
+def groups_of(rollouts: list[Rollout], group_size: int) -> list[Group]:
+    """The groups, which stand one behind the other."""
     return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
 
 
 def score_rollouts(
     rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int, clock=nullcontext
 ):
-    """Set `valid`, `judgement` and `reward` of each rollout. judge(solutions, seed=...) returns their judgements. A
-    `Clock` measures how long the rewards take, because some compare answers with each other."""
+    """Set `valid`, `judgement` and `reward` of each rollout. In the step designs too few or too many steps earn nothing,
+    before the group's mean and std are taken."""
+    reward = REWARDS[args.reward]
     seed = f"{args.seed}/{step}"
     for r in rollouts:
         r.valid = format_valid(r.text, args.format_constraints, finished=r.finish == "stop")
-    if REWARDS[args.reward].needs_judge:
+    if reward.asks:
         judge_responses(rollouts, judge, tokenizer, seed, args)
-    inputs = RewardInputs(seed, gold if REWARDS[args.reward].reads_answers else {})
-    with clock("reward"):
-        give_rewards(rollouts, inputs, args)
+    if not reward.reads_answers:
+        gold = {}
+    with clock("reward"):  # some rewards compare answers with each other, which takes time
+        for group in groups_of(rollouts, args.group_size):
+            for r, value in zip(group, reward.of_group(group, seed, gold), strict=True):
+                r.reward = value
+                if reward.least_steps and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
+                    r.wrong_step_count = True
+                    r.reward = 0.0
 
 
 # --------------------------------------------------------------------------- 3. advantages
@@ -310,8 +255,8 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
     """A = (r - mean of the group) / (std of the group + 1e-6), unbiased std; rewards (B,), groups consecutive -> (B,).
     Without std_norm (Dr. GRPO) A = r - mean.
 
-    A group of equal rewards gives exactly 0: compared by max and min, because in fp32 the mean of sixteen rewards of
-    0.7 isn't 0.7, and the rounding error would be divided by a tiny std.
+    A group of equal rewards gives exactly 0, by max and min: in fp32 the mean of sixteen rewards of 0.7 isn't 0.7, and
+    the rounding error would be divided by a tiny std.
     """
     groups = rewards.view(-1, group_size)  # (B / G, G)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -322,17 +267,18 @@ def group_advantages(rewards: Tensor, group_size: int, std_norm: bool = True) ->
 
 
 def spread_advantages(rollouts: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
-    """The advantage of every token, (T_i,) for each response, from A (B,). The step designs change it where the reward
-    model judged just the steps that the response has; elsewhere A stays."""
+    """The advantage of every token, (T_i,) for each response, from A (B,)."""
     spread = REWARDS[args.reward].spread
     groups = groups_of(rollouts, args.group_size)
     result = []
     for group, of_group in zip(groups, advantages.view(-1, args.group_size), strict=True):
-        if spread is not None:
-            result += spread(group, of_group, args)
-        else:
-            result += [a.expand(len(r.ids)) for r, a in zip(group, of_group, strict=True)]
+        result += spread(group, of_group, args)
     return result
+
+
+def spread_evenly(group: Group, advantages: Tensor, args) -> list[Tensor]:
+    """A for every token."""
+    return [a.expand(len(r.ids)) for r, a in zip(group, advantages, strict=True)]
 
 
 # --------------------------------------------------------------------------- 4. the loss and the update
@@ -342,17 +288,16 @@ def loss_weights(lengths: list[int], norm: str, max_tokens: int) -> Tensor:
     """The weight of every response token in the loss, (N,) fp32, over the whole global batch of B responses.
 
     token: 1 / N, every token counts the same (the released code). sequence: 1 / (B * len), every response counts the
-    same (the paper's formula). dr_grpo: 1 / (B * max_tokens), a constant, which removes the bias towards long wrong
-    answers. Computed once, before the batch is split, so that the split can't matter.
+    same (the paper). dr_grpo: 1 / (B * max_tokens), without the bias towards long wrong answers.
     """
     B, N = len(lengths), sum(lengths)
     if norm == "token":
-        weight_of_response = [1 / N] * B
+        weights = [1 / N] * B
     elif norm == "sequence":
-        weight_of_response = [1 / (B * max(length, 1)) for length in lengths]
+        weights = [1 / (B * max(length, 1)) for length in lengths]
     else:
-        weight_of_response = [1 / (B * max_tokens)] * B
-    return torch.tensor(weight_of_response).repeat_interleave(torch.tensor(lengths))
+        weights = [1 / (B * max_tokens)] * B
+    return torch.tensor(weights).repeat_interleave(torch.tensor(lengths))
 
 
 def grpo_loss(
@@ -374,7 +319,7 @@ def grpo_loss(
     The estimator k, called k3, has KL(policy || ref) as its expected value. What the loss uses is its gradient, and
     that is another matter: with samples of the current policy, its expected value is the gradient of KL(ref || policy).
 
-    stats: weighted sums over these tokens of k3, of the clipped fraction, and of the surrogate.
+    stats: weighted sums over these tokens.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -392,7 +337,7 @@ def grpo_loss(
     return loss, stats
 
 
-def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, ...]:
     """Put the responses of a micro-batch one behind the other, with each prompt only once: (ids (N,), lengths (S,),
     targets (N,), layout (M,)), as `Transformer.packed` takes them.
 
@@ -404,8 +349,7 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
         layout     0 1 2 3 | 0 1 4 5 6      the places of sequence 1, then those of sequence 2
         lengths    4       | 5
 
-    The prompt's last token c is repeated, because it predicts the first token of each response. layout is None if
-    nothing is shared.
+    The prompt's last token c is repeated, because it predicts the first token of each response.
     """
     ids, targets, layout, lengths = [], [], [], []
     places_of_prompt: dict[tuple[int, ...], range] = {}  # of its tokens without the last
@@ -424,79 +368,71 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
 
         layout += [*shared, *own]
         lengths.append(len(shared) + len(own))
-    packed = [torch.tensor(x, device=device) for x in (ids, lengths, targets)]
-    if len(layout) == len(ids):
-        return *packed, None
-    return *packed, torch.tensor(layout, device=device)
+    return tuple(torch.tensor(x, device=device) for x in (ids, lengths, targets, layout))
 
 
-def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[list[Rollout]]:
-    """The groups of one rank: responses that follow each other and have one prompt. They are dealt out by size, so that
-    ranks have similar work, and never torn apart, since a prompt is packed and run once for all its responses."""
-    groups: list[list[Rollout]] = []
-    for r in rollouts:
-        if not groups or r.prompt != groups[-1][0].prompt:
-            groups.append([])
-        groups[-1].append(r)
+def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[Group]:
+    """The groups of one rank: responses that follow each other and have one prompt, which is packed and run once for all
+    of them. Dealt out by size, so that ranks have similar work."""
+    groups = [list(group) for _, group in groupby(rollouts, key=lambda r: r.prompt)]
     groups.sort(key=lambda group: len(group[0].prompt) + sum(len(r.ids) for r in group))
     return groups[rank::ranks]
 
 
-def fill_micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[list[Rollout]]:
+def fill_micro_batches(groups: list[Group], max_tokens: int) -> list[list[Rollout]]:
     """Micro-batches of at most max_tokens packed tokens (single longer responses excepted), filled group by group. A
     group that doesn't fit continues in the next one, with its prompt again.
 
-    Two groups a and b of three responses with 40 tokens each, to prompts of 1 + 100 tokens; max_tokens 200:
+    A group of three responses with 40 tokens each, to a prompt of 1 + 100 tokens; max_tokens 200:
 
-        micro-batch    a1 a2          a3          b1 b2          b3
-        tokens         100 + 40 + 40  100 + 40    100 + 40 + 40  100 + 40
+        micro-batch    a1 a2          a3
+        tokens         100 + 40 + 40  100 + 40
     """
     batches: list[list[Rollout]] = []
     tokens = 0  # packed in the last of them
     for group in groups:
         prompt = len(group[0].prompt) - 1  # its last token is counted with each response
-        for number, r in enumerate(group):
-            needed = len(r.ids)
-            if number == 0:
-                needed += prompt
+        packed = 0  # tokens of this prompt in the last micro-batch
+        for r in group:
+            needed = prompt - packed + len(r.ids)
             if not batches or tokens + needed > max_tokens:
                 batches.append([])
                 tokens = 0
                 needed = prompt + len(r.ids)
             batches[-1].append(r)
             tokens += needed
+            packed = prompt
     return batches
 
 
 def split_into_micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """This rank's share of the global batch, in as many micro-batches as every other rank has: FSDP needs all of them
-    in each. What is missing runs one token that predicts nothing, without a gradient."""
+    """This rank's share of the global batch, in as many micro-batches as every other rank has: FSDP needs all ranks in
+    each. What is missing runs one token that predicts nothing."""
     groups = deal_groups(rollouts, distributed.rank(), distributed.world_size())
     batches = fill_micro_batches(groups, max_tokens)
     most = distributed.max_over_ranks(len(batches))  # a collective: every rank must get here
     while len(batches) < most:
-        batches.append([Rollout(problem_id="", prompt=[0], ids=[], logprobs=[], text="", finish="")])
+        batches.append([Rollout("", prompt=[0], ids=[], logprobs=[], text="", finish="")])
     return batches
 
 
 def micro_batch_loss(
     model: Transformer, reference: Transformer | None, batch: list[Rollout], args
 ) -> tuple[Tensor, dict[str, float]]:
-    """The GRPO loss of a micro-batch, a part of the global batch's sum, and sums over its N response tokens."""
+    """The GRPO loss of a micro-batch, a part of the batch's sum, and sums over its N response tokens."""
     ids, lengths, targets, layout = pack_responses(batch, model.device)
     response = targets >= 0
 
     # 1. Log-probs of the policy and of the reference. The responses were drawn from softmax(logits / T): at any other
     # temperature these would be another policy's, and ratio, KL and the comparison below wrong without an error to see.
     packed = ids, lengths, targets, args.temperature, layout
-    ref_logprobs = None
     if reference is not None:  # first, while no activations of the policy are kept
         with torch.no_grad():
             ref_logprobs = reference.packed(*packed)[0][response]  # (N,)
     logprobs, entropy = model.packed(*packed)
     logprobs = logprobs[response]  # (N,)
     current = logprobs.detach()
-    if ref_logprobs is None:
+    if reference is None:
         ref_logprobs = current  # the KL to itself is zero
 
     # 2. Old log-probs are those of the policy before the first update of this batch. In that update they are the
@@ -512,8 +448,8 @@ def micro_batch_loss(
     if args.tis_cap:
         advantages = advantages * (old_logprobs - sampled).exp().clamp(max=args.tis_cap)
     weights = torch.cat([r.token_weights for r in batch]).to(model.device)
-    clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
-    loss, stats = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, **clip, kl_coef=args.kl_coef)
+    settings = {"clip_low": args.clip_low, "clip_high": args.clip_high, "kl_coef": args.kl_coef}
+    loss, stats = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, **settings)
     gap = (sampled - old_logprobs).abs()
     stats["entropy"] = entropy[response].sum().item()
     stats["gap"] = gap.sum().item()
@@ -524,8 +460,8 @@ def micro_batch_loss(
 def update_policy(
     model, optimizer, reference, rollouts: list[Rollout], advantages: list[Tensor], args
 ) -> dict[str, float]:
-    """One gradient step on the global batch of rollouts; returns its metrics. Every rank has all rollouts and their
-    token advantages, (T_i,) each, and trains on its share."""
+    """One gradient step on the global batch; returns its metrics. Every rank has all rollouts and their token
+    advantages, (T_i,) each, and trains on its share."""
     # 1. What each token brings into the loss.
     lengths = [len(r.ids) for r in rollouts]
     weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens)  # (N,)
@@ -547,10 +483,8 @@ def update_policy(
     # 3. Is what was sampled what is trained?
     gap = totals["gap"] / sum(lengths)
     if not gap <= args.max_gap:
-        raise RunError(
-            f"the sampler's log-probs differ from the trainer's by {gap:.4f} nats per token, more than "
-            f"--max_gap {args.max_gap}: the sampled policy isn't the one being trained; stopped before the update"
-        )
+        raise RunError(f"the sampler's log-probs differ from the trainer's by {gap:.4f} nats per token, more than --max_gap "
+                       f"{args.max_gap}: they aren't of one policy; stopped before the update")  # fmt: skip
 
     # 4. The step.
     norm = clip_and_step(model, optimizer, args.lr, MAX_GRAD_NORM)
@@ -579,33 +513,30 @@ class Setup:
     model: Transformer  # is trained: fp32 weights, sharded
     reference: Transformer | None  # the frozen initial policy, sharded
     optimizer: torch.optim.Optimizer
-    judge: Callable | None  # judge(solutions, seed=...) -> judgements; None for rewards without a reward model
+    judge: Callable | None  # judge(solutions, seed=...) -> judgements
     problems: list[dict]
-    heldout: list[dict]
+    heldout: dict[str, list[dict]]  # name of a file -> its problems
     gold: dict[str, str]
     start: int  # steps done by an earlier run
 
 
 def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
-    """The loop: one step is sample, judge, advantages, update."""
+    """The loop."""
     out = Path(args.out)
-    measure = partial(heldout_metrics, run.policy, run.heldout, run.gold, run.judge, args)  # of a step
     signals = distributed.stop_on_signal()
     if run.start == 0 and run.heldout:
-        metrics.append({"step": 0, **measure(0)})
+        metrics.append({"step": 0, **heldout_metrics(run, args, 0)})
     if run.start == args.steps:  # an earlier run may have been killed just before its last export
         distributed.export(run.model, find_model(args.policy), out)
-    todo = range(run.start, args.steps)
-    main_rank = distributed.rank() == 0
-    bar = tqdm(todo, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=not main_rank)
+    steps = range(run.start, args.steps)
+    bar = tqdm(steps, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=distributed.rank() > 0)
     for step in bar:
-        clock = Clock()
+        clock = distributed.Clock()
 
         # 1. Sample a group of G responses to each problem of this step.
         with clock("sample"):
             problems = batch_for_step(step, run.problems, args.batch_size, args.seed)
-            mine = distributed.my_part(problems)
-            rollouts = sample_rollouts(run.policy, mine, args, step)
+            rollouts = sample_rollouts(run.policy, distributed.my_part(problems), args, step)
 
         # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
         with clock("score"):
@@ -626,13 +557,15 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
             distributed.copy_weights(run.policy.sampler.model, run.model)
 
         record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
-        record |= trained | clock.metrics(rollouts)
+        sampled = sum(len(r.ids) for r in rollouts)
+        judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
+        record |= trained | clock.metrics(sample=sampled, score=judged, update=sampled)
         last = step + 1 == args.steps
         stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
         if run.heldout and (last or (step + 1) % args.heldout_every == 0):
-            record |= measure(step + 1)
-        if main_rank:
-            show_progress(bar, record, rollouts, advantages, args, step)
+            record |= heldout_metrics(run, args, step + 1)
+        if distributed.rank() == 0:
+            show_step(bar, record, rollouts, advantages, run.policy.tokenizer, args)
         metrics.append(record)
         if last or stopped or (step + 1) % args.save_every == 0:
             # First what the run resumes from: whatever goes wrong with the copy for others then costs nothing.
@@ -646,51 +579,11 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
 # --------------------------------------------------------------------------- rewards for steps, and all rewards
 
 
-def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
-    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the
-    text.
-
-    The ids decode to `text`; nothing is encoded again. Six tokens, and two steps in tags:
-
-        tokens       <step>  1+  1=2</  step>  <step>  3</step>
-        characters   6       8   13     18     24      32           that the first 1, 2, 3, ... tokens decode to
-        step "1+1=2" is text[6:11]: from the first token that reaches beyond 6, up to the first that reaches 11: (1, 3)
-        step "3"     is text[24:25]: (5, 6)
-
-    Tagged steps are looked for inside their tags, as the same words may stand outside. A token that has the end of one
-    step and the beginning of the next belongs to the first; a step's range may then be empty.
-    """
-
-    opened = len(text) - len(decode(tokenizer, ids))  # of a <think> that the prompt ended with
-
-    def characters(count: int) -> int:
-        """How many characters the first `count` tokens decode to; one split over several tokens counts from its
-        last."""
-        return opened + len(decode(tokenizer, ids[:count]).rstrip("\ufffd"))
-
-    counts = range(len(ids) + 1)
-    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
-    spans = []
-    text_end, token_end = 0, 0  # of the step before
-    for k, step in enumerate(steps):
-        earliest = max(text_end, tags[k]) if k < len(tags) else text_end
-        text_start = text.find(step, earliest)
-        if text_start < 0:
-            return []
-        text_end = text_start + len(step)
-        token_start = bisect_left(counts, text_start, lo=token_end, key=characters)
-        if token_start > token_end and characters(token_start) > text_start:
-            token_start -= 1  # the token before has the step's first character, too
-        token_end = bisect_left(counts, text_end, lo=token_start, key=characters)
-        spans.append((token_start, token_end))
-    return spans
-
-
 def selective_advantage(
     advantage: float, step_verdicts: list[bool], step_spans: list[tuple[int, int]], length: int, discount: float = 0.0
 ) -> Tensor:
-    """(T,) advantages of one response's tokens: a token keeps A if its step is correct and A >= 0, or incorrect and
-    A < 0; otherwise A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
+    """(T,) advantages of one response's tokens: A if the step is correct and A >= 0, or incorrect and A < 0; otherwise
+    A times discount. Tokens in no step keep A. Spans: half-open token ranges."""
     tokens = torch.full((length,), advantage)
     for correct, (start, end) in zip(step_verdicts, step_spans, strict=True):
         agrees = correct == (advantage >= 0)
@@ -705,35 +598,31 @@ def global_step_advantage(
     """A_step, (T_i,) for each response of one group: a step's reward stands at its last token, step_ends (inclusive),
     normalised by mean and std over all steps of the group, and a token gets the sum from itself to the end."""
     pool = torch.tensor([reward for rewards in step_rewards for reward in rewards], dtype=torch.float32)
-    mean, scale = 0.0, 1.0
     if len(pool) > 1:
-        mean = pool.mean().item()
-        scale = pool.std().item() + 1e-6
-    equal = len(pool) > 1 and pool.max() == pool.min()  # then A_step is exactly 0, as in group_advantages
+        pool = group_advantages(pool, len(pool))  # 0 if all are equal
+    normalised = iter(pool.tolist())
     result = []
-    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
+    for ends, length in zip(step_ends, lengths, strict=True):
         tokens = torch.zeros(length)
-        for reward, end in zip(rewards, ends, strict=True):
-            if not equal:
-                tokens[: end + 1] += (reward - mean) / scale
+        for end in ends:
+            tokens[: end + 1] += next(normalised)
         result.append(tokens)
     return result
 
 
-def spread_selective(group: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
-    """`selective_advantage` of each response of a group; without judged steps all tokens keep A."""
+def spread_selective(group: Group, advantages: Tensor, args) -> list[Tensor]:
+    """`selective_advantage` of each response of a group."""
     result = []
     for r, advantage in zip(group, advantages.tolist(), strict=True):
         verdicts = [verdict for verdict, _ in r.judged_steps]
         spans = [span for _, span in r.judged_steps]
-        tokens = selective_advantage(advantage, verdicts, spans, len(r.ids), args.selective_discount)
-        result.append(tokens)
+        result.append(selective_advantage(advantage, verdicts, spans, len(r.ids), args.selective_discount))
     return result
 
 
-def spread_global(group: list[Rollout], advantages: Tensor, args) -> list[Tensor]:
-    """0.8 A + 0.2 A_step, where each correct one of n steps is worth 1/n and each incorrect one -1/n. Responses without
-    judged steps take no part in A_step and keep A."""
+def spread_global(group: Group, advantages: Tensor, args) -> list[Tensor]:
+    """0.8 A + 0.2 A_step, where a correct one of n steps is worth 1/n and an incorrect one -1/n. Responses without judged
+    steps keep A."""
     step_rewards, step_ends = [], []
     for r in group:
         steps = r.judged_steps
@@ -753,25 +642,20 @@ def spread_global(group: list[Rollout], advantages: Tensor, args) -> list[Tensor
 class Reward:
     """A choice of --reward: the rewards of a group, and what they need."""
 
-    of_group: Callable[[list[Rollout], RewardInputs], list[float]]
-    needs_judge: bool = False
-    needs_step_verdicts: bool = False
+    of_group: Callable[[Group, str, dict[str, str]], list[float]]
+    asks: str = ""  # the reward model: for a verdict on the "outcome", or also on the "steps"
     reads_answers: bool = False  # a baseline that may see the reference answers
     needs_certainty: bool = False  # of the sampler
-    least_steps: int = 0  # default of --min_steps; 0: responses may have any number of steps
-    # spread(group, advantages (G,), args) -> advantages of tokens; None: each token has its response's
-    spread: Callable[[list[Rollout], Tensor, argparse.Namespace], list[Tensor]] | None = None
+    least_steps: int = 0  # of the step designs, default of --min_steps; 0: responses may have any number of steps
+    # (group, advantages (G,), args) -> advantages of tokens
+    spread: Callable[[Group, Tensor, argparse.Namespace], list[Tensor]] = spread_evenly
 
 
 REWARDS = {
-    "process_aware": Reward(process_aware_reward, needs_judge=True),
-    "step_augmented": Reward(step_augmented_reward, needs_judge=True, needs_step_verdicts=True),
-    "selective_advantage": Reward(
-        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=4, spread=spread_selective
-    ),
-    "global_step": Reward(
-        process_aware_reward, needs_judge=True, needs_step_verdicts=True, least_steps=3, spread=spread_global
-    ),
+    "process_aware": Reward(process_aware_reward, asks="outcome"),
+    "step_augmented": Reward(step_augmented_reward, asks="steps"),
+    "selective_advantage": Reward(process_aware_reward, asks="steps", least_steps=4, spread=spread_selective),
+    "global_step": Reward(process_aware_reward, asks="steps", least_steps=3, spread=spread_global),
     "rlvr": Reward(rlvr_reward, reads_answers=True),
     "majority": Reward(majority_reward),
     "self_certainty": Reward(self_certainty_reward, needs_certainty=True),
@@ -783,34 +667,29 @@ REWARDS = {
 
 
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
-    """The reward and its parts, and the indicators of reward hacking; means over the batch."""
+    """The reward, its parts, and indicators of reward hacking: means over the batch."""
     judged = [r for r in rollouts if r.judgement is not None]
     judges_steps = REWARD_MODELS[prm_kind].judges_steps
-    share_correct = [sum(r.step_verdicts) / len(r.step_verdicts) for r in judged if r.step_verdicts]
     mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
-    rewards = torch.tensor([r.reward for r in rollouts])
-    steps = [split_steps(r.text) for r in rollouts]
+    rewards = [r.reward for r in rollouts]
+    formats = [describe_format(r.text) for r in rollouts]
 
     def mean(values: list) -> float:
         return sum(map(float, values)) / max(len(values), 1)
 
     return {
-        "reward/mean": mean([r.reward for r in rollouts]),
-        "reward/std": rewards.std().item() if len(rollouts) > 1 else 0.0,
+        "reward/mean": mean(rewards),
+        "reward/std": torch.tensor(rewards).std().item() if len(rewards) > 1 else 0.0,
         "reward/verdict": mean([r.verdict is True for r in judged]),
-        "reward/steps_correct": mean(share_correct),
+        "reward/steps_correct": mean([mean(r.step_verdicts) for r in judged if r.step_verdicts]),
         "reward/unknown": mean([r.ungradable for r in rollouts]),
         "reward/unparsed": mean([r.verdict is None for r in judged]),
         "reward/count_mismatch": mean(mismatched),
         "reward/too_long": mean([r.judgement.too_long for r in judged]),
+        "reward/shortened": mean([r.judgement.shortened for r in judged]),
         "format/valid": mean([r.valid for r in rollouts]),
-        "format/boxes": mean([len(find_boxes(r.text)) for r in rollouts]),
-        "format/empty_boxes": mean([count_empty_boxes(r.text) for r in rollouts]),
-        "format/answers": mean([r.text.count("<answer>") for r in rollouts]),
-        "format/text_after_answer": mean([bool(r.text.partition("</answer>")[2].strip()) for r in rollouts]),
-        "format/hidden_text": mean([bool(hidden_text(r.text)) for r in rollouts]),
-        "format/layout_lines": mean([any(map(has_layout_line, of_response)) for of_response in steps]),
-        "response/steps": mean([len(of_response) for of_response in steps]),
+        **{f"format/{name}": mean([numbers[name] for numbers in formats]) for name in formats[0]},
+        "response/steps": mean([len(split_steps(r.text)) for r in rollouts]),
         "response/length": mean([len(r.ids) for r in rollouts]),
         "response/penalised": mean([r.wrong_step_count for r in rollouts]),
         "response/truncated": mean([r.finish == "length" for r in rollouts]),
@@ -818,108 +697,82 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     }
 
 
-def heldout_metrics(
-    engine: Engine, heldout: list[dict], gold: dict[str, str], judge: Callable | None, args, step: int
-) -> dict[str, float]:
-    """avg@1 of a policy on the held-out problems, and among responses that are valid under `paper`. With a reward model
-    also the reward: where it goes up and the accuracy doesn't, it is being gamed."""
-    result = heldout_accuracy(
-        engine, heldout, gold, num_samples=1, temperature=1.0, max_new_tokens=args.max_new_tokens, seed=args.seed
-    )
-    texts = [sample["text"] for (sample,) in result.samples]
+def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str, float]:
+    """`measure_heldout`: its mean over files as heldout/accuracy and so on; of several, each as heldout/<name>/accuracy."""
+    files = {name: measure_heldout(run, problems, args, step) for name, problems in run.heldout.items()}
+    metrics = {}
+    for key in next(iter(files.values())):
+        values = [numbers[key] for numbers in files.values() if key in numbers]
+        if len(values) == len(files):
+            metrics[f"heldout/{key}"] = sum(values) / len(values)
+    if len(files) > 1:
+        # The files' errors are independent of each other, so the squares of the half-widths add up.
+        half = sum((numbers["high"] - numbers["low"]) ** 2 for numbers in files.values()) ** 0.5 / 2 / len(files)
+        metrics["heldout/low"] = metrics["heldout/accuracy"] - half
+        metrics["heldout/high"] = metrics["heldout/accuracy"] + half
+        for name, numbers in files.items():
+            metrics |= {f"heldout/{name}/{key}": value for key, value in numbers.items()}
+    return metrics
+
+
+def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, step: int) -> dict[str, float]:
+    """Accuracy of one response to each problem, and of those valid under `paper`. Where a reward model's reward rises
+    and the accuracy doesn't, it is being gamed."""
+    settings = {"temperature": args.heldout_temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    result = heldout_accuracy(run.policy, problems, run.gold, num_samples=1, **settings)
+    samples = [sample for (sample,) in result.samples]
     correct = torch.from_numpy(result.correct[:, 0])
-    valid = torch.tensor([format_valid(text) for text in texts])
+    valid = torch.tensor([format_valid(sample["text"]) for sample in samples])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
-    if len(texts) < len(heldout):
-        numbers["too_long"] = 1 - len(texts) / len(heldout)
+    if len(samples) < len(problems):
+        numbers["too_long"] = 1 - len(samples) / len(problems)
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
-    if judge is not None:
-        responses = []
-        problems = {problem["id"]: problem["problem"] for problem in heldout}
-        for (sample,) in result.samples:
-            problem_id = sample["problem_id"]
-            response = Rollout(problem_id, [], [], [], sample["text"], sample["finish"], problem=problems[problem_id])
-            responses.append(response)
-        mine = distributed.my_part(responses)
-        score_rollouts(mine, judge, engine.tokenizer, {}, args, step)
+    if run.judge is not None:
+        text_of = {p["id"]: p["problem"] for p in problems}
+        mine = []
+        for sample in distributed.my_part(samples):
+            r = Rollout(sample["problem_id"], [], [], [], sample["text"], sample["finish"])
+            r.problem = text_of[r.problem_id]
+            mine.append(r)
+        score_rollouts(mine, run.judge, run.policy.tokenizer, {}, args, step)
         rewards = distributed.gather([r.reward for r in mine])
         numbers["reward"] = sum(rewards) / len(rewards)
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
-    return {f"heldout/{name}": value for name, value in numbers.items()}
+    return numbers
 
 
-def describe_rollout(r: Rollout, advantage: float) -> dict:
-    """A response as a record: what --dump_rollouts writes and `report.show_rollout` shows."""
+def describe_rollout(r: Rollout, advantage: float, tokenizer) -> dict:
+    """What --dump_rollouts writes of a response, and `report.show_rollout` shows."""
     return {
         "problem_id": r.problem_id,
+        "prompt": tokenizer.decode(r.prompt),
         "text": r.text,
         "ids": r.ids,
         "finish": r.finish,
         "valid": r.valid,
         "reward": r.reward,
         "advantage": advantage,
+        "token_advantages": r.token_advantages.tolist(),
         "judgement": vars(r.judgement) if r.judgement is not None else None,
     }
 
 
-def dump_rollouts(path: Path, rollouts: list[Rollout], advantages: Tensor) -> None:
-    """All responses of a step, one per line."""
-    rows = [describe_rollout(r, a) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
-    records.write_lines(path, rows)
-
-
-def warn_of_garbage(rollouts: list[Rollout], step: int) -> None:
-    """Say that not one judgement of a batch has a verdict: no response is rewarded, so the update is noise."""
-    texts = [r.judgement.text for r in rollouts if r.judgement is not None]
-    tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict, so nothing is rewarded; check "
-               f"--prm, --prm_kind and --prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
-
-
-def print_sample(r: Rollout, advantage: float, step: int) -> None:
-    """One response with its judgement: reading samples is the first diagnostic."""
-    shown = report.show_rollout(describe_rollout(r, advantage))
-    tqdm.write(f"--- step {step} · {report.printable(r.problem)}\n{shown}")
-
-
-class Clock:
-    """Seconds of the phases of a step: `with clock("sample"): ...`."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - start
-
-    def metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Seconds of each phase, and its tokens per second: of all ranks, by the time of this one. The time of the
-        rewards is part of that of the scores."""
-        sampled = sum(len(r.ids) for r in rollouts)
-        judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
-        numbers = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        total = 0.0
-        for phase, tokens in (("sample", sampled), ("score", judged), ("update", sampled)):
-            total += self.seconds[phase]
-            numbers[f"time/{phase}_tokens_per_second"] = distributed.per_second(tokens, self.seconds[phase])
-        numbers["time/tokens_per_second"] = distributed.per_second(sampled, total)
-        return numbers
-
-
-def show_progress(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, args, step: int) -> None:
+def show_step(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, tokenizer, args) -> None:
     """What rank 0 prints and writes of a step beside its metrics."""
-    if record["reward/unparsed"] == 1:
-        warn_of_garbage(rollouts, step + 1)
+    step = record["step"]
+    if record["reward/unparsed"] == 1:  # no response is rewarded, so the update is noise
+        texts = [r.judgement.text for r in rollouts if r.judgement is not None]
+        tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict; check --prm, --prm_kind and "
+                   f"--prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
     if args.dump_rollouts:
-        dump_rollouts(Path(args.out) / "rollouts" / f"step_{step + 1:07d}.jsonl", rollouts, advantages)
-    if step % args.sample_every == 0:
-        print_sample(rollouts[0], advantages[0].item(), step + 1)
-    speed = f"{record['time/tokens_per_second']:,.0f} tok/s"
-    reward = f"reward {record['reward/mean']:.3f}, valid {record['format/valid']:.2f}"
-    bar.set_postfix_str(f"{reward}, {speed}", refresh=False)
+        rows = [describe_rollout(r, a, tokenizer) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
+        records.write_lines(Path(args.out) / "rollouts" / f"step_{step:07d}.jsonl", rows)
+    if (step - 1) % args.sample_every == 0:
+        shown = report.show_rollout(describe_rollout(rollouts[0], advantages[0].item(), tokenizer))
+        tqdm.write(f"--- step {step} · {report.printable(rollouts[0].problem)}\n{shown}")
+    bar.set_postfix({"reward": record["reward/mean"], "valid": record["format/valid"]}, refresh=False)
 
 
 # --------------------------------------------------------------------------- set-up
@@ -929,39 +782,40 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = records.new_parser(__doc__)
     group = parser.add_argument_group("data and models")
-    group.add_argument("--policy", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
-    group.add_argument("--prm", help="reward model: a Hugging Face directory or hub name")
+    group.add_argument("--policy", help="Hugging Face directory or hub name (default: the tiny world)")
+    group.add_argument("--prm", help="reward model: Hugging Face directory or hub name")
     group.add_argument("--prm_kind", default="prm_cot", choices=list(REWARD_MODELS), help="what --prm was trained as")
     group.add_argument("--problems", help="JSON Lines with id and problem")
+    group.add_argument("--limit", type=POSITIVE,
+                       help="only the first N; the paper trains on 17,000 problems apart from the 8,000 that it labels: "
+                            "head -n 8000 ALL.jsonl for these, tail -n +8001 ALL.jsonl for the others")  # fmt: skip
     group.add_argument("--out", help="directory of the trained policy")
-    group.add_argument("--heldout", help="problems for monitoring, never for training")
-    group.add_argument("--gold", help="JSON Lines with id and answer, for monitoring and --reward rlvr only")
+    group.add_argument("--heldout", nargs="+", help="problems for monitoring only")
+    group.add_argument("--heldout_temperature", type=TEMPERATURE, default=0.0, help="0 is greedy, as in the paper")
+    group.add_argument("--gold", nargs="+", help="JSON Lines with id and answer, for --heldout and --reward rlvr only")
     group = parser.add_argument_group("reward")
     group.add_argument("--reward", default="process_aware", choices=list(REWARDS))
     group.add_argument("--format_constraints", default="paper", choices=["none", "paper", "strict"])
     group.add_argument("--prm_max_new_tokens", type=POSITIVE, default=4096, help="per judgement")
-    group.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per response; 1: a greedy one")
+    group.add_argument("--prm_votes", type=COUNT, default=1, help="judgements per response; 1: greedy")
     group.add_argument("--selective_discount", type=real(0, 1), default=0.0, help="0.5 halves what is 0 in the paper")
-    group.add_argument("--min_steps", type=POSITIVE,
-                       help="fewer steps: reward 0; default: 4 (selective), 3 (global_step)")  # fmt: skip
-    group.add_argument("--max_steps", type=POSITIVE, default=20, help="more steps: reward 0, under these two rewards")
+    group.add_argument("--min_steps", type=POSITIVE, help="fewer: reward 0; default: 4 (selective), 3 (global_step)")
+    group.add_argument("--max_steps", type=POSITIVE, default=20, help="more: reward 0, under these two rewards")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=COUNT, default=300, help="batches of responses")
     group.add_argument("--batch_size", type=COUNT, default=256, help="problems per step")
-    group.add_argument("--group_size", type=integer(2, 100_000), default=16,
-                       help="G, responses per problem; of a single one the advantage is always 0")  # fmt: skip
+    group.add_argument("--group_size", type=integer(2, 100_000), default=16, help="G, responses per problem")
     group.add_argument("--max_new_tokens", type=POSITIVE, default=2048, help="per response")
     group.add_argument("--max_prompt_tokens", type=POSITIVE, default=2048, help="longer problems are left out")
-    group.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="of the rollouts and of every log-prob")
+    group.add_argument("--temperature", type=real(0.001, 100), default=1.0, help="of rollouts and log-probs")
     group.add_argument("--lr", type=real(0), default=1e-6, help="constant")
     group.add_argument("--clip_low", type=real(0, 1), default=0.2)
     group.add_argument("--clip_high", type=real(0), default=0.2)
     group.add_argument("--updates", type=COUNT, default=1, help="per batch")
-    group.add_argument("--tis_cap", type=real(0), default=0.0, help="caps the weights trainer/sampler; 0: none")
+    group.add_argument("--tis_cap", type=real(0), default=0.0, help="caps weights trainer/sampler; 0: none")
     group.add_argument("--kl_coef", type=real(0), default=0.001, help="0 turns the KL term off")
-    group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"],
-                       help="weight of a token, see loss_weights; dr_grpo also leaves out the group's std")  # fmt: skip
-    group.add_argument("--max_gap", type=real(0), default=0.1, help="largest mean |sampler - trainer| log-prob, nats")
+    group.add_argument("--loss_norm", default="token", choices=["token", "sequence", "dr_grpo"], help="dr_grpo: no std")
+    group.add_argument("--max_gap", type=real(0), default=0.1, help="most mean |sampler - trainer|, nats")
     group = parser.add_argument_group("running")
     group.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
     group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
@@ -978,134 +832,93 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuse what can't work before anything is loaded, by an InputError; set --min_steps if it wasn't given."""
+    """Refuse what can't work before anything is loaded; set --min_steps if it wasn't given."""
     reward = REWARDS[args.reward]
     if args.min_steps is None:
         args.min_steps = reward.least_steps or 1
-    if reward.needs_judge and args.prm is None:
+    if reward.asks and args.prm is None:
         raise InputError("--policy also needs --prm with this --reward")
-    if reward.needs_step_verdicts and not REWARD_MODELS[args.prm_kind].judges_steps:
-        raise InputError(
-            f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none; "
-            "use process_aware"
-        )
+    if reward.asks == "steps" and not REWARD_MODELS[args.prm_kind].judges_steps:
+        raise InputError(f"--reward {args.reward} needs verdicts on steps, and --prm_kind {args.prm_kind} gives none")
     if args.min_steps > args.max_steps:
         raise InputError(f"--min_steps {args.min_steps} is more than --max_steps {args.max_steps}; lower it")
-    if not args.temperature > 0:
-        raise InputError(f"--temperature {args.temperature}: it must be positive, a greedy group has no advantage")
     check_votes(args.prm_kind, args.prm_votes, "--prm_votes")
 
 
 def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Reference answers by problem id, for two uses only: --reward rlvr, a baseline, and the accuracy on --heldout. To
-    check: delete the gold file; no other reward changes (a test does that).
-
-    Only for rlvr, answers in the problems file count, too, and InputError is raised if a problem has none. Of the gold
-    files only the tiny world's may be missing.
-    """
-    needed = REWARDS[args.reward].reads_answers
+    """Reference answers by problem id, for --reward rlvr and the accuracy on --heldout only. The tiny world's file may
+    be missing; for rlvr the problems' own answers count, too."""
     gold = {}
-    if needed:
-        gold = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None}
-    if args.gold is not None and (needed or args.gold != TINY["gold"] or Path(args.gold).is_file()):
-        gold |= records.read_answers([args.gold])
-    if needed:
-        missing = [p["id"] for p in problems if p["id"] not in gold]
-        if missing:
-            raise InputError(
-                f"--reward {args.reward}: problem {missing[0]} has no reference answer; give --gold with all of them"
-            )
+    if args.gold and (args.gold != TINY["gold"] or Path(args.gold[0]).is_file()):
+        gold = records.read_answers(args.gold)
+    if REWARDS[args.reward].reads_answers:
+        gold = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None} | gold
+        for p in problems:
+            if p["id"] not in gold:
+                raise InputError(f"--reward {args.reward}: problem {p['id']} has no reference answer; give --gold")
+        # A resumed run must find the same answers; those for monitoring may change, as --heldout may.
+        args.gold_sha256 = records.hash_text(str([gold[p["id"]] for p in problems]))
     return gold
 
 
 def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
-    """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new
-    tokens; InputError if there are none."""
+    """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new tokens."""
+    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
+    prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, args.max_new_tokens, args.problems)
     fitting = []
-    for problem in problems:
-        prompt = engine.encode(SOLVE_PROMPT.format(problem=problem["problem"]))
-        limit = engine.output_limit(prompt, args.max_new_tokens)
+    for problem, prompt, limit in zip(problems, prompts, limits, strict=True):
         if limit is not None and len(prompt) <= args.max_prompt_tokens:
             fitting.append(problem | {"prompt": prompt, "limit": limit})
     if not fitting:
-        raise InputError(
-            f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and the "
-            f"{engine.context} tokens that the model's context has for it and --max_new_tokens; change one"
-        )
+        raise InputError(f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and "
+                         f"the {engine.context} tokens that the model's context has; change one")  # fmt: skip
     return fitting
 
 
-def note_reward_model(history: list[list], step: int, fingerprint: str) -> list[list]:
-    """[step, fingerprint] of each reward model of a run, with the number of steps that were done when it came. On
-    purpose, --prm may be another when a run resumes.
-
-    [[0, "a"]] becomes [[0, "a"], [20, "b"]] for a run that resumes after step 20 with the model b.
-    """
-    history = [entry for entry in history if entry[0] < step]
-    if not history or history[-1][1] != fingerprint:
-        history.append([step, fingerprint])
-    return history
-
-
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
-    """Read the data, load the models and the newest checkpoint. Models are loaded one after another, because each of
-    them is whole on every rank for a moment."""
+    """Read data, models (one by one, as each is whole on every rank for a moment) and checkpoint."""
     out = Path(args.out)
     # 1. The data.
-    problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")
+    problems = records.read(args.problems, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
     gold = load_gold(args, problems)
-    heldout = records.read(args.heldout, ["id", "problem"]) if args.heldout and gold else []
-    require_answers([problem["id"] for problem in heldout], gold)
+    heldout = {}
+    if gold:
+        for name, path in name_files("heldout", [path for path in args.heldout or [] if path]).items():
+            heldout[name] = records.read(path, ["id", "problem"])
+            require_answers([problem["id"] for problem in heldout[name]], gold)
     # A resumed run must find the same problems, and the same policy, to which the KL term refers.
     source = find_model(args.policy, "--policy")
     args.problems_sha256 = records.hash_file(args.problems)
     args.policy_sha256 = records.hash_model(source)
     args.prompt_sha256 = records.hash_text(SOLVE_PROMPT)
 
-    # 2. Three copies of the policy: the one that is trained, the frozen one of the KL term, and the one that samples. A
-    # single CPU process samples with the trained one itself.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # 2. Three copies of the policy: the one that is trained, the frozen one of the KL term, and the one that samples.
     model, tokenizer, stop_ids = open_model(args.policy, device, torch.float32, "--policy")
-    vocabulary = model.vocabulary
     model = distributed.prepare_training(model, args.activation_checkpointing)
-    reference = None
-    if args.kl_coef:
-        reference = load_model(source, device, dtype).requires_grad_(False)
-        reference = distributed.prepare_training(reference, False)
-    inference = model
-    if device.type == "cuda" or distributed.world_size() > 1:
-        inference = load_model(source, device, dtype)
-    for copy in (inference, reference):
-        if copy is not None:
-            copy.vocabulary = vocabulary  # all three leave out the same rows of the head
+    reference = distributed.load_reference(model, source) if args.kl_coef else None
+    inference = distributed.load_inference(model, source)
     policy = Engine(Sampler(inference, args.slots), tokenizer, stop_ids)
 
     # 3. The reward model.
     judge = None
-    if REWARDS[args.reward].needs_judge:
+    if REWARDS[args.reward].asks:
         prm = open_engine(args.prm, device, args.slots, "--prm")
         judge = partial(score_solutions, Judge(prm, args.prm_kind, args.prm_max_new_tokens, args.prm_votes))
 
     # 4. The optimizer, and where an earlier run stopped. On a GPU the fused kernel needs no memory beside the moments.
     fitting = fitting_problems(problems, policy, args)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     records.check_arguments(out, vars(args) | CONSTANTS, MAY_CHANGE_ON_RESUME)
     start = distributed.load_checkpoint(out / "training", model, optimizer)
     if start > args.steps:
         raise InputError(f"--steps {args.steps}: {out} has already {start}; ask for more, or choose another --out")
     if judge is not None:
         history = (records.read_args(out) or {}).get("prm_sha256", [])
-        args.prm_sha256 = note_reward_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
+        args.prm_sha256 = records.note_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
     distributed.copy_weights(inference, model)
-    distributed.log(
-        f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long), "
-        f"{args.batch_size} x {args.group_size} responses per step, "
-        f"reward {args.reward}, constraints {args.format_constraints}"
-        + (f", resumed after step {start}" if start else "")
-        + ("" if gold else ", no gold file: held-out accuracy isn't measured")
-    )
+    resumed = f", resumed after step {start}" if start else ""
+    measured = "" if gold else ", no --gold: held-out accuracy isn't measured"
+    distributed.log(f"GRPO: {len(fitting)} problems ({len(problems) - len(fitting)} too long){measured}{resumed}")
     return Setup(policy, model, reference, optimizer, judge, fitting, heldout, gold, start)
 
 

@@ -163,6 +163,7 @@ class Judgement:
     step_scores: list[float] | None = None
     score: float | None = None
     too_long: bool = False  # for the context, so the model wasn't asked
+    shortened: bool = False  # the context left less than max_new_tokens
 
 
 # The judgements of solutions that the model is never asked about: without steps, and too long for the context.
@@ -237,7 +238,8 @@ def score_solutions(
         texts = [engine.text(sample.ids, prompts[i]) for sample in samples]
         verifications = [model.parse(text, len(solutions[i]["steps"])) for text in texts]
         tokens = sum(len(sample.ids) for sample in samples)
-        judgements[i] = put_to_vote(verifications, texts[0], tokens)
+        judgement = put_to_vote(verifications, texts[0], tokens)
+        judgements[i] = replace(judgement, shortened=limits[i] < judge.max_new_tokens)
     return judgements
 
 

@@ -6,13 +6,14 @@ reads the stages needs to know `encode_chat` (a user turn as token ids), `decode
 
 import json
 import sys
+from bisect import bisect_left
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data import records
-from data.text import TAGS
+from data.text import STEP_TAG, TAGS
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.transformer import load_model, read_config
@@ -46,6 +47,46 @@ def decode(tokenizer, ids: list[int]) -> str:
     its tags, a thought would pass for a solution or a judgement."""
     special = set(special_tokens(tokenizer).values())
     return tokenizer.decode([i for i in ids if i not in special])
+
+
+def locate_steps(tokenizer, ids: list[int], text: str, steps: list[str]) -> list[tuple[int, int]]:
+    """The half-open token range of each step of a response, in the ids that were sampled; [] if a step isn't in the
+    text.
+
+    The ids decode to `text`; nothing is encoded again. Six tokens, and two steps in tags:
+
+        tokens       <step>  1+  1=2</  step>  <step>  3</step>
+        characters   6       8   13     18     24      32           that the first 1, 2, 3, ... tokens decode to
+        step "1+1=2" is text[6:11]: from the first token that reaches beyond 6, up to the first that reaches 11: (1, 3)
+        step "3"     is text[24:25]: (5, 6)
+
+    Tagged steps are looked for inside their tags, as the same words may stand outside. A token that has the end of one
+    step and the beginning of the next belongs to the first; a step's range may then be empty.
+    """
+
+    opened = len(text) - len(decode(tokenizer, ids))  # of a <think> that the prompt ended with
+
+    def characters(count: int) -> int:
+        """How many characters the first `count` tokens decode to; one split over several tokens counts from its
+        last."""
+        return opened + len(decode(tokenizer, ids[:count]).rstrip("\ufffd"))
+
+    counts = range(len(ids) + 1)
+    tags = [match.start(1) for match in STEP_TAG.finditer(text) if match.group(1).strip()]
+    spans = []
+    text_end, token_end = 0, 0  # of the step before
+    for k, step in enumerate(steps):
+        earliest = max(text_end, tags[k]) if k < len(tags) else text_end
+        text_start = text.find(step, earliest)
+        if text_start < 0:
+            return []
+        text_end = text_start + len(step)
+        token_start = bisect_left(counts, text_start, lo=token_end, key=characters)
+        if token_start > token_end and characters(token_start) > text_start:
+            token_start -= 1  # the token before has the step's first character, too
+        token_end = bisect_left(counts, text_end, lo=token_start, key=characters)
+        spans.append((token_start, token_end))
+    return spans
 
 
 # A chat template is a program that came with the model: what it may raise.

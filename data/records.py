@@ -633,6 +633,18 @@ def hash_model(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def note_model(history: list[list], step: int, fingerprint: str) -> list[list]:
+    """[step, fingerprint] of each model that a flag has named in a run, with the number of steps done when it came: a
+    reward model may be another when a run resumes.
+
+    [[0, "a"]] becomes [[0, "a"], [20, "b"]] for a run that resumes after step 20 with the model b.
+    """
+    history = [entry for entry in history if entry[0] < step]
+    if not history or history[-1][1] != fingerprint:
+        history.append([step, fingerprint])
+    return history
+
+
 def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None:
     """Raise InputError if the args.json of an output differs from these arguments, apart from those that may change.
 

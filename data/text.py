@@ -230,3 +230,23 @@ def hidden_text(response: str) -> str:
         return thoughts.strip()
     outside = ANSWER_TAG.sub("", STEP_TAG.sub("", response))
     return re.sub("|".join(TAGS), "", outside).strip()
+
+
+def shown_solution(response: str) -> tuple[list[str], str | None]:
+    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`. Under the constraint
+    `none` that includes whatever was appended to a first solution; otherwise appending couldn't be studied."""
+    if "</answer>" in response:
+        response = response[: response.rindex("</answer>") + len("</answer>")]
+    return split_steps(response), extract_answer(response)
+
+
+def describe_format(response: str) -> dict[str, float]:
+    """What a response's layout shows of attempts to fool its judge; GRPO logs the means as format/<name>."""
+    return {
+        "boxes": len(find_boxes(response)),
+        "empty_boxes": count_empty_boxes(response),
+        "answers": response.count("<answer>"),
+        "text_after_answer": bool(response.partition("</answer>")[2].strip()),
+        "hidden_text": bool(hidden_text(response)),
+        "layout_lines": any(map(has_layout_line, split_steps(response))),
+    }

@@ -1,6 +1,6 @@
 """What a reader may skip who thinks of a single process: errors and signals, ranks and their collectives, FSDP2.
 
-Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals); the processes that torchrun started,
+Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals) and how fast it runs; the processes that torchrun started,
 their numbers, their shares of the work and collectives; a model's weights across them: sharding, checkpoints, copies.
 """
 
@@ -11,13 +11,15 @@ import re
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from kernels.transformer import Transformer, save_model
+from kernels.transformer import Transformer, load_model, save_model
 
 import torch
 import torch.distributed as dist
@@ -197,6 +199,29 @@ def per_second(count: float, seconds: float) -> float:
     return count / seconds
 
 
+class Clock:
+    """Seconds of the phases of a step: `with clock("sample"): ...`. Phases may stand in each other."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+    def metrics(self, **tokens: int) -> dict[str, float]:
+        """Seconds of all phases, and tokens per second of those given here with their tokens, of all ranks; over their
+        time together, the tokens of the first."""
+        numbers = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        for phase, count in tokens.items():
+            numbers[f"time/{phase}_tokens_per_second"] = per_second(count, self.seconds[phase])
+        first = next(iter(tokens.values()))
+        numbers["time/tokens_per_second"] = per_second(first, sum(self.seconds[phase] for phase in tokens))
+        return numbers
+
+
 def stop_on_signal() -> list[int]:
     """Record the signals that ask a training to end in the returned list instead of ending the process, so that the
     loop that reads the list can finish its step, save and stop; the same command resumes from there.
@@ -350,6 +375,27 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
     if not any(p.requires_grad for p in model.parameters()):
         reshard_root = True  # a frozen model has no backward pass to reshard the root after
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_root)
+
+
+def load_reference(model: Transformer, source: Path) -> Transformer:
+    """A frozen copy of the model as it was in its directory, for the KL term: sharded, in bf16 on GPUs. A collective."""
+    reference = _load_copy(model, source).requires_grad_(False)
+    return prepare_training(reference, False)
+
+
+def load_inference(model: Transformer, source: Path) -> Transformer:
+    """A whole copy of the model for the sampler, in bf16 on GPUs. A single CPU process samples with the model itself."""
+    if model.device.type == "cpu" and world_size() == 1:
+        return model
+    return _load_copy(model, source)
+
+
+def _load_copy(model: Transformer, source: Path) -> Transformer:
+    """The model of a directory on the same device, with the same rows of the head left out."""
+    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+    copy = load_model(source, model.device, dtype)
+    copy.vocabulary = model.vocabulary
+    return copy
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -315,7 +315,7 @@ def test_majorities_are_by_value(answers, wanted, monkeypatch):
     real = evaluate.grade
     monkeypatch.setattr(evaluate, "grade", lambda *pair: asked.append(pair[:2]) or real(*pair))
     group = [grpo.Rollout("p", [1], [2], [0.0], f"\\boxed{{{a}}}" if a else "", "stop") for a in answers]
-    assert grpo.majority_reward(group, grpo.RewardInputs("0/0", {})) == wanted
+    assert grpo.majority_reward(group, "0/0", {}) == wanted
     assert len(asked) == len(set(asked))
     asked.clear()
 

@@ -6,16 +6,17 @@ import math
 import random
 import shutil
 import weakref
+from dataclasses import replace
 
 import grpo
-from data import report
-from generate import Engine, format_valid
+from data import records, report
+from generate import Engine, format_valid, open_engine
 from kernels import distributed
 from kernels.decode import SlotCache
 from kernels.distributed import InputError, RunError
 from kernels.sampler import PREFILL_TOKENS, Sampler
 from kernels.transformer import load_model
-from train_prm import Judgement, pack, targets_after_prompt
+from train_prm import Judge, Judgement, pack, score_solutions, targets_after_prompt
 
 import bench_memory
 import pytest
@@ -131,7 +132,7 @@ def make_args(**changes) -> argparse.Namespace:
 def reward_of(reward, valid: bool, judgement: Judgement | None) -> float:
     """A reward of one response."""
     response = grpo.Rollout("p", [1], [2], [0.0], "", "stop", valid=valid, judgement=judgement)
-    return reward([response], grpo.RewardInputs("0/0", {}))[0]
+    return reward([response], "0/0", {})[0]
 
 
 def test_judgements_reach_their_own_response():
@@ -155,13 +156,24 @@ def test_judgements_reach_their_own_response():
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     assert seen == [("problem 0", "1"), ("problem 0", "2"), ("problem 1", "3"), ("problem 2", "5")]
     assert reward_of(grpo.process_aware_reward, False, Judgement(None, True, "", 0)) == 0.0
+    rollouts[0].judgement = replace(rollouts[0].judgement, shortened=True)
     metrics = grpo.rollout_metrics(rollouts, torch.zeros(6), 2, "prm_cot")
+    assert (metrics["reward/shortened"], metrics["reward/too_long"]) == (1 / 4, 0)
     assert metrics["reward/unparsed"] == metrics["reward/count_mismatch"] / 3 == 1 / 4
     assert metrics["format/valid"] == 4 / 6 and metrics["format/text_after_answer"] == 1 / 6
     assert grpo.rollout_metrics(rollouts, torch.zeros(6), 2, "orm")["reward/count_mismatch"] == 0
     for text, expected in ((GOOD + GOOD, 1), ("<think>cut off", 0)):  # an appended solution, and no answer at all
         r = grpo.Rollout("p", [1], [2], [0.0], text, "stop")
         assert grpo.rollout_metrics([r], torch.zeros(1), 1, "prm_cot")["format/text_after_answer"] == expected
+
+
+def test_shortened_judgements_are_counted(model_path):
+    """Guards: judgements cut off by the context, unparsed and so without a reward, of which no number tells."""
+    engine = open_engine(str(model_path), torch.device("cpu"), 8)
+    solutions = [{"problem": "1+1?", "steps": steps, "answer": "2"} for steps in (["1+1=2"], [])]
+    for most, expected in ((engine.context, [True, False]), (20, [False, False])):
+        judgements = score_solutions(Judge(engine, "prm", most), solutions)
+        assert [judgement.shortened for judgement in judgements] == expected
 
 
 def test_random_reward_sees_nothing_but_the_format():
@@ -175,8 +187,8 @@ def test_random_reward_sees_nothing_but_the_format():
         coins.append([r.reward for r in rollouts])
     assert coins[0] == coins[1] and 8 < sum(coins[0]) < 32 and coins[0][7] == 0
     invalid, valid = ([grpo.Rollout("p", [1], [2], [0.0], "", "stop", valid=v)] * 20 for v in (False, True))
-    assert not any(grpo.random_reward(invalid, grpo.RewardInputs("0/3", {})))
-    assert set(grpo.random_reward(valid, grpo.RewardInputs("0/3", {}))) == {0.0, 1.0}
+    assert not any(grpo.random_reward(invalid, "0/3", {}))
+    assert set(grpo.random_reward(valid, "0/3", {})) == {0.0, 1.0}
 
 
 def test_verifiable_reward_needs_every_answer(tmp_path, monkeypatch):
@@ -186,10 +198,10 @@ def test_verifiable_reward_needs_every_answer(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="problem b"):
         grpo.load_gold(make_args(reward="rlvr", gold=None), problems)
     path = write_jsonl(tmp_path / "gold.jsonl", [{"id": "b", "answer": 2}])  # as AIME's are
-    assert grpo.load_gold(make_args(reward="rlvr", gold=path), problems) == {"a": "1", "b": "2"}
+    assert grpo.load_gold(make_args(reward="rlvr", gold=[path]), problems) == {"a": "1", "b": "2"}
     assert grpo.load_gold(make_args(gold=None), problems) == {}
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
-        grpo.load_gold(make_args(gold="nowhere.jsonl"), problems)
+        grpo.load_gold(make_args(gold=["nowhere.jsonl"]), problems)
     rollouts = [grpo.Rollout("b", [1], [2], [0.0], GOOD.replace("{4}", f"{{{k}}}"), "stop") for k in (2, 3)]
     grpo.score_rollouts(rollouts, None, None, {"b": "2"}, make_args(reward="rlvr"), 0)
     assert [r.reward for r in rollouts] == [1.0, 0.0]
@@ -230,12 +242,12 @@ def test_step_augmented_and_majority_by_hand():
     def majority(answers):
         texts = [STEPS if answer is None else f"\\boxed{{{answer}}}" for answer in answers]
         group = [grpo.Rollout("p", [1], [2], [0.0], text, "stop") for text in texts]
-        return grpo.majority_reward(group, grpo.RewardInputs("0/0", {}))
+        return grpo.majority_reward(group, "0/0", {})
 
     assert majority(["1/2", None, "0.5", "3", "1/2"]) == [1, 0, 1, 0, 1]
     assert majority([None, None]) == [0, 0]
     sure = [grpo.Rollout("p", [1], [2], [0.0], "", "stop", certainty=x) for x in ([1.0, 2.0, 6.0], [])]
-    assert grpo.self_certainty_reward(sure, grpo.RewardInputs("0/0", {})) == [3.0, 0.0]
+    assert grpo.self_certainty_reward(sure, "0/0", {}) == [3.0, 0.0]
 
 
 def test_selective_advantage_by_hand():
@@ -552,6 +564,11 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
     numbers that make no sense, or other ones than the run was begun with."""
     root, flags = world
     run_main(monkeypatch, grpo, *flags, "--steps", 2, "--out", root / "halves")
+    described = json.loads((root / "halves/args.json").read_text())  # now as it was when a run had one held-out file
+    arguments = described["arguments"]
+    arguments |= {"heldout": arguments["heldout"][0], "gold": arguments["gold"][0]}
+    del arguments["heldout_temperature"], arguments["limit"]
+    (root / "halves/args.json").write_text(json.dumps(described))
     run_main(monkeypatch, grpo, *flags, "--steps", 4, "--out", root / "halves")
     assert read_metrics(root / "halves") == read_metrics(root / "whole")
     halves, whole = (load_file(root / name / "model.safetensors") for name in ("halves", "whole"))
@@ -675,7 +692,7 @@ def test_a_sampler_that_differs_stops_the_run(world, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--temperature", 0], r"--temperature 0\.0: it must be positive"),
+        (["--temperature", 0], r"--temperature 0: it must be from 0\.001 to 100"),
         (["--min_steps", 9, "--max_steps", 8], "--min_steps 9 is more than --max_steps 8"),
         (["--prm", TINY / "verifier", "--prm_kind", "orm", "--reward", "global_step"], "--prm_kind orm gives none"),
         (["--device", "gpu"], "--device gpu: no such device; use cpu"),
@@ -728,8 +745,56 @@ def test_a_run_knows_its_models(world, monkeypatch, tmp_path):
     shutil.copy(root / "whole/model.safetensors", policy)
     with pytest.raises(InputError, match="the contents of --policy have changed"):
         run("--steps", 4)
-    assert grpo.note_reward_model([[0, "a"], [20, "b"]], 20, "a") == [[0, "a"]]
-    assert grpo.note_reward_model([[0, "a"]], 20, "b") == [[0, "a"], [20, "b"]]
+    assert records.note_model([[0, "a"], [20, "b"]], 20, "a") == [[0, "a"]]
+    assert records.note_model([[0, "a"]], 20, "b") == [[0, "a"], [20, "b"]]
+
+
+def test_several_held_out_files(world, monkeypatch, tmp_path):
+    """Guards: a mean over problems, where the large file decides, or over one file; an interval as wide as those of
+    the files; a monitor that isn't greedy, so that it moves with the seed; two files whose numbers have one name."""
+    root, flags = world
+    problems = [json.loads(line) for line in (TINY / "problems.jsonl").read_text().splitlines()[:9]]
+    other = write_jsonl(tmp_path / "other.jsonl", problems)
+    files = ["--heldout", root / "heldout.jsonl", other, "--policy", TINY / "policy", "--max_new_tokens", 120]
+    gold = [json.loads(line) for line in (TINY / "gold.jsonl").read_text().splitlines()]
+    for name in ("h", "t"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [g for g in gold if g["id"].startswith(name)])
+    files += ["--gold", tmp_path / "h.jsonl", tmp_path / "t.jsonl", "--lr", 0, "--steps", 1]
+    measured = []
+    for seed, temperature in ((0, 0), (7, 0), (0, 1.5)):
+        more = ["--seed", seed, "--heldout_temperature", temperature, "--out", tmp_path / f"{seed}-{temperature}"]
+        run_main(monkeypatch, grpo, *flags, *files, *more)
+        measured.append(read_metrics(more[-1])[0])
+    first, again, sampled = measured
+    for metrics in measured:
+        a, b = ([metrics[f"heldout/{name}/{x}"] for x in ("accuracy", "low", "high")] for name in ("heldout", "other"))
+        assert metrics["heldout/accuracy"] == pytest.approx((a[0] + b[0]) / 2)
+        half = math.hypot(a[2] - a[1], b[2] - b[1]) / 4
+        assert metrics["heldout/high"] == pytest.approx(metrics["heldout/accuracy"] + half)
+        assert metrics["heldout/valid"] == (metrics["heldout/heldout/valid"] + metrics["heldout/other/valid"]) / 2
+    share = [name for name in first if not name.endswith(("low", "high"))]
+    assert [first[name] for name in share] == [again[name] for name in share] and first != sampled
+    with pytest.raises(InputError, match="two files share a name"):
+        run_main(monkeypatch, grpo, *flags, "--heldout", other, root / "other.jsonl", "--out", tmp_path / "twice")
+
+
+def test_only_the_first_problems(world, monkeypatch, tmp_path):
+    """Guards: problems behind --limit among the batches; a resume with another limit, whose batches would be others;
+    answers that rlvr learns from replaced between two runs."""
+    root, flags = world
+    flags = [*flags, "--limit", 2, "--dump_rollouts", "--steps", 2, "--out", tmp_path / "out"]
+    run_main(monkeypatch, grpo, *flags, "--steps", 1)
+    ids = [json.loads(line)["id"] for line in (root / "problems.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "out/rollouts/step_0000001.jsonl").read_text().splitlines()
+    assert {json.loads(line)["problem_id"] for line in lines} == set(ids[:2])
+    with pytest.raises(InputError, match="made with --limit 2, this run has --limit 3"):
+        run_main(monkeypatch, grpo, *flags, "--limit", 3)
+    gold = write_jsonl(tmp_path / "gold.jsonl", [{"id": i, "answer": "1"} for i in ids])
+    flags += ["--reward", "rlvr", "--heldout", "", "--gold", gold, "--out", tmp_path / "rlvr"]
+    run_main(monkeypatch, grpo, *flags, "--steps", 1)
+    write_jsonl(gold, [{"id": i, "answer": "2"} for i in ids])
+    with pytest.raises(InputError, match="the contents of --gold have changed"):
+        run_main(monkeypatch, grpo, *flags)
 
 
 def test_no_reference_no_divergence(world, monkeypatch):

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import evaluate
 import grpo
-from data import records
-from generate import format_valid, open_engine
+from data import records, report
+from data.chat import render_chat
+from generate import SOLVE_PROMPT, format_valid, open_engine
 from kernels import distributed
 from kernels.transformer import load_model
 from train_prm import Judge, score_solutions
@@ -233,7 +234,7 @@ def test_another_number_of_processes_goes_on(world, tmp_path):
 def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     """Guards: a distance between reward and accuracy, the sign of a gamed reward, that isn't one: responses of other
     problems judged, or some of them twice or by no rank."""
-    flags = [*judged, "--steps", 1, "--out", tmp_path / "out"]
+    flags = [*judged, "--steps", 1, "--out", tmp_path / "out", "--heldout_temperature", 1]
     lives = start_ranks(2, tmp_path, *flags)
     assert [life.end() for life in lives] == [0, 0], lives[0].said("stderr")
     heldout = records.read(judged[judged.index("--heldout") + 1], ["id", "problem"])
@@ -334,35 +335,50 @@ def test_a_reward_model_that_talks_garbage_is_named(world, tmp_path, monkeypatch
 
 
 def test_rollouts_are_dumped(judged, tmp_path, monkeypatch, capsys):
-    """Guards: text that isn't that of the trained tokens; a reward, an advantage or a judgement of another response."""
-    assert train(monkeypatch, *judged, "--out", tmp_path / "out", "--dump_rollouts") == 0
+    """Guards: text that isn't that of the trained tokens; a prompt, a reward, an advantage or a judgement of another
+    response; advantages of tokens that aren't those of the update."""
+    flags = [*judged, "--reward", "global_step", "--min_steps", 1, "--prm_kind", "prm"]
+    flags += ["--temperature", 1.5, "--out", tmp_path / "out"]
+    assert train(monkeypatch, *flags, "--dump_rollouts") == 0
     assert "warning" not in capsys.readouterr().out
     files = sorted((tmp_path / "out" / "rollouts").iterdir())
     assert [path.name for path in files] == ["step_0000001.jsonl", "step_0000002.jsonl"]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    problems = {p["id"]: p["problem"] for p in records.read(TINY / "problems.jsonl", ["id", "problem"])}
+    spread = 0
     for path, metrics in zip(files, read_metrics(tmp_path / "out")[1:], strict=True):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [r["problem_id"] for r in records[::2]] == [r["problem_id"] for r in records[1::2]]
-        for r in records:
+        responses = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [r["problem_id"] for r in responses[::2]] == [r["problem_id"] for r in responses[1::2]]
+        for r in responses:
             assert r.keys() == {
-                "problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement",
+                "problem_id", "prompt", "text", "ids", "finish", "valid", "reward", "advantage", "token_advantages",
+                "judgement",
             }  # fmt: skip
+            assert r["prompt"] == render_chat(tokenizer, SOLVE_PROMPT.format(problem=problems[r["problem_id"]]))
             assert tokenizer.decode(r["ids"], skip_special_tokens=True) == r["text"]
             assert (r["ids"][-1] == tokenizer.eos_token_id) == (r["finish"] == "stop")
             assert (r["judgement"] is not None) == r["valid"] == format_valid(r["text"])
             assert r["reward"] == float(r["valid"] and r["judgement"]["verdict"] is True)
-        assert sum(r["reward"] for r in records) / len(records) == pytest.approx(metrics["reward/mean"])
-        advantages = grpo.group_advantages(torch.tensor([r["reward"] for r in records]), 2)
-        assert [r["advantage"] for r in records] == pytest.approx(advantages.tolist())
-    label = {"id": f"{records[0]['problem_id']}/0", "problem": "How many?", "steps": ["1+1=2", "2+2=5"], "answer": "5"}
+        assert sum(r["reward"] for r in responses) / len(responses) == pytest.approx(metrics["reward/mean"])
+        advantages = grpo.group_advantages(torch.tensor([r["reward"] for r in responses]), 2)
+        assert [r["advantage"] for r in responses] == pytest.approx(advantages.tolist())
+        for r in responses:  # 0.8 A behind the last step, where A_step has ended; A without judged steps
+            of_steps = bool(r["judgement"] and r["judgement"]["step_verdicts"])
+            assert len(r["token_advantages"]) == len(r["ids"])
+            assert r["token_advantages"][-1] == pytest.approx(r["advantage"] * (0.8 if of_steps else 1))
+            spread += of_steps and r["advantage"] != 0
+    assert spread
+    problem_id = responses[0]["problem_id"]
+    label = {"id": f"{problem_id}/0", "problem": "How many?", "steps": ["1+1=2", "2+2=5"], "answer": "5"}
     label |= {"method": "step_consistency", "step_labels": [True, False], "outcome": False, "text": "The text."}
     write_jsonl(tmp_path / "labels.jsonl", [label | {"votes": [[3, 0], [1, 2]], "dropped": None}])
     flags = ["--labels", tmp_path / "labels.jsonl", "--rollouts", tmp_path / "out" / "rollouts"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "show", records[0]["problem_id"], *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "show", problem_id, *map(str, flags)])
     capsys.readouterr()
     evaluate.main()
     shown = capsys.readouterr().out
     assert shown.startswith("How many?\n\n--- ") and "Step 2: 2+2=5   [1 correct, 2 incorrect]" in shown
     assert "The text." in shown and "GRPO step 2\n" in shown
-    for r in records[:2]:
-        assert r["text"] in shown and f"reward {r['reward']:.2f}, advantage {r['advantage']:+.2f}" in shown
+    for r in responses[:2]:
+        assert report.printable(r["text"]) in shown
+        assert f"reward {r['reward']:.2f}, advantage {r['advantage']:+.2f}" in shown

@@ -18,7 +18,8 @@ grpo() {  # name, policy, reward model, steps, further flags
   shift 4
   [[ -f "$out/$name/training/step_$(printf %07d "$steps")/.metadata" ]] && return
   python grpo.py --seed "$seed" --policy "$policy" --prm "$prm" --out "$out/$name" --steps "$steps" \
-    --problems data/tiny/problems.jsonl --heldout data/tiny/heldout.jsonl --gold data/tiny/gold.jsonl \
+    --problems data/tiny/problems.jsonl --heldout data/tiny/heldout.jsonl --heldout_temperature 1 \
+    --gold data/tiny/gold.jsonl \
     --batch_size 16 --group_size 8 --lr 1.5e-4 --max_new_tokens 160 --prm_max_new_tokens 260 --min_steps 1 \
     --max_steps 20 --sample_every 1000 "$@"
 }
