@@ -29,7 +29,7 @@ import math
 import random
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -39,7 +39,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data import records
 from data.chat import find_model
-from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE
+from data.text import HEADING, WORKED_EXAMPLES, readable_lines, without_thinking
 from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
@@ -57,8 +58,10 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
-# A run resumes with other values of these flags, because they don't change records.
-MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "critique_rounds"}
+# A run resumes with other values of these flags, because they don't change verifications.
+MAY_CHANGE_ON_RESUME = {
+    "out", "limit", "slots", "device", "method", "num_verifications", "critique_rounds", "critique_temperature"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,32 +106,11 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
-HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
-BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
-# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
-EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
-# Line breaks within the Verification line: before its question, and before a lone yes or no.
-LATE_VERDICT = re.compile(
-    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
-)
 # A verdict is a whole line; what is struck through (~) or put as a question is none.
 STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
 VERDICT = re.compile(
     r"[^\w~]*(?:final )?verification[^\w~]*is the answer correct[ ?]*\(yes ?/ ?no\)[^\w~]*(yes|no)[^\w~?？]*"
 )
-
-
-def readable_lines(text: str) -> list[str]:
-    """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
-    blanks, and with the Verification line in one piece."""
-    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
-    text = without_thinking(text).lower()
-    # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
-    if not any(HEADING.match(line) for line in text.split("\n")):
-        text = BOLD_HEADING.sub("# ", text)
-    lines = [" ".join(line.split()) for line in EMPHASIS.sub("", text).split("\n")]
-    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
 
 
 def parse_verification(text: str, num_steps: int) -> Verification:
@@ -181,63 +163,6 @@ def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], nu
         step_verdicts=[verdict for _, verdict in in_order] if one_for_each else None,
         verdict=verdicts[0] if len(verdicts) == 1 else None,
     )
-
-
-def without_thinking(text: str) -> str:
-    """What follows the last thought: the whole text if there is none, nothing if the last one was cut off. Every parser
-    reads a judgement through this, because a thought is full of drafts.
-
-    The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
-    judgement that is lost does less harm than a draft that votes.
-    """
-    after_thought = text.rpartition("</think>")[2]
-    if "<think>" in after_thought:
-        return ""
-    return after_thought.strip()
-
-
-# --------------------------------------------------------------------------- verification: two examples, for the prompt
-
-WORKED_EXAMPLES = [
-    """Example
-
-Problem: A rectangle is 6 cm wide and 4 cm high. How long is its diagonal, squared?
-
-Student Solution: Step 1: The diagonal, the width and the height form a right triangle.
-Step 2: So the squared diagonal is 6^2 + 4^2 = 36 + 16.
-Step 3: 36 + 16 = 52.
-Answer: 52
-
-## Step 1: The right triangle
-The corners of a rectangle are right angles, so width, height and diagonal form a right triangle.
-**This step is correct.**
-## Step 2: Pythagoras
-6^2 = 36 and 4^2 = 16, and the theorem adds them.
-**This step is correct.**
-## Step 3: The sum
-36 + 16 = 52.
-**This step is correct.**
-**Verification: Is the answer correct (Yes/No)? Yes**""",
-    """Example
-
-Problem: A shop sells pens at 3 for 2 euros. How much do 12 pens cost with a discount of 25 percent?
-
-Student Solution: Step 1: 12 pens are 12 / 3 = 4 packs.
-Step 2: 4 packs cost 4 * 3 = 12 euros.
-Step 3: 25 percent of 12 is 3, so the price is 12 - 3 = 9 euros.
-Answer: 9
-
-## Step 1: The number of packs
-A pack has 3 pens, and 12 / 3 = 4.
-**This step is correct.**
-## Step 2: The price without the discount
-A pack costs 2 euros, not 3, so it should be 4 * 2 = 8 euros.
-**This step is incorrect.**
-## Step 3: The discount
-The arithmetic is right, but it starts from the wrong price of Step 2; it should be 8 - 2 = 6 euros.
-**This step is incorrect.**
-**Verification: Is the answer correct (Yes/No)? No**""",
-]
 
 
 # --------------------------------------------------------------------------- votes
@@ -481,7 +406,8 @@ def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], re
     if distributed.rank() == 0:
         groups = group_by_solution(solutions, read_verifications(path, solutions))
         for so_far, group in zip(votes, groups.values(), strict=True):
-            so_far += [vote_of(v) for number, v in enumerate(group) if v["sample"] == number]
+            first = enumerate(group[: args.num_verifications])
+            so_far += [vote_of(v) for number, v in first if v["sample"] == number]
     return distributed.broadcast(votes)
 
 
@@ -514,7 +440,8 @@ def verify_solutions(
         prompts.append(prompt)
         limits.append(engine.output_limit(prompt, args.max_new_tokens))
     check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
-    unsettled = [i for i, limit in enumerate(limits) if limit is not None]
+    fitting = [i for i, limit in enumerate(limits) if limit is not None]
+    unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
     # 2. Rounds of votes, on the solutions that the earlier ones left unsettled. By default one round settles all.
     rounds = 0
@@ -531,6 +458,7 @@ def verify_solutions(
             first_samples=[len(votes[i]) for i in unsettled],
             temperature=args.temperature,
             top_p=args.top_p,
+            top_k=args.top_k,
             max_new_tokens=[limits[i] for i in unsettled],
             seed=args.seed,
         )
@@ -678,76 +606,91 @@ def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
 
 
 class Reply(NamedTuple):
-    """A reply to a critique or merge prompt. text is None, and tokens 0, if the model was not asked."""
+    """A reply to a critique or merge prompt. text is None if the model was not asked."""
 
-    text: str | None
-    tokens: int
+    text: str | None = None
+    tokens: int = 0
 
 
-def ask(args: argparse.Namespace, engine: Engine, solutions: list[dict], turns: list[str | None]) -> list[Reply]:
-    """Greedy replies to one user turn per solution. Not asked are turns that are None or too long for the context."""
-    replies = [Reply(None, 0)] * len(turns)
-    prompts = {}  # by place in `turns`
+def ask(args: argparse.Namespace, engine: Engine, call: str, turns: dict[str, str]) -> defaultdict[str, Reply]:
+    """The reply to the user turn of each solution, by its id; those that are too long for the context are not asked.
+    call: "critique 1" or the like, so that two calls about a solution don't share random numbers."""
+    prompts = {}
     limits = []
-    for i, turn in enumerate(turns):
-        if turn is None:
-            continue
+    for solution_id, turn in turns.items():
         prompt = engine.encode(turn)
         limit = engine.output_limit(prompt, args.max_new_tokens)
         if limit is not None:
-            prompts[i] = prompt
+            prompts[solution_id] = prompt
             limits.append(limit)
-    keys = [solutions[i]["id"] for i in prompts]
-    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=limits)
-    for i, (sample,) in zip(prompts, groups, strict=True):
-        replies[i] = Reply(engine.text(sample.ids, prompts[i]), len(sample.ids))
+    stream = engine.stream(
+        list(prompts.values()),
+        keys=[f"{solution_id}/{call}" for solution_id in prompts],
+        temperature=args.critique_temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=limits,
+        seed=args.seed,
+    )
+    solution_ids = list(prompts)
+    replies = defaultdict(Reply)
+    for i, (sample,) in with_progress(stream, engine.sampler, call, len(prompts), 1):
+        replies[solution_ids[i]] = Reply(engine.text(sample.ids, prompts[solution_ids[i]]), len(sample.ids))
     return replies
 
 
 def critique_and_merge(
-    args: argparse.Namespace, engine: Engine, solutions: list[dict], texts: list[str]
-) -> Iterator[tuple[int, tuple[Reply, Reply]]]:
-    """Yield (i, (critique, merge)) for each solution i and its verification, texts[i]."""
+    args: argparse.Namespace, engine: Engine, number: int, solutions: list[dict], texts: list[str]
+) -> Iterator[dict]:
+    """Yield a record for each solution, whose verification is texts[i]: one round, of this number."""
     chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
     for start in range(0, len(solutions), chunk):
-        judged = solutions[start : start + chunk]
-        verifications = texts[start : start + chunk]
+        judged = list(zip(solutions, texts, strict=True))[start : start + chunk]
 
         # 1. A critique of each verification.
-        turns = [critique_prompt(solution, text) for solution, text in zip(judged, verifications, strict=True)]
-        critiques = ask(args, engine, judged, turns)
+        turns = {solution["id"]: critique_prompt(solution, text) for solution, text in judged}
+        critiques = ask(args, engine, f"critique {number}", turns)
 
         # 2. A merge of each verification with its critique; none if the critique is nothing but thinking.
-        turns = []
-        for solution, text, critique in zip(judged, verifications, critiques, strict=True):
-            if critique.text is None or not without_thinking(critique.text):
-                turns.append(None)
-            else:
-                turns.append(critique_prompt(solution, text, critique.text))
-        merges = ask(args, engine, judged, turns)
+        turns = {}
+        for solution, text in judged:
+            critique = critiques[solution["id"]].text
+            if critique is not None and without_thinking(critique):
+                turns[solution["id"]] = critique_prompt(solution, text, critique)
+        merges = ask(args, engine, f"merge {number}", turns)
 
-        yield from enumerate(zip(critiques, merges, strict=True), start)
+        for solution, _ in judged:
+            critique = critiques[solution["id"]]
+            merge = merges[solution["id"]]
+            record = {"id": solution["id"], "method": args.method, "num_verifications": args.num_verifications}
+            record |= {"round": number, "critique": critique.text, "merged": merge.text}
+            yield record | {"tokens": critique.tokens + merge.tokens}
 
 
-CRITIQUE_KEY = ("id", "method", "round")  # what names a record of critiques.jsonl
+# What names a record of critiques.jsonl; N, because the choice of the text depends on it.
+CRITIQUE_KEY = ("id", "method", "num_verifications", "round")
 
 
-def write_critiques(
+def improve_labels(
     args: argparse.Namespace,
     solutions: list[dict],
     labels: list[Label],
     verifications: Path,
     engine: Engine | None,
     device: torch.device,
-) -> None:
-    """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, each round
-    from the merge of the round before. Each rank does its share. engine: opened if it is None and needed."""
+) -> list[Label]:
+    """The labels that the last merges give. The first of --critique_rounds criticises the text of each label, a later
+    one the merge of the round before. Sampled is what critiques.jsonl lacks, by each rank its share. A collective.
+
+    verifications: the file of the texts. engine: opened if it is None and needed.
+    """
     mine = distributed.my_part(list(zip(solutions, labels, strict=True)))
+    improved = [label for _, label in mine]
     my_ids = {solution["id"] for solution, _ in mine}
     output = records.RecordFile(
         Path(args.out) / "critiques.jsonl",
         args,
-        MAY_CHANGE_ON_RESUME,
+        MAY_CHANGE_ON_RESUME - {"critique_temperature"},
         CRITIQUE_KEY,
         remembered_field="merged",
         other_fields=("critique", "merged"),
@@ -755,51 +698,43 @@ def write_critiques(
     )
     with output, open(verifications, "rb") as texts_file:
         for number in range(1, args.critique_rounds + 1):
-            # 1. The texts of this round. A dropped label has none; a merge that does not parse ends the rounds.
+            # 1. The texts of this round. A dropped label has none, so a merge that does not parse ends the rounds.
             todo, texts = [], []
-            for solution, label in mine:
-                chosen = label
-                if number > 1:
-                    merged = output.done.get((solution["id"], args.method, number - 1))
-                    chosen = merged_label(label, merged, len(solution["steps"]))
-                if chosen.text is not None and (solution["id"], args.method, number) not in output.done:
+            for (solution, _), label in zip(mine, improved, strict=True):
+                key = (solution["id"], args.method, args.num_verifications, number)
+                if label.text is not None and key not in output.done:
                     todo.append(solution)
-                    texts.append(chosen_text(chosen, texts_file))
-            if not todo:
-                continue
+                    texts.append(chosen_text(label, texts_file))
 
             # 2. Two calls for each.
-            prompts = records.hash_text(CRITIQUE_PROMPT + MERGE_PROMPT)
-            output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
-            if engine is None:
-                engine = open_engine(args.model, device, args.slots)
-            stream = critique_and_merge(args, engine, todo, texts)
-            for i, (critique, merge) in with_progress(stream, engine.sampler, f"critique {number}", len(todo), 2):
-                record = {"id": todo[i]["id"], "method": args.method, "round": number}
-                record |= {"critique": critique.text, "merged": merge.text, "tokens": critique.tokens + merge.tokens}
-                output.append([record])
+            if todo:
+                prompts = records.hash_text(CRITIQUE_PROMPT + MERGE_PROMPT)
+                output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
+                if engine is None:
+                    engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
+                for record in critique_and_merge(args, engine, number, todo, texts):
+                    output.append([record])
+
+            # 3. The labels of the merges.
+            for i, (solution, label) in enumerate(mine):
+                if improved[i].dropped is None:
+                    merged = output.done[solution["id"], args.method, args.num_verifications, number]
+                    improved[i] = merged_label(label, merged, len(solution["steps"]))
+    return distributed.gather(improved)
 
 
-def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> tuple[list[Label], int]:
-    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges)."""
+def count_critique_tokens(args: argparse.Namespace, solutions: list[dict]) -> int:
+    """The tokens of the critiques and merges that the labels of these solutions are made of."""
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
-        return labels, 0  # all were dropped before
-    merges = {}  # (solution id, round) -> (the merge, the tokens of both calls)
-    for line in records.scan(path, [*CRITIQUE_KEY, "merged", "tokens"]):
-        record = line.value
-        if record["method"] == args.method:
-            merges[record["id"], record["round"]] = (record["merged"], record["tokens"])
-    merged_labels = []
+        return 0  # all labels were dropped before
+    solution_ids = {solution["id"] for solution in solutions}
     tokens = 0
-    for solution, label in zip(solutions, labels, strict=True):
-        last_merge = None
-        for number in range(1, args.critique_rounds + 1):
-            if (solution["id"], number) in merges:
-                last_merge, of_round = merges[solution["id"], number]
-                tokens += of_round
-        merged_labels.append(merged_label(label, last_merge, len(solution["steps"])))
-    return merged_labels, tokens
+    for line in records.scan(path, [*CRITIQUE_KEY, "tokens"]):
+        solution_id, *made_by, number = (line.value[field] for field in CRITIQUE_KEY)
+        if made_by == [args.method, args.num_verifications] and number <= args.critique_rounds:
+            tokens += line.value["tokens"] * (solution_id in solution_ids)
+    return tokens
 
 
 # --------------------------------------------------------------------------- main
@@ -855,28 +790,32 @@ def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises InputError for values that do not go together."""
     parser = records.new_parser(__doc__)
-    group = parser.add_argument_group("data and model")
-    group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
-    group.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
-    group.add_argument("--out", help="directory for verifications, critiques, labels and report")
-    group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
-    group.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
-    group = parser.add_argument_group("labels")
-    group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--num_verifications", type=COUNT, default=16, help="N, verifications per solution")
-    group.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample all N verifications, "
-                       "or stop when the rest can't change a label, or when every label is ahead by --lead")  # fmt: skip
-    group.add_argument("--lead", type=COUNT, default=3, help="votes, for --stop lead")
-    group.add_argument("--temperature", type=TEMPERATURE, default=0.8)
-    group.add_argument("--top_p", type=TOP_P, default=0.95)
-    group.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
-    group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
-    group.add_argument("--seed", type=SEED, default=0)
-    group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
-    group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
+    parser.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
+    parser.add_argument("--out", help="directory for verifications, critiques, labels and report")
+    parser.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
+    parser.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
+    parser.add_argument("--method", default="step_consistency", choices=METHODS)
+    parser.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
+    parser.add_argument("--critique_temperature", type=TEMPERATURE, default=0.0, help="0 is greedy, which thinking models "
+                        "are warned against")  # fmt: skip
+    parser.add_argument("--num_verifications", type=COUNT, help="N, verifications per solution; default: 16 for a method "
+                        "that votes, 1 for one that doesn't")  # fmt: skip
+    parser.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample all N verifications, "
+                        "or stop when the rest can't change a label, or when every label is ahead by --lead")  # fmt: skip
+    parser.add_argument("--lead", type=COUNT, default=3, help="votes, for --stop lead")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    parser.add_argument("--top_p", type=TOP_P, default=0.95)
+    parser.add_argument("--top_k", type=WHOLE, default=0, help="sample from the k likeliest tokens; 0: from all")
+    parser.add_argument("--no_thinking", action="store_true", help="turn off thinking in a chat template that has it")
+    parser.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
+    parser.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
+    if args.num_verifications is None:
+        args.num_verifications = 1 if METHODS[args.method].aggregate is single else 16
     if METHODS[args.method].reads_answers and args.answers is None:
         raise InputError(f"--method {args.method} needs --answers")
     if args.answers is not None and not METHODS[args.method].reads_answers:
@@ -913,16 +852,12 @@ def main() -> None:
     key = ("solution_id", "sample")
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
         unverified = find_unverified(solutions, args.num_verifications, output)
-        earlier = votes_so_far(args, path, unverified, output.was_there)
-        todo = [
-            (s, votes) for s, votes in zip(unverified, earlier, strict=True) if fewest_further_votes(votes, args) > 0
-        ]
-        if todo:
+        votes = votes_so_far(args, path, unverified, output.was_there)
+        if any(fewest_further_votes(so_far, args) > 0 for so_far in votes):
             model = records.hash_model(find_model(args.model))
             output.check_made_with(model_sha256=model, prompt_sha256=hash_prompt(args))
-            engine = open_engine(args.model, device, args.slots)
-            unsettled, votes = (list(column) for column in zip(*todo, strict=True))
-            verify_solutions(args, engine, unsettled, votes, references, output)
+            engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
+            verify_solutions(args, engine, unverified, votes, references, output)
     speed = {}
     if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
         sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
@@ -934,20 +869,19 @@ def main() -> None:
         return
     verifications, labels = [], []
     if distributed.rank() == 0:
-        verifications = read_verifications(path, solutions)
+        # The first N of each solution vote: a run with a larger N may have left more.
+        stored = read_verifications(path, solutions)
+        verifications = [v for v in stored if v["sample"] < args.num_verifications]
         labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
-    critique_tokens = 0
     if method.needs_critique:
-        labels = distributed.broadcast(labels)
-        write_critiques(args, solutions, labels, path, engine, device)
+        labels = improve_labels(args, solutions, distributed.broadcast(labels), path, engine, device)
     if distributed.rank() != 0:
         return
-    if method.needs_critique:
-        labels, critique_tokens = merge_labels(args, solutions, labels)
 
     # 4. Write the labels, and what they cost.
     write_labels(args, solutions, labels, path)
-    report = {"method": args.method, **describe_labels(labels, verifications), "critique_tokens": critique_tokens}
+    report = {"method": args.method, **describe_labels(labels, verifications)}
+    report["critique_tokens"] = count_critique_tokens(args, solutions) if method.needs_critique else 0
     report |= {**speed, "seconds": round(time.time() - started, 1)}
     records.write_json(Path(args.out) / "report.json", report)
     shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in report.items()}

@@ -149,6 +149,7 @@ FIELD_TYPES: dict[str, Reader] = {
     "solution_sha256": or_null(read_string),
     "method": read_string,
     "round": read_count,
+    "num_verifications": read_count,
     "critique": or_null(read_string),
     "merged": or_null(read_string),
     # labels
@@ -547,7 +548,10 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
 
 
 def same_value(before: object, now: object) -> bool:
-    """Whether two values of an argument are the same. A path may be written in several ways: m, m/, ./m."""
+    """Whether two values of an argument are the same. A path may be written in several ways: m, m/, ./m. A run from
+    before a flag existed is like one that doesn't use it."""
+    if before is None and now == 0:
+        return True
     if isinstance(before, str) and isinstance(now, str):
         return os.path.realpath(before) == os.path.realpath(now)
     return before == now
@@ -915,6 +919,7 @@ def real(least: float, most: float = LARGEST, or_zero: bool = False) -> Callable
 # Ranges that several flags share.
 COUNT = integer(1, 100_000)  # of samples, votes, batches: of more, even the list would take all memory
 POSITIVE = integer(1)  # of tokens, or steps between two events
+WHOLE = integer(0)  # the same, where 0 turns something off
 SEED = integer(0, 2**63 - 1)
 TEMPERATURE = real(0.001, 100, or_zero=True)  # at 0 the sampler is greedy; logits divided by less overflow
 TOP_P = real(1e-6, 1)
