@@ -4,26 +4,24 @@
 
     python verify.py                                       # the tiny world, on a CPU, in two minutes
     python verify.py --method single                       # other labels from the same verifications, in a second
-    python verify.py --method hybrid                       # two more calls per label: a critique, and a merge with it
     python verify.py --model Qwen/Qwen3-32B --solutions runs/solutions.jsonl --out runs/verify
-    torchrun --nproc_per_node 8 verify.py --model ... --solutions ... --out ...          # sharded by solution
 
-| method              | label                                                                                     |
-|---------------------|-------------------------------------------------------------------------------------------|
-| single              | what the first parsed verification says                                                   |
-| outcome_consistency | a random verification with the majority's verdict                                         |
-| step_consistency    | a majority for each step and for the outcome; a random verification that says just that   |
-| meta_critique       | the first parsed verification, criticised and merged with the critique into a new one     |
-| hybrid              | the same, from the verification that step_consistency selects                             |
-| hybrid_outcome      | the same, from the verification that outcome_consistency selects                          |
-| reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
+| method              | label                                                                               |
+|---------------------|-------------------------------------------------------------------------------------|
+| single              | the first parsed verification                                                       |
+| outcome_consistency | a random verification with the majority's verdict                                   |
+| step_consistency    | a majority for each step and the outcome; a random verification that says just that |
+| meta_critique       | the first parsed verification, merged with a critique of it: two more calls         |
+| hybrid              | the same, from the verification that step_consistency selects                       |
+| hybrid_outcome      | the same, from the one that outcome_consistency selects                             |
+| reference_guided    | the first parsed verification by a verifier that sees the answer (baseline)         |
 
-Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else.
+Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else. Methods that
+use the first verification sample just one, unless --num_verifications says otherwise.
 What `parse_verification` cannot read is *unparsed*: it is counted and never becomes a vote, a label or a reward.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import random
@@ -32,14 +30,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data import records
 from data.chat import find_model
-from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE, group_by_solution
 from data.text import HEADING, WORKED_EXAMPLES, readable_lines, without_thinking
 from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
@@ -62,6 +58,7 @@ TINY = {
 MAY_CHANGE_ON_RESUME = {
     "out", "limit", "slots", "device", "method", "num_verifications", "critique_rounds", "critique_temperature"
 }  # fmt: skip
+JUDGED_FIELDS = ["id", "problem", "steps", "answer"]  # what is read of a solution
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,7 @@ Expected Answer: {{reference}}"""
 
 
 def verification_prompt(solution: dict, worked_examples: int, reference: str | None = None) -> str:
-    """The user turn that asks for one verification of a solution (problem, steps, answer), optionally with the
-    reference answer."""
+    """The user turn that asks for a verification of a solution, optionally with the reference answer."""
     template = VERIFY_PROMPT if reference is None else REFERENCE_PROMPT
     return template.format(
         examples="".join(f"\n\n{example}" for example in WORKED_EXAMPLES[:worked_examples]),
@@ -114,14 +110,11 @@ VERDICT = re.compile(
 
 
 def parse_verification(text: str, num_steps: int) -> Verification:
-    """Read the step verdicts and the final verdict of a verification; num_steps is the solution's number of steps.
+    """Read the step verdicts and the final verdict of a verification of a solution that has num_steps steps.
 
-    `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and none for any
-    other; a verification that stops at the first error has none, by design. `verdict` is None unless there is exactly
-    one Verification line. One field may be None without the other. Thinking is not read. Linear in len(text).
-
-    The sentences are those of FORM, with any emphasis and blanks. "(Yes / No)?", "Final Verification:", `\\boxed{No}`,
-    and a Yes or No on the next line are read, too. Other wording is not: a verdict is never a guess.
+    The sentences are those of FORM, with any emphasis and blanks, and some variants of the last one (`\\boxed{No}`). Other
+    wording is not read: a verdict is never a guess. A field that isn't found exactly once is None, see `exactly_once`;
+    so a verification that stops at the first error has no step verdicts. Linear in len(text).
     """
     # A heading opens the section of its step, and with it the analysis; the step's verdict closes the analysis.
     step = None  # whose section it is
@@ -147,7 +140,7 @@ def parse_verification(text: str, num_steps: int) -> Verification:
 
 
 def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
-    """The rule of every parser: a field counts if it was found exactly once; otherwise it is None, never a guess.
+    """The rule of every parser: a field counts if it was found exactly once; one may be None without the other.
 
     step_verdicts: all (step, verdict) pairs in the order of the text; verdicts: all final verdicts. For two steps:
 
@@ -278,28 +271,6 @@ AGGREGATES = {
 }
 
 
-def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
-    """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
-    InputError for one that appears twice, or has another number of steps: it was made from another solution."""
-    groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
-    num_steps = {s["id"]: len(s["steps"]) for s in solutions}
-    for verification in verifications:
-        solution_id = verification["solution_id"]
-        if solution_id not in groups:
-            continue
-        verdicts = verification["step_verdicts"]
-        if verdicts is not None and len(verdicts) != num_steps[solution_id]:
-            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
-            raise InputError(f"{mismatch}; both files must come from the same solutions")
-        groups[solution_id].append(verification)
-    for solution_id, group in groups.items():
-        group.sort(key=itemgetter("sample"))
-        for one, next_one in pairwise(group):
-            if one["sample"] == next_one["sample"]:
-                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
-    return groups
-
-
 def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
     """One label per solution, in order."""
     labels = []
@@ -312,17 +283,17 @@ def label_solutions(solutions: list[dict], verifications: list[dict], aggregate:
 
 # --------------------------------------------------------------------------- when the votes are settled (--stop)
 
-Vote = tuple[bool, ...]  # of one parsed verification: its step verdicts, then its verdict
+Vote = tuple[bool, ...] | None  # a verification's step verdicts, then its verdict; None if it is unparsed
 
 
-def vote_of(verification: dict) -> Vote | None:
-    """What a verification votes; None if it is unparsed."""
+def vote_of(verification: dict) -> Vote:
+    """What a verification votes."""
     if not keep_parsed([verification]):
         return None
     return (*verification["step_verdicts"], verification["verdict"])
 
 
-def fewest_to_settle(votes: list[Vote | None], total: int) -> int:
+def fewest_to_settle(votes: list[Vote], total: int) -> int:
     """How many further votes, at least, until the `total` votes of a solution can no longer change a label; 0: now.
 
     A column is a step, or the outcome. Of its votes c say correct, w incorrect, and R are left. It is settled as correct
@@ -343,7 +314,7 @@ def fewest_to_settle(votes: list[Vote | None], total: int) -> int:
     return fewest
 
 
-def fewest_to_lead(votes: list[Vote | None], total: int, lead: int) -> int:
+def fewest_to_lead(votes: list[Vote], total: int, lead: int) -> int:
     """The same for `--stop lead`: after 4, 6, 8, ... votes, stop if every column is ahead by `lead`. That may be wrong."""
     parsed = [vote for vote in votes if vote is not None]
     looked_at = len(votes) >= 4 and len(votes) % 2 == 0
@@ -354,7 +325,7 @@ def fewest_to_lead(votes: list[Vote | None], total: int, lead: int) -> int:
     return min(next_look, total) - len(votes)
 
 
-def fewest_further_votes(votes: list[Vote | None], args: argparse.Namespace) -> int:
+def fewest_further_votes(votes: list[Vote], args: argparse.Namespace) -> int:
     """How many votes a solution needs at least beside these, by the rule of --stop; 0: it stops here."""
     if args.stop == "settled":
         return fewest_to_settle(votes, args.num_verifications)
@@ -367,9 +338,8 @@ def fewest_further_votes(votes: list[Vote | None], args: argparse.Namespace) -> 
 
 
 def hash_solution(solution: dict) -> str:
-    """First 16 hex digits of the SHA-256 of what a verifier sees of a solution."""
-    seen = json.dumps([solution[field] for field in ("problem", "steps", "answer")])
-    return hashlib.sha256(seen.encode()).hexdigest()[:16]
+    """A fingerprint of what a verifier sees of a solution."""
+    return records.hash_text(json.dumps([solution["problem"], solution["steps"], solution["answer"]]))
 
 
 def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
@@ -380,11 +350,10 @@ def find_unverified(solutions: list[dict], num_verifications: int, output: recor
     for solution in with_steps:
         digest = hash_solution(solution)
         for j in range(num_verifications):
-            # What was judged; None where another engine left it out, and on the ranks that haven't read the file.
-            judged = output.done.get((solution["id"], j))
-            if judged is not None and judged != digest:
-                reason = f"{solution['id']} was another solution when it was judged"
-                raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
+            # The digest of what was judged; None where another engine left it out, and on ranks that haven't read it.
+            if output.done.get((solution["id"], j)) not in (None, digest):
+                raise InputError(f"{output.path}: {solution['id']} was another solution when it was judged; choose "
+                                 "another --out or remove the file")  # fmt: skip
     keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
     return [with_steps[i] for i in output.find_missing(keys)]
 
@@ -397,10 +366,10 @@ def hash_prompt(args: argparse.Namespace) -> str:
     return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
-def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], resumed: bool) -> list[list[Vote | None]]:
+def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], resumed: bool) -> list[list[Vote]]:
     """The votes that an earlier run left of each solution, up to the first that is missing. A collective. Under
     `--stop all` nobody looks at them, and there are none."""
-    votes: list[list[Vote | None]] = [[] for _ in solutions]
+    votes: list[list[Vote]] = [[] for _ in solutions]
     if args.stop == "all" or not resumed:
         return votes
     if distributed.rank() == 0:
@@ -411,7 +380,7 @@ def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], re
     return distributed.broadcast(votes)
 
 
-def size_of_round(args: argparse.Namespace, votes: list[list[Vote | None]]) -> int:
+def size_of_round(args: argparse.Namespace, votes: list[list[Vote]]) -> int:
     """How many votes each unsettled solution gets in the next round: 16 under `--stop all`; else the fewest that any of
     them needs, which no stop can make superfluous, or more where a round would leave slots empty."""
     fewest = min(fewest_further_votes(so_far, args) for so_far in votes)
@@ -426,19 +395,16 @@ def verify_solutions(
     args: argparse.Namespace,
     engine: Engine,
     todo: list[dict],
-    votes: list[list[Vote | None]],
+    votes: list[list[Vote]],
     references: dict[str, str],
     output: records.RecordFile,
 ) -> None:
     """Sample and write the verifications of these solutions. votes: those they have, which this function continues.
     references: solution id -> reference answer, if used."""
     # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
-    prompts, limits = [], []
-    for solution in todo:
-        turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
-        prompt = engine.encode(turn)
-        prompts.append(prompt)
-        limits.append(engine.output_limit(prompt, args.max_new_tokens))
+    turns = [verification_prompt(s, args.worked_examples, references.get(s["id"])) for s in todo]
+    prompts = [engine.encode(turn) for turn in turns]
+    limits = [engine.output_limit(prompt, args.max_new_tokens) for prompt in prompts]
     check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
     fitting = [i for i, limit in enumerate(limits) if limit is not None]
     unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
@@ -463,16 +429,17 @@ def verify_solutions(
             seed=args.seed,
         )
         # 3. A solution's verifications are written as soon as the round's last one ends; those beyond the stop never.
-        new: list[tuple[int, list[Vote | None]]] = []
+        new: list[tuple[int, list[Vote]]] = []
         for place, samples in stream:
             i = unsettled[place]
-            verifications = make_verifications(engine, todo[i], prompts[i], samples, len(votes[i]))
             so_far = list(votes[i])
-            for verification in verifications:
+            verifications = []
+            for sample in samples:
                 if fewest_further_votes(so_far, args) > 0:
+                    verification = make_verification(engine, todo[i], prompts[i], sample, number=len(so_far))
+                    verifications.append(verification)
                     so_far.append(vote_of(verification))
-            added = len(so_far) - len(votes[i])
-            output.append(verifications[:added])
+            output.append(verifications)
             new.append((i, so_far))
         # 4. Every rank learns all votes, so that the next round is the same for all.
         for of_rank in distributed.gather([new]):
@@ -481,65 +448,37 @@ def verify_solutions(
         unsettled = [i for i in unsettled if fewest_further_votes(votes[i], args) > 0]
 
 
-def make_verifications(
-    engine: Engine, solution: dict, prompt: list[int], samples: list[Sample], first: int
-) -> list[dict]:
-    """The records of samples, which are numbered from `first`."""
-    digest = hash_solution(solution)
-    verifications = []
-    for j, sample in enumerate(samples, first):
-        text = engine.text(sample.ids, prompt)
-        parsed = parse_verification(text, len(solution["steps"]))
-        verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
-        verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
-        verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
-        verifications.append(verification)
-    return verifications
+def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:
+    """The record of a sample, the verification of this number."""
+    text = engine.text(sample.ids, prompt)
+    parsed = parse_verification(text, len(solution["steps"]))
+    return {
+        "id": f"{solution['id']}/{number}",
+        "solution_id": solution["id"],
+        "sample": number,
+        "text": text,
+        "step_verdicts": parsed.step_verdicts,
+        "verdict": parsed.verdict,
+        "finish": sample.finish,
+        "tokens": len(sample.ids),
+        "solution_sha256": hash_solution(solution),
+    }
 
 
 # --------------------------------------------------------------------------- reading verifications
 
 
-@dataclass(slots=True)
-class StoredVerification:
-    """What is kept in memory of a verification in a file, read like a record: verification["verdict"]. The texts of a
-    million would not fit."""
-
-    solution_id: str
-    sample: int
-    step_verdicts: list[bool] | None
-    verdict: bool | None
-    tokens: int
-    text: int  # its place: the byte at which the record's line begins
-
-    def __getitem__(self, field: str) -> Any:
-        return getattr(self, field)
-
-
-def read_verifications(path: str | Path, solutions: list[dict]) -> list[StoredVerification]:
-    """The verifications of these solutions, without their texts. Another engine's may have only solution_id, sample and
-    text: they are parsed."""
+def read_verifications(path: str | Path, solutions: list[dict]) -> list[records.StoredVerification]:
+    """The verifications of these solutions, without their texts: those of a million would not fit in memory."""
     num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
     optional = ("step_verdicts", "verdict", "tokens")
-    shared: dict = {}  # equal ids and lists of verdicts are kept once
+    shared: dict = {}
     verifications = []
     for line in records.scan(path, ["solution_id", "sample", "text"], "python verify.py", optional):
         solution_id = line.value["solution_id"]
-        if solution_id not in num_steps:
-            continue  # from before a smaller --limit
-        record = complete_verification(line.value, num_steps[solution_id])
-        step_verdicts = record["step_verdicts"]
-        if step_verdicts is not None:
-            step_verdicts = shared.setdefault(tuple(step_verdicts), step_verdicts)
-        stored = StoredVerification(
-            shared.setdefault(solution_id, solution_id),
-            record["sample"],
-            step_verdicts,
-            record["verdict"],
-            shared.setdefault(record["tokens"], record["tokens"]),
-            line.start,
-        )
-        verifications.append(stored)
+        if solution_id in num_steps:  # not from before a smaller --limit
+            record = complete_verification(line.value, num_steps[solution_id])
+            verifications.append(records.store_verification(record, line.start, shared))
     return verifications
 
 
@@ -551,8 +490,7 @@ def chosen_text(label: Label, verifications: BinaryIO) -> str | None:
 
 
 def complete_verification(verification: dict, num_steps: int) -> dict:
-    """A verification with all its fields, from one that may have only solution_id, sample and text, as another engine
-    writes it: it is parsed and gets its id; its tokens are unknown and count as 0. What is there stays."""
+    """Add what a verification of another engine may lack: it needs only solution_id, sample and text."""
     missing = {"id": f"{verification['solution_id']}/{verification['sample']}", "tokens": 0}
     if "step_verdicts" not in verification or "verdict" not in verification:
         missing |= asdict(parse_verification(verification["text"], num_steps))
@@ -623,7 +561,7 @@ def ask(args: argparse.Namespace, engine: Engine, call: str, turns: dict[str, st
         if limit is not None:
             prompts[solution_id] = prompt
             limits.append(limit)
-    stream = engine.stream(
+    groups = engine.sample(
         list(prompts.values()),
         keys=[f"{solution_id}/{call}" for solution_id in prompts],
         temperature=args.critique_temperature,
@@ -632,20 +570,20 @@ def ask(args: argparse.Namespace, engine: Engine, call: str, turns: dict[str, st
         max_new_tokens=limits,
         seed=args.seed,
     )
-    solution_ids = list(prompts)
     replies = defaultdict(Reply)
-    for i, (sample,) in with_progress(stream, engine.sampler, call, len(prompts), 1):
-        replies[solution_ids[i]] = Reply(engine.text(sample.ids, prompts[solution_ids[i]]), len(sample.ids))
+    for (solution_id, prompt), (sample,) in zip(prompts.items(), groups, strict=True):
+        replies[solution_id] = Reply(engine.text(sample.ids, prompt), len(sample.ids))
     return replies
 
 
 def critique_and_merge(
     args: argparse.Namespace, engine: Engine, number: int, solutions: list[dict], texts: list[str]
-) -> Iterator[dict]:
-    """Yield a record for each solution, whose verification is texts[i]: one round, of this number."""
+) -> Iterator[tuple[str, tuple[Reply, Reply]]]:
+    """Yield (solution id, (critique, merge)) for each solution, whose verification is texts[i]. number: of the round."""
+    everything = list(zip(solutions, texts, strict=True))
     chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
     for start in range(0, len(solutions), chunk):
-        judged = list(zip(solutions, texts, strict=True))[start : start + chunk]
+        judged = everything[start : start + chunk]
 
         # 1. A critique of each verification.
         turns = {solution["id"]: critique_prompt(solution, text) for solution, text in judged}
@@ -660,11 +598,7 @@ def critique_and_merge(
         merges = ask(args, engine, f"merge {number}", turns)
 
         for solution, _ in judged:
-            critique = critiques[solution["id"]]
-            merge = merges[solution["id"]]
-            record = {"id": solution["id"], "method": args.method, "num_verifications": args.num_verifications}
-            record |= {"round": number, "critique": critique.text, "merged": merge.text}
-            yield record | {"tokens": critique.tokens + merge.tokens}
+            yield solution["id"], (critiques[solution["id"]], merges[solution["id"]])
 
 
 # What names a record of critiques.jsonl; N, because the choice of the text depends on it.
@@ -679,10 +613,10 @@ def improve_labels(
     engine: Engine | None,
     device: torch.device,
 ) -> list[Label]:
-    """The labels that the last merges give. The first of --critique_rounds criticises the text of each label, a later
-    one the merge of the round before. Sampled is what critiques.jsonl lacks, by each rank its share. A collective.
+    """The labels that the last merges give: the first of --critique_rounds criticises the text of each label, a later one
+    the merge of the round before. What critiques.jsonl lacks is sampled, by each rank its share. A collective.
 
-    verifications: the file of the texts. engine: opened if it is None and needed.
+    verifications: the file that has the texts. engine: opened if it is None and needed.
     """
     mine = distributed.my_part(list(zip(solutions, labels, strict=True)))
     improved = [label for _, label in mine]
@@ -712,8 +646,12 @@ def improve_labels(
                 output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
                 if engine is None:
                     engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
-                for record in critique_and_merge(args, engine, number, todo, texts):
-                    output.append([record])
+                stream = critique_and_merge(args, engine, number, todo, texts)
+                progress = with_progress(stream, engine.sampler, f"critique {number}", len(todo), num_samples=2)
+                for solution_id, (critique, merge) in progress:
+                    record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
+                    record |= {"round": number, "critique": critique.text, "merged": merge.text}
+                    output.append([record | {"tokens": critique.tokens + merge.tokens}])
 
             # 3. The labels of the merges.
             for i, (solution, label) in enumerate(mine):
@@ -724,32 +662,22 @@ def improve_labels(
 
 
 def count_critique_tokens(args: argparse.Namespace, solutions: list[dict]) -> int:
-    """The tokens of the critiques and merges that the labels of these solutions are made of."""
+    """The tokens of the critiques and merges that the labels of these solutions cost."""
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
-        return 0  # all labels were dropped before
+        return 0  # there was no text to criticise
     solution_ids = {solution["id"] for solution in solutions}
     tokens = 0
     for line in records.scan(path, [*CRITIQUE_KEY, "tokens"]):
-        solution_id, *made_by, number = (line.value[field] for field in CRITIQUE_KEY)
-        if made_by == [args.method, args.num_verifications] and number <= args.critique_rounds:
-            tokens += line.value["tokens"] * (solution_id in solution_ids)
+        record = line.value
+        if record["id"] not in solution_ids or record["round"] > args.critique_rounds:
+            continue
+        if record["method"] == args.method and record["num_verifications"] == args.num_verifications:
+            tokens += record["tokens"]
     return tokens
 
 
 # --------------------------------------------------------------------------- main
-
-
-def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
-    """solution id -> reference answer of its problem. Raises InputError for a solution without one."""
-    answers = records.read_answers([path])
-    references = {}
-    for solution in solutions:
-        problem_id = solution["id"].rpartition("/")[0]  # the id is <problem_id>/<sample>
-        if problem_id not in answers:
-            raise InputError(f"{path}: no answer for the problem of solution {solution['id']}; add it")
-        references[solution["id"]] = answers[problem_id]
-    return references
 
 
 def labels_path(args: argparse.Namespace) -> Path:
@@ -758,14 +686,12 @@ def labels_path(args: argparse.Namespace) -> Path:
 
 
 def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label], verifications: Path) -> None:
-    """Write labels_<method>.jsonl: what was judged, by which method, and the label, whose text the file of
-    verifications has."""
+    """Write labels_<method>.jsonl. verifications: the file that has the labels' texts."""
 
     def lines(texts_file: BinaryIO) -> Iterator[dict]:
         for solution, label in zip(solutions, labels, strict=True):
-            judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
-            label = replace(label, text=chosen_text(label, texts_file))
-            yield judged | {"method": args.method} | asdict(label)
+            judged = {field: solution[field] for field in JUDGED_FIELDS}
+            yield judged | {"method": args.method} | asdict(label) | {"text": chosen_text(label, texts_file)}
 
     with open(verifications, "rb") as texts_file:
         records.write_records(labels_path(args), lines(texts_file), args)
@@ -797,12 +723,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
     parser.add_argument("--method", default="step_consistency", choices=METHODS)
     parser.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
-    parser.add_argument("--critique_temperature", type=TEMPERATURE, default=0.0, help="0 is greedy, which thinking models "
-                        "are warned against")  # fmt: skip
-    parser.add_argument("--num_verifications", type=COUNT, help="N, verifications per solution; default: 16 for a method "
-                        "that votes, 1 for one that doesn't")  # fmt: skip
-    parser.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample all N verifications, "
-                        "or stop when the rest can't change a label, or when every label is ahead by --lead")  # fmt: skip
+    parser.add_argument("--critique_temperature", type=TEMPERATURE, default=0.0, help="0, greedy, may loop in thinking")
+    parser.add_argument("--num_verifications", type=COUNT, help="N, per solution; default: 16 for a vote, otherwise 1")
+    parser.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample N verifications, or "
+                        "stop when the rest can't change a label, or when all labels are ahead by --lead")  # fmt: skip
     parser.add_argument("--lead", type=COUNT, default=3, help="votes, for --stop lead")
     parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
     parser.add_argument("--top_p", type=TOP_P, default=0.95)
@@ -816,10 +740,8 @@ def parse_arguments() -> argparse.Namespace:
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
     if args.num_verifications is None:
         args.num_verifications = 1 if METHODS[args.method].aggregate is single else 16
-    if METHODS[args.method].reads_answers and args.answers is None:
-        raise InputError(f"--method {args.method} needs --answers")
-    if args.answers is not None and not METHODS[args.method].reads_answers:
-        raise InputError("--answers is used with --method reference_guided only")
+    if METHODS[args.method].reads_answers != (args.answers is not None):
+        raise InputError("--method reference_guided needs --answers, and no other method reads them")
     if args.stop != "all" and args.method != "step_consistency":
         raise InputError(f"--stop {args.stop} decides by the votes of --method step_consistency, not of {args.method}")
     return args
@@ -835,13 +757,12 @@ def main() -> None:
     records.check_output(args.out, args)
     records.check_output(labels_path(args), args)
     records.check_output(Path(args.out) / "report.json", args, signature=b'{\n  "method"')
-    fields = ["id", "problem", "steps", "answer"]
-    solutions = records.read(args.solutions, fields, "python generate.py", only=True)[: args.limit]
+    solutions = records.read(args.solutions, JUDGED_FIELDS, "python generate.py", only=True)[: args.limit]
     if not any(solution["steps"] for solution in solutions):
         raise InputError(f"{args.solutions}: no solution has steps, so there is nothing to judge")
     references = {}
     if method.reads_answers:
-        references = read_references(args.answers, solutions)
+        references = records.read_references(args.answers, solutions)
 
     # 2. Sample the verifications that are missing. Those made with the answer in sight go to a separate file, which no
     #    other method reads. The model is loaded only if needed: other labels from the same verifications take seconds.

@@ -14,8 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from importlib.metadata import version
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
@@ -334,6 +336,54 @@ def read_at(file: BinaryIO, start: int) -> dict:
     return json.loads(file.readline())
 
 
+@dataclass(slots=True)
+class StoredVerification:
+    """What is kept in memory of a verification in a file, read like a record: verification["verdict"]."""
+
+    solution_id: str
+    sample: int
+    step_verdicts: list[bool] | None
+    verdict: bool | None
+    tokens: int
+    text: int  # its place: the byte at which the record's line begins, for `read_at`
+
+    def __getitem__(self, field: str) -> Any:
+        return getattr(self, field)
+
+
+def store_verification(record: dict, start: int, shared: dict) -> StoredVerification:
+    """A record, whose line begins at this byte, without its text. shared: the same dict for all records of a file, in
+    which equal ids, numbers and lists are kept once."""
+    step_verdicts = record["step_verdicts"]
+    if step_verdicts is not None:
+        step_verdicts = shared.setdefault(tuple(step_verdicts), step_verdicts)
+    solution_id = shared.setdefault(record["solution_id"], record["solution_id"])
+    tokens = shared.setdefault(record["tokens"], record["tokens"])
+    return StoredVerification(solution_id, record["sample"], step_verdicts, record["verdict"], tokens, start)
+
+
+def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
+    """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
+    InputError for one that appears twice, or has another number of steps: it was made from another solution."""
+    groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
+    num_steps = {s["id"]: len(s["steps"]) for s in solutions}
+    for verification in verifications:
+        solution_id = verification["solution_id"]
+        if solution_id not in groups:
+            continue
+        verdicts = verification["step_verdicts"]
+        if verdicts is not None and len(verdicts) != num_steps[solution_id]:
+            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
+            raise InputError(f"{mismatch}; both files must come from the same solutions")
+        groups[solution_id].append(verification)
+    for solution_id, group in groups.items():
+        group.sort(key=itemgetter("sample"))
+        for one, next_one in pairwise(group):
+            if one["sample"] == next_one["sample"]:
+                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
+    return groups
+
+
 def torn_line(path: str | Path) -> int | None:
     """Where the last line begins, in bytes, if it lacks its newline, because a killed run has left it or a running one is
     writing it; otherwise None. Only the end of the file is read."""
@@ -365,6 +415,18 @@ def read_answers(paths: list[str]) -> dict[str, str]:
                 raise InputError(f"{path}: {name!r} has two different answers, {answers}; rename one id")
             gold[name] = answer
     return gold
+
+
+def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
+    """solution id -> reference answer of its problem. Raises InputError for a solution without one."""
+    answers = read_answers([path])
+    references = {}
+    for solution in solutions:
+        problem_id = solution["id"].rpartition("/")[0]  # the id is <problem_id>/<sample>
+        if problem_id not in answers:
+            raise InputError(f"{path}: no answer for the problem of solution {solution['id']}; add it")
+        references[solution["id"]] = answers[problem_id]
+    return references
 
 
 def read_metrics(path: Path, made_by: str = "") -> list[dict]:

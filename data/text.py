@@ -239,7 +239,9 @@ def hidden_text(response: str) -> str:
 HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
 BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
 # In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
-VERDICT_EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
+VERDICT_EMPHASIS = re.compile(
+    r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>"
+)
 # Line breaks within the Verification line: before its question, and before a lone yes or no.
 LATE_VERDICT = re.compile(
     r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
