@@ -76,11 +76,9 @@ def grade(prediction: str | None, reference: str, timeout: float = 5.0) -> bool 
     r"""Is an answer mathematically equal to the reference? True, False, or None for unknown: out of time or memory, or
     crashed. Both are LaTeX or plain text, with or without `\boxed{…}`; no answer (None, "") is False.
 
-    Units are dropped (5 g is 5 kg); a capital letter is another symbol; data/grader.py lists these decisions. timeout:
-    seconds of CPU time per reading; a number like 4.5e33 and a percent sign have a second reading each.
-
-    A worker process does the algebra; it starts when first needed and stays. Equal strings and integers need none.
-    Raises ValueError for a timeout that isn't positive, InputError if the worker can't run.
+    Units are dropped (5 g is 5 kg); a capital letter is another symbol; data/grader.py lists these decisions, and runs
+    the algebra in a worker process. timeout: seconds of CPU time per reading; a number like 4.5e33 and a percent sign
+    have a second reading each. Raises ValueError for a timeout that isn't positive, InputError if no worker can run.
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
@@ -149,9 +147,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def cluster_answers(answers: tuple[str | None, ...]) -> tuple[str | None, ...]:
     """Each answer's cluster, named by its first answer: ("5", "7", "5.0", None) -> ("5", "7", "5", None).
 
-    Answers are clustered by value: each distinct string joins the first cluster whose first answer it equals by
-    `grade`, or begins a new one. The grader is asked at most once per distinct string and cluster. None, and an empty
-    answer, has no cluster.
+    Each distinct string joins the first cluster whose first answer it equals by `grade`, or begins a new one: at most
+    one question to the grader per distinct string and cluster. An answer that is None or blank has no cluster.
     """
     cluster_of = {}
     unclustered = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
@@ -202,15 +199,15 @@ def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) ->
     return np.stack(means)
 
 
-def interval95(values: np.ndarray | list[float]) -> tuple[float, float]:
+def interval95(values: np.ndarray) -> tuple[float, float]:
     """(low, high): the 2.5 % and 97.5 % quantiles of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
 def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float]:
-    """(low, high): 95 % interval of the mean of per_problem (P,). Problems are resampled, not samples: the samples of
-    one problem aren't independent of each other."""
+    """(low, high): 95 % interval of the mean of per_problem (P,). Problems are resampled, as the samples of one problem
+    aren't independent of each other."""
     return interval95(bootstrap(np.asarray(per_problem, dtype=float), seed))
 
 
@@ -228,49 +225,25 @@ def result_rows(
     return rows
 
 
-def average_rows(benchmark: str, rows: list[dict], metric: str) -> list[dict]:
-    """The metric's plain mean over the subsets or benchmarks of one model, if there are several; n counts them."""
-    rows = [row for row in rows if row["metric"] == metric]
-    if len(rows) < 2:
-        return []
-    mean = float(np.mean([row["value"] for row in rows]))
-    # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
-    squares = 0.0
-    for row in rows:
-        low, high = row["interval"]
-        squares += (high - low) ** 2
-    half = squares**0.5 / 2 / len(rows)
-    average = Metric(mean, len(rows), (mean - half, mean + half))
-    seconds = sum(row["seconds"] for row in rows)
-    tokens = sum(row["tokens"] for row in rows)
-    return result_rows(benchmark, "average", {metric: average}, rows[0]["settings"], seconds, tokens)
-
-
-def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str], list[dict]]:
-    """(model, benchmark, subset) -> rows that a run with these arguments and inputs wrote to --out before it was killed.
-    A complete file is measured anew. Fingerprints of the inputs are added to args."""
-    given = vars(args)
-    for flag in ("data", "problems", "solutions", "gold"):
-        given[f"{flag}_sha256"] = [records.hash_file(path) for path in given.get(flag) or []]
-    for flag in ("model", "prm"):
-        names = [given[flag]] if isinstance(given.get(flag), str) else given.get(flag) or []
-        given[f"{flag}_sha256"] = [records.hash_model(find_model(name)) for name in names]
-    args.complete = False
-    rows: dict[tuple[str, str, str], list[dict]] = {}
-    if Path(args.out).is_file() and records.read_args(Path(args.out)) == given:
-        for row in records.read(args.out, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
-            rows.setdefault((row["settings"]["model"], row["benchmark"], row["subset"]), []).append(row)
-    distributed.barrier()  # rank 0 writes to the file only after every rank has read it
-    return rows
-
-
-def write_results(rows: list[dict], args: argparse.Namespace, complete: bool = False) -> None:
-    """Write the rows so far; print them when they are complete."""
-    args.complete = complete
-    if distributed.rank() == 0:
-        records.write_records(Path(args.out), rows, args)
-    if complete:
-        report.print_results(rows)
+def average_rows(benchmark: str, rows: list[dict], metrics: list[str]) -> list[dict]:
+    """Each metric's plain mean over the subsets or benchmarks of one model, if there are several; n counts them."""
+    averages = []
+    for metric in metrics:
+        measured = [row for row in rows if row["metric"] == metric]
+        if len(measured) < 2:
+            continue
+        mean = float(np.mean([row["value"] for row in measured]))
+        # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
+        squares = 0.0
+        for row in measured:
+            low, high = row["interval"]
+            squares += (high - low) ** 2
+        half = squares**0.5 / 2 / len(measured)
+        average = Metric(mean, len(measured), (mean - half, mean + half))
+        seconds = sum(row["seconds"] for row in measured)
+        tokens = sum(row["tokens"] for row in measured)
+        averages += result_rows(benchmark, "average", {metric: average}, measured[0]["settings"], seconds, tokens)
+    return averages
 
 
 def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Metric]:
@@ -291,101 +264,35 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
 
 
-def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str | None = None) -> argparse.Namespace:
+def parse_command(parser: argparse.ArgumentParser, *inputs: str, unless: str = "") -> argparse.Namespace:
     """Parse the flags of one command. If one of its inputs isn't given, the tiny world's values replace the defaults,
-    unless there is a flag that makes do without them."""
+    unless there is the flag that makes do without them."""
     args = records.parse_flags(parser)
     missing = [name for name in inputs if getattr(args, name) is None]
-    if missing and not (unless and getattr(args, unless)):
+    if missing and not getattr(args, unless, None):
         args = records.parse_args(parser, TINY[args.command], missing[0])
-    if "out" in args and args.out is None:
-        raise InputError("--out is missing; say where to write the result")
     if "out" in args:  # fail early, not after hours of sampling
-        check_place(args)
+        if args.out is None:
+            raise InputError("--out is missing; say where to write the result")
+        records.check_place(Path(args.out))
+        records.check_output(args.out, args, report.check_format(args.out, args.command == "plot"))
     return args
-
-
-def check_place(args: argparse.Namespace) -> None:
-    """Raise InputError if --out can't be written, or if it is somebody's file."""
-    out = Path(args.out)
-    if out.is_dir():
-        raise InputError(f"--out {out} is a directory; name a file in it")
-    nearest = next(parent for parent in out.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
-    figure_begins = report.FORMATS.get(out.suffix.lower())
-    if (figure_begins is not None) != (args.command == "plot"):
-        raise InputError(
-            f"--out {out}: figures are named {', '.join(report.FORMATS)}, other results otherwise; rename it"
-        )
-    records.check_output(out, args, figure_begins)
-
-
-def name_files(flag: str, paths: list[str]) -> dict[str, str]:
-    """name -> path, the name being the file's without its suffix. Raises InputError if two are the same."""
-    named = {Path(path).stem: path for path in paths}
-    if len(named) < len(paths):
-        raise InputError(f"--{flag} {' '.join(paths)}: two files share a name, the key of results; rename one")
-    return named
 
 
 # --------------------------------------------------------------------------- ProcessBench
 
 
-def read_cases(path: str) -> list[dict]:
-    """ProcessBench cases (problem, steps, label) from JSON Lines or, as published, a JSON array.
-
-    Raises InputError, with the number of the case, for a field that is missing or of another type, and for a label that
-    is neither -1 nor the index of a step.
-    """
-    fields = ["problem", "steps"]
-    data = Path(path).read_bytes() if Path(path).is_file() else b""
-    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        cases = records.parse_json(data, path, "fetch the file again")
-        for number, case in enumerate(cases):
-            records.check_record(case, fields, f"{path}: case {number}")
-        if not cases:
-            raise InputError(f"{path}: an empty array, no cases; fetch the file again")
-    else:
-        cases = records.read(path, fields, "python -m data.make_tiny")
-    for number, case in enumerate(cases):
-        label = case.get("label")
-        num_steps = len(case["steps"])
-        if type(label) is not int or label not in range(-1, num_steps):  # True is an int, too
-            given = f"label {label!r} and {num_steps} steps"
-            raise InputError(f"{path}: case {number} has {given}; a label is the index of the first wrong step or -1")
-        final_answer_correct(case, f"{path}: case {number}")
-    return cases
-
-
-def final_answer_correct(case: dict, place: str) -> bool:
-    """Is the final answer of a case correct? Its final_answer_correct, which some tools write as a string; without it,
-    whether no step is wrong. Raises InputError, beginning with `place`, for any other value."""
-    value = case.get("final_answer_correct", case["label"] == -1)
-    named = {"true": True, "false": False}
-    known = named.get(str(value).lower())
-    if known is None:
-        raise InputError(f"{place}: final_answer_correct must be true or false, not {value!r}")
-    return known
-
-
-def orm_metrics(cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
-    """An ORM names no step. Its verdict is compared with final_answer_correct where a case has it, else with "no wrong
-    step"."""
-    n = len(cases)
-    truths = [final_answer_correct(case, f"case {i}") for i, case in enumerate(cases)]
-    verdicts = [judgement.verdict for judgement in judgements]
-    right = np.array([verdict == truth for verdict, truth in zip(verdicts, truths, strict=True)], dtype=float)
-    return {
-        "outcome_acc": Metric(float(right.mean()), n, bootstrap_interval(right, seed)),
-        "unparsed": Metric(verdicts.count(None) / n, n),
-    }
-
-
 def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
-    """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1."""
+    """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names no
+    step; its verdict is compared with the correctness of the final answer."""
+    n = len(cases)
     if not REWARD_MODELS[kind].judges_steps:
-        return orm_metrics(cases, judgements, seed)
+        verdicts = [judgement.verdict for judgement in judgements]
+        truths = [records.final_answer_correct(case, f"case {i}") for i, case in enumerate(cases)]
+        right = np.array([verdict == truth for verdict, truth in zip(verdicts, truths, strict=True)], dtype=float)
+        accuracy = Metric(float(right.mean()), n, bootstrap_interval(right, seed))
+        return {"outcome_acc": accuracy, "unparsed": Metric(verdicts.count(None) / n, n)}
+
     labels = [case["label"] for case in cases]
     predictions = []
     for judgement in judgements:
@@ -393,21 +300,20 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
         predictions.append(None if verdicts is None else first_error(verdicts))
     found = processbench_f1(labels, predictions)
 
-    # Cases are resampled, not hits: F1 is no mean over cases, so it is computed anew for every resample.
-    n = len(cases)
-    rng = np.random.default_rng(seed)
-    resampled = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(n, size=n).tolist()
-        resampled.append(processbench_f1([labels[i] for i in drawn], [predictions[i] for i in drawn]))
+    # F1 is no mean over cases: each resample of the cases has accuracies of its own, and F1 follows from them.
+    is_wrong = np.array(labels) != -1
+    groups = np.stack([is_wrong, ~is_wrong], axis=1).astype(float)  # (n, 2): in which group a case is
+    hits = np.equal(labels, np.array(predictions, dtype=object)).astype(float)  # (n,)
+    error_acc, correct_acc = bootstrap(hits[:, None] * groups, seed, groups).T  # (RESAMPLES,) each
+    f1 = 2 * error_acc * correct_acc / np.maximum(error_acc + correct_acc, 1e-12)
 
-    wrong = sum(label != -1 for label in labels)
-    sizes = {"f1": n, "error_acc": wrong, "correct_acc": n - wrong}
-    metrics = {}
-    for name, size in sizes.items():
-        metrics[name] = Metric(found[name], size, interval95([numbers[name] for numbers in resampled]))
-    metrics["unparsed"] = Metric(predictions.count(None) / n, n)
-    return metrics
+    num_wrong = int(is_wrong.sum())
+    return {
+        "f1": Metric(found["f1"], n, interval95(f1)),
+        "error_acc": Metric(found["error_acc"], num_wrong, interval95(error_acc)),
+        "correct_acc": Metric(found["correct_acc"], n - num_wrong, interval95(correct_acc)),
+        "unparsed": Metric(predictions.count(None) / n, n),
+    }
 
 
 def run_processbench(parser: argparse.ArgumentParser) -> None:
@@ -421,40 +327,37 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 
     # 1. Whatever is wrong with the input is found before the first judgement.
     check_votes(args.kind, args.votes, "--votes")
-    subsets = {}
-    for name, path in name_files("data", args.data).items():
+    tokenizer, context = check_model(args.model)
+    subsets, limits = {}, {}
+    for name, path in records.name_files("data", args.data).items():
         # ProcessBench has no separate answer, so an answer field of a case is ignored.
         cases = read_cases(path)[: args.limit]
         subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
-    tokenizer, context = check_model(args.model)
-    limits = {}
-    for name, cases in subsets.items():
-        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in cases]
+        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in subsets[name]]
         _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
     device = distributed.init_distributed(args.device)
-    earlier = earlier_results(args)
+    results = records.ResultsFile(args, [*args.data, find_model(args.model)])
 
     # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
     engine = None
-    rows = []
     for subset, cases in subsets.items():
-        if (args.model, "processbench", subset) in earlier:
-            rows += earlier[args.model, "processbench", subset]
-            continue
-        engine = engine or open_engine(args.model, device, args.slots)
-        judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-        started = time.time()
-        mine = distributed.my_part(cases)
-        judgements = distributed.gather(score_solutions(judge, mine, seed=args.seed, title=subset))
-        metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
-        metrics |= limit_metrics(limits[subset], args.max_new_tokens)
-        tokens = sum(judgement.tokens for judgement in judgements)
-        rows += result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
-        write_results(rows, args)
-    headline = "f1" if REWARD_MODELS[args.kind].judges_steps else "outcome_acc"
-    write_results(rows + average_rows("processbench", rows, headline), args, complete=True)
+        rows = results.earlier.get((args.model, "processbench", subset))
+        if rows is None:
+            started = time.time()
+            engine = engine or open_engine(args.model, device, args.slots)
+            judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
+            judgements = score_shared(judge, cases, args.seed, subset)
+            metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
+            metrics |= limit_metrics(limits[subset], args.max_new_tokens)
+            tokens = sum(judgement.tokens for judgement in judgements)
+            rows = result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
+        results.add(rows)
+
+    # 3. The paper's headline is the average over subsets.
+    results.add(average_rows("processbench", results.rows, ["f1", "outcome_acc"]), complete=True)
+    report.print_results(results.rows)
 
 
 # --------------------------------------------------------------------------- benchmarks
@@ -503,18 +406,16 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
 def heldout_accuracy(
     engine: Engine, problems: list[dict], gold: dict[str, str], *, max_new_tokens: int, seed: int, **settings
 ) -> Graded:
-    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer). settings:
-    num_samples and temperature, optionally top_p, as for the sampler.
+    """Sample k solutions to each of P >= 1 problems (id, problem) and grade them against gold (id -> answer): a look at
+    a policy in training, without files. settings: num_samples and temperature, optionally top_p, as for the sampler.
 
-    Nothing is written: `benchmark` keeps its samples, this is for a look at a policy in training. Under torchrun every
-    rank calls it, does its share, and returns the same. Problems that are too long for the context are left out. Raises
-    InputError for a problem without a gold answer, and if all are too long.
+    Under torchrun every rank calls it, does its share, and returns the same. Problems that are too long for the context
+    are left out. Raises InputError for a problem without a gold answer, and if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
     prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, max_new_tokens, "held-out problems")
-    fitting = [i for i, limit in enumerate(limits) if limit is not None]
-    mine = distributed.my_part(fitting)
+    mine = distributed.my_part([i for i, limit in enumerate(limits) if limit is not None])
     groups = engine.sample(
         [prompts[i] for i in mine],
         keys=[problems[i]["id"] for i in mine],
@@ -564,12 +465,10 @@ def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) 
 def best_of_k(
     correct: np.ndarray, answers: list[list[str | None]], judgements: list[list[Judgement]]
 ) -> dict[str, np.ndarray]:
-    """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0.
-
+    """metric -> (P,) 1.0 where the sample that a reward model chooses among a problem's first k is correct, else 0.0;
     correct is (P, n), and k = 2, 4, 8, ... and n. The sample with the greatest score is chosen, the earliest of equals.
-    The rules differ in what they score:
 
-        verdict   the outcome
+        verdict   scores the outcome
         mean      the steps, by their mean
         min       the steps, by the worst of them
         vote      the answer, by the sum of the outcome scores of all samples with this answer
@@ -577,43 +476,32 @@ def best_of_k(
     An unparsed judgement scores 0.
     """
     P, n = correct.shape
-    verdict = np.zeros((P, n))
-    mean = np.zeros((P, n))
-    least = np.zeros((P, n))
-    for p, group in enumerate(judgements):
-        for i, judgement in enumerate(group):
-            step_scores = judgement.step_scores or [0.0]
-            verdict[p, i] = judgement.score or 0.0
-            mean[p, i] = np.mean(step_scores)
-            least[p, i] = min(step_scores)
+    scores = {rule: np.zeros((P, n)) for rule in ("verdict", "mean", "min")}
+    for p, i in np.ndindex(P, n):
+        judgement = judgements[p][i]
+        step_scores = judgement.step_scores or [0.0]
+        scores["verdict"][p, i] = judgement.score or 0.0
+        scores["mean"][p, i] = np.mean(step_scores)
+        scores["min"][p, i] = min(step_scores)
     found = {}
     for k in sizes_up_to(n):
-        rules = {"verdict": verdict, "mean": mean, "min": least, "vote": sum_by_answer(answers, verdict, k)}
-        for rule, scores in rules.items():
-            chosen = scores[:, :k].argmax(axis=1)  # (P,) the first of equals
+        scores["vote"] = sum_by_answer(answers, scores["verdict"], k)
+        for rule, of_rule in scores.items():
+            chosen = of_rule[:, :k].argmax(axis=1)  # (P,) the first of equals
             found[f"best@{k}/{rule}"] = correct[np.arange(P), chosen].astype(float)
     return found
 
 
 def sum_by_answer(answers: list[list[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
-    """Each sample's sum of the scores (P, n) of all samples with an equal answer, among the first k of a problem ->
-    (P, k). A sample without an answer gets 0."""
+    """(P, k): for each of a problem's first k samples the sum of the scores (P, n) of those with an equal answer. A
+    sample without an answer gets 0."""
     sums = np.zeros((len(answers), k))
     for p, group in enumerate(answers):
-        clusters = cluster_answers(tuple(group))
-        for i in range(k):
-            if clusters[i] is not None:
-                sums[p, i] = sum(scores[p, j] for j in range(k) if clusters[j] == clusters[i])
+        clusters = cluster_answers(tuple(group))[:k]
+        for i, cluster in enumerate(clusters):
+            if cluster is not None:
+                sums[p, i] = sum(scores[p, j] for j in range(k) if clusters[j] == cluster)
     return sums
-
-
-def judge_samples(judge: Judge, samples: list[list[dict]], seed: int, title: str) -> list[list[Judgement]]:
-    """A reward model's judgement of each of P lists of k samples; every rank judges its share."""
-    solutions = [solution for group in samples for solution in group]
-    mine = distributed.my_part(solutions)
-    judgements = distributed.gather(score_solutions(judge, mine, seed=seed, title=title))
-    k = len(samples[0])
-    return [judgements[i : i + k] for i in range(0, len(judgements), k)]
 
 
 # --- the command
@@ -632,91 +520,75 @@ class Benchmark:
     seconds: float  # of sampling and grading
 
 
-def read_samples(path: str | Path) -> dict[str, list[dict]]:
-    """problem id -> its samples in order, from a solutions file. Raises InputError if some problems have fewer."""
-    fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
-    groups: dict[str, list[dict]] = {}
-    for solution in sorted(records.read(path, fields, "python generate.py"), key=lambda s: s["sample"]):
-        groups.setdefault(solution["problem_id"], []).append(solution)
-    if len({len(group) for group in groups.values()}) > 1:
-        raise InputError(f"{path}: problems have different numbers of samples; let generate.py finish the file")
-    return groups
-
-
-def read_files(args: argparse.Namespace, gold: dict[str, str]) -> dict[str, list[list[dict]]]:
-    """name -> P lists of k samples, of the solutions files."""
-    files = {}
-    for name, path in name_files("solutions", args.solutions).items():
-        files[name] = list(read_samples(path).values())[: args.limit]
-        require_answers([group[0]["problem_id"] for group in files[name]], gold)
-    return files
-
-
-def grade_files(
-    files: dict[str, list[list[dict]]], gold: dict[str, str], args: argparse.Namespace
-) -> Iterator[Benchmark]:
+def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benchmark]:
     """Samples from any source, one benchmark per solutions file."""
-    for name, samples in files.items():
+    for name, path in records.name_files("solutions", args.solutions).items():
         started = time.time()
+        groups = records.read_samples(path)
+        problem_ids = list(groups)[: args.limit]
+        require_answers(problem_ids, gold)
+        samples = [groups[problem_id] for problem_id in problem_ids]
         graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0]), "seed": args.seed}
         yield Benchmark(samples[0][0]["model"], name, settings, graded, None, {}, time.time() - started)
 
 
-def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> dict[str, dict[str, tuple]]:
-    """model -> benchmark -> (the problems that fit the model's context, `limit_metrics`). Raises InputError for what
-    would otherwise be found after hours of sampling."""
+def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> list[tuple]:
+    """(model, benchmark, the problems that fit the model's context, `limit_metrics`) of every model and file. Raises
+    InputError for what would otherwise be found after hours of sampling."""
     files = {}
-    for name, path in name_files("problems", args.problems).items():
+    for name, path in records.name_files("problems", args.problems).items():
         files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
         require_answers([problem["id"] for problem in files[name]], gold)
-    plans: dict[str, dict[str, tuple]] = {}
+    plan = []
     for model in args.model:
         tokenizer, context = check_model(model)
-        plans[model] = {}
         for name, problems in files.items():
             turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
             _, limits = fit_prompts(tokenizer, context, turns, args.max_new_tokens, f"{name}, {model}")
             fitting = [problem for problem, limit in zip(problems, limits, strict=True) if limit is not None]
-            plans[model][name] = fitting, limit_metrics(limits, args.max_new_tokens)
-    return plans
+            plan.append((model, name, fitting, limit_metrics(limits, args.max_new_tokens)))
+    return plan
 
 
 def sample_benchmarks(
-    model: str, plan: dict[str, tuple], gold: dict[str, str], args: argparse.Namespace, device: torch.device
+    plan: list[tuple], gold: dict[str, str], args: argparse.Namespace, device: torch.device
 ) -> Iterator[Benchmark]:
-    """Sample a model's solutions as `plan_samples` says; they stay in solutions files beside --out. What an earlier run
-    has written to them isn't sampled again. Raises InputError if it was made with other settings."""
+    """Sample and grade what `plan_samples` says. The samples stay in solutions files beside --out, and what an earlier
+    run has written to them isn't sampled again. Raises InputError if it was made with other settings."""
     settings = {"num_samples": args.num_samples, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "seed": args.seed}  # fmt: skip
     passes = {"": settings}  # suffix of the file -> how to sample
     if args.greedy:
         passes["_greedy"] = {**settings, "num_samples": 1, "temperature": 0.0}
-    # A model that has been trained on under the same name isn't the one that sampled.
-    weights = records.hash_model(find_model(model))
-    prompt = records.hash_text(SOLVE_PROMPT)
     directory = Path(args.out.removesuffix(".jsonl") + "_samples")
-    engine = None  # opened only if a solution is missing
-    for name, (problems, limits) in plan.items():
+    engine, opened = None, None  # opened only if a solution is missing
+    for model, name, problems, limits in plan:
         started = time.time()
-        graded = {}  # suffix -> Graded
+        # A model that has been trained on under the same name isn't the one that sampled.
+        fingerprints = {"model_sha256": records.hash_model(find_model(model)),
+                        "prompt_sha256": records.hash_text(SOLVE_PROMPT)}  # fmt: skip
+        graded: dict[str, Graded | None] = {"_greedy": None}
         for suffix, how in passes.items():
             path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
-            described = argparse.Namespace(model=model, model_sha256=weights, prompt_sha256=prompt, **how)
+            described = argparse.Namespace(model=model, **fingerprints, **how)
             with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
                 if find_incomplete(problems, output, how["num_samples"]):
-                    engine = engine or open_engine(model, device, args.slots)
+                    if opened != model:
+                        engine = None  # there may not be memory for two
+                        engine = open_engine(model, device, args.slots)
+                        opened = model
                     generate_solutions(engine, problems, output, described)
-            groups = read_samples(path)  # in the order of sampling; it may also have problems beyond --limit
+            groups = records.read_samples(path)  # it may also have problems beyond --limit
             graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
-        greedy = graded.get("_greedy")
-        yield Benchmark(model, name, settings, graded[""], greedy, limits, time.time() - started)
+        yield Benchmark(model, name, settings, graded[""], graded["_greedy"], limits, time.time() - started)
 
 
 def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.Namespace) -> list[dict]:
     """The result rows of one benchmark. judge: --prm, which chooses among its samples."""
     started = time.time()
     graded = benchmark.graded
+    P, k = graded.correct.shape
     settings = {"model": benchmark.model, **benchmark.settings}
     tokens = graded.tokens
     others = {}  # metric -> (P,)
@@ -726,40 +598,35 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
     if judge:
         settings |= {"prm": args.prm, "kind": args.prm_kind, "votes": args.prm_votes}
         settings["prm_max_new_tokens"] = args.prm_max_new_tokens
-        judgements = judge_samples(judge, graded.samples, args.seed, f"{benchmark.name}, judged")  # P lists of k
+        solutions = list(chain.from_iterable(graded.samples))
+        judgements = score_shared(judge, solutions, args.seed, f"{benchmark.name}, judged")  # P * k
+        tokens += sum(judgement.tokens for judgement in judgements)
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
-        others |= best_of_k(graded.correct, answers, judgements)
-        others["unparsed"] = np.zeros(len(judgements))
-        for p, group in enumerate(judgements):
-            others["unparsed"][p] = np.mean([judgement.verdict is None for judgement in group])
-            tokens += sum(judgement.tokens for judgement in group)
+        others |= best_of_k(graded.correct, answers, [judgements[i : i + k] for i in range(0, P * k, k)])
+        unparsed = np.array([judgement.verdict is None for judgement in judgements])
+        others["unparsed"] = unparsed.reshape(P, k).mean(axis=1)
     metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
     seconds = benchmark.seconds + time.time() - started
     return result_rows(benchmark.name, "all", metrics, settings, seconds, tokens)
 
 
 def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> list[dict]:
-    """Rows of the accuracy of each model minus that of the last one, on the benchmarks of both; paired by problem."""
+    """Rows of each model's accuracy minus that of the last one, over the problems that both have; paired by problem."""
+    accuracies = {}  # (model, benchmark) -> problem id -> accuracy
+    for benchmark in benchmarks:
+        problem_ids = [group[0]["problem_id"] for group in benchmark.graded.samples]
+        accuracy = dict(zip(problem_ids, benchmark.graded.correct.mean(axis=1), strict=True))
+        accuracies[benchmark.model, benchmark.name] = accuracy
     last_model = benchmarks[-1].model
-    last = {benchmark.name: benchmark for benchmark in benchmarks if benchmark.model == last_model}
     rows = []
     for benchmark in benchmarks:
-        if benchmark.model == last_model or benchmark.name not in last:
-            continue
-        of_both = []  # problem id -> accuracy
-        for graded in (benchmark.graded, last[benchmark.name].graded):
-            problem_ids = [group[0]["problem_id"] for group in graded.samples]
-            of_both.append(dict(zip(problem_ids, graded.correct.mean(axis=1), strict=True)))
-        mine, others = of_both
-        # Those that fit the contexts of both models.
-        change = np.array(
-            [mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others]
-        )  # (P,)
-        if len(change) == 0:
-            continue
-        metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
-        settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
-        rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
+        mine = accuracies[benchmark.model, benchmark.name]
+        last = accuracies.get((last_model, benchmark.name), {})
+        change = np.array([mine[problem_id] - last[problem_id] for problem_id in mine if problem_id in last])
+        if benchmark.model != last_model and len(change) > 0:
+            metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
+            settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
+            rows += result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
     return rows
 
 
@@ -801,44 +668,41 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
 
     # 1. Whatever is wrong with the input is found before the first sample.
     gold = records.read_answers(args.gold)
+    inputs = [*(args.problems or args.solutions), *args.gold, *map(find_model, args.model or [])]
     if args.prm:
         check_votes(args.prm_kind, args.prm_votes, "--prm_votes")
         check_model(args.prm, "--prm")
+        inputs.append(find_model(args.prm, "--prm"))
     device = distributed.init_distributed(args.device)
     if args.solutions:
-        benchmarks = grade_files(read_files(args, gold), gold, args)
+        benchmarks = grade_files(args, gold)
     else:
-        plans = plan_samples(args, gold)
-        of_models = (sample_benchmarks(model, plan, gold, args, device) for model, plan in plans.items())
-        benchmarks = chain.from_iterable(of_models)
-    earlier = earlier_results(args)
+        benchmarks = sample_benchmarks(plan_samples(args, gold), gold, args, device)
+    results = records.ResultsFile(args, inputs)
 
-    # 2. Benchmark by benchmark: sample, grade, measure, write. If a reward model is to choose, all samples come first: it
-    # needs the memory.
-    engine = None
+    # 2. Benchmark by benchmark: sample, grade, measure, write.
     if args.prm:
-        benchmarks = list(benchmarks)
+        benchmarks = list(benchmarks)  # all samples come first: the reward model needs the memory
+    judge = None
     measured = []
-    by_model: dict[str, list[dict]] = {}  # model -> rows
     for benchmark in benchmarks:
-        of_model = by_model.setdefault(benchmark.model, [])
         measured.append(benchmark)
-        if (benchmark.model, benchmark.name, "all") in earlier:
-            of_model += earlier[benchmark.model, benchmark.name, "all"]
-            continue
-        judge = None
-        if args.prm:
-            engine = engine or open_engine(args.prm, device, args.slots, "--prm")
-            judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
-        of_model += measure_benchmark(benchmark, judge, args)
-        write_results(list(chain.from_iterable(by_model.values())), args)
+        rows = results.earlier.get((benchmark.model, benchmark.name, "all"))
+        if rows is None:
+            if args.prm and judge is None:
+                engine = open_engine(args.prm, device, args.slots, "--prm")
+                judge = Judge(engine, args.prm_kind, args.prm_max_new_tokens, args.prm_votes)
+            rows = measure_benchmark(benchmark, judge, args)
+        results.add(rows)
 
-    # 3. Average over benchmarks, compare models.
+    # 3. Average over benchmarks, compare models. The paper's table of six benchmarks is greedy.
     headline = f"avg@{measured[0].settings['num_samples']}"
     rows = []
-    for of_model in by_model.values():
-        rows += of_model + average_rows("benchmarks", of_model, headline)
-    write_results(rows + compare_with_last(measured, headline, args.seed), args, complete=True)
+    for model in dict.fromkeys(benchmark.model for benchmark in measured):
+        of_model = [row for row in results.rows if row["settings"]["model"] == model]
+        rows += average_rows("benchmarks", of_model, [headline, "greedy"])
+    results.add(rows + compare_with_last(measured, headline, args.seed), complete=True)
+    report.print_results(results.rows)
 
 
 # --------------------------------------------------------------------------- the labels of Stage I

@@ -22,12 +22,15 @@ it falls early enough to be an alarm hasn't been studied.
 """
 
 import argparse
+import math
 import random
 from pathlib import Path
 
 import verify
 from data import records
-from evaluate import bootstrap_interval
+from data.chat import find_model
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
+from evaluate import bootstrap, interval95
 from generate import open_engine
 from grpo import shown_solution
 from kernels import distributed
@@ -86,11 +89,9 @@ def agreement(solutions: list[dict], labels: list[verify.Label], seed: int) -> d
     if not outcomes:
         return numbers  # the agreement of nothing is not a number
     # Responses to one problem aren't independent, so problems are resampled, each with the weight of its responses.
-    low, high = bootstrap_interval(
-        np.array([sum(of_problem) for of_problem in by_problem.values()], dtype=float),
-        seed,
-        np.array([len(of_problem) for of_problem in by_problem.values()], dtype=float),
-    )
+    accepted = np.array([sum(of_problem) for of_problem in by_problem.values()], dtype=float)
+    sizes = np.array([len(of_problem) for of_problem in by_problem.values()], dtype=float)
+    low, high = interval95(bootstrap(accepted, seed, sizes))
     numbers["audit/agreement"] = sum(outcomes) / len(outcomes)
     numbers["audit/agreement_low"] = low
     numbers["audit/agreement_high"] = high
@@ -99,23 +100,24 @@ def agreement(solutions: list[dict], labels: list[verify.Label], seed: int) -> d
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: what is audited, and the flags of verify.py, whose functions read them."""
+    parser = records.new_parser(__doc__)
     parser.add_argument("--rollouts", required=True, help="<out>/rollouts of a run with grpo.py --dump_rollouts")
     parser.add_argument("--problems", required=True, help="the problems of that run")
     parser.add_argument("--model", required=True, help="verifier: a Hugging Face directory or hub name")
     parser.add_argument("--out", required=True, help="directory for verifications and metrics")
-    parser.add_argument("--every", type=int, default=10, help="audit each step that this number divides")
-    parser.add_argument("--responses", type=int, default=64, help="responses to verify per step")
-    parser.add_argument("--num_verifications", type=int, default=16, help="votes on each")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--max_new_tokens", type=int, default=8192, help="per verification")
+    parser.add_argument("--every", type=COUNT, default=10, help="audit each step that this number divides")
+    parser.add_argument("--responses", type=COUNT, default=64, help="responses to verify per step")
+    parser.add_argument("--num_verifications", type=COUNT, default=16, help="votes on each")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    parser.add_argument("--top_p", type=TOP_P, default=0.95)
+    parser.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification")
     parser.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slots", type=int)
-    parser.add_argument("--device")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.set_defaults(method="step_consistency", stop="all")
+    return records.parse_flags(parser)
 
 
 def main() -> None:
@@ -138,26 +140,28 @@ def main() -> None:
     # 2. Verify them all as Stage I does: in one queue, resumable, shared by the ranks.
     out = Path(args.out)
     path = out / "verifications.jsonl"
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, remembered_field="solution_sha256") as output:
+    key = ("solution_id", "sample")
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
         todo = verify.find_unverified(solutions, args.num_verifications, output)
         if todo:
-            verify.verify_solutions(args, open_engine(args.model, device, args.slots), todo, {}, output)
+            model = records.hash_model(find_model(args.model))
+            output.check_made_with(model_sha256=model, prompt_sha256=verify.hash_prompt(args))
+            engine = open_engine(args.model, device, args.slots)
+            verify.verify_solutions(args, engine, todo, [[] for _ in todo], {}, output)
     if distributed.rank() != 0:
         return
 
     # 3. Put them to the vote, step by step.
-    verifications = records.read(path, ["solution_id", "sample", "text", "step_verdicts", "verdict"])
+    verifications = verify.read_verifications(path, solutions)
     lines = []
     for step, of_step in solutions_of_step.items():
         labels = verify.label_solutions(of_step, verifications, verify.step_consistency, args.seed)
         line = {"step": step, "audit/accepted": accepted[step], **agreement(of_step, labels, args.seed)}
         lines.append(line)
-        share = "no response with votes"
-        if "audit/agreement" in line:
-            share = (
-                f"{line['audit/agreement']:.3f} [{line['audit/agreement_low']:.3f}, {line['audit/agreement_high']:.3f}]"
-            )
-        print(f"step {step}: of {line['audit/voted']} accepted responses the vote accepts {share}")
+        low, share, high = (
+            line.get(f"audit/{name}", math.nan) for name in ("agreement_low", "agreement", "agreement_high")
+        )
+        print(f"step {step}: the vote accepts {share:.3f} [{low:.3f}, {high:.3f}] of {line['audit/voted']} responses")
     records.write_lines(out / "metrics.jsonl", lines)
 
 

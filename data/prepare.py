@@ -23,6 +23,8 @@ import hashlib
 import json
 import random
 import re
+import tempfile
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
 from operator import itemgetter
@@ -101,7 +103,8 @@ def case_label(row: dict) -> int:
 
 
 class Source(NamedTuple):
-    """A file of a hub data set, at a commit (which never changes), and what gives the answer of one of its rows."""
+    """A file of a data set of the hub, or of a repository on GitHub, at a commit (which never changes), and what gives
+    the answer of one of its rows."""
 
     hub: str
     file: str
@@ -124,8 +127,10 @@ SOURCES = {
     "aime25": Source("math-ai/aime25@563bb8404243c5f09de6ec262f2db674fe5bce9b", "test.jsonl", integer_answer),
     "amc23": Source("math-ai/amc23@80815d37005feb82cd7f8fbc6901d5d3eff43057",
         "test-00000-of-00001.parquet", integer_answer),
-    "olympiadbench": Source("Hothan/OlympiadBench@91184b52131e7fc9455fef848035173aea8cc01a",  # open-ended, text only:
-        "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet", itemgetter("final_answer")),
+    # The 675 open-ended problems without pictures on which the field, and the paper, measure. The hub's edition
+    # (Hothan/OlympiadBench, OE_TO_maths_en_COMP.parquet, for --source) has 674.
+    "olympiadbench": Source("github.com/QwenLM/Qwen2.5-Math@a45202bd16f1ec06f433442dc1152d0074773465",
+        "evaluation/data/olympiadbench/test.jsonl", itemgetter("final_answer")),
     "minerva": Source("math-ai/minervamath@ee46ddc498933b1977577953250ca5c66be64f96", "test.jsonl", boxed_answer),
 } | {
     f"processbench/{subset}": Source("Qwen/ProcessBench@3bdcd5371ed567559a78f559c01c13a6deee7604",
@@ -175,10 +180,22 @@ def find_file(source: Source, given: str | None) -> Path:
 
     name, _, revision = source.hub.partition("@")
     try:
+        if name.startswith("github.com/"):
+            return fetch_from_github(name.removeprefix("github.com/"), revision, source.file)
         return Path(hf_hub_download(name, source.file, repo_type="dataset", revision=revision))
     except OSError as error:  # hub and network errors are OSErrors
         reason = str(error).partition("\n")[0]
         raise InputError(f"{source.hub}: {source.file} can't be downloaded ({reason}); try --source") from None
+
+
+def fetch_from_github(repository: str, commit: str, file: str) -> Path:
+    """A file of a repository, downloaded once into the folder for temporary files."""
+    path = Path(tempfile.gettempdir(), f"{commit}-{Path(file).name}")
+    if not path.exists():
+        url = f"https://raw.githubusercontent.com/{repository}/{commit}/{file}"
+        with urllib.request.urlopen(url, timeout=60) as response:
+            records.write_text(path, response.read().decode())
+    return path
 
 
 def read_rows(path: Path) -> list[dict]:

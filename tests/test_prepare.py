@@ -1,8 +1,11 @@
 """Tests of data/prepare.py: every public set that is at hand, the checks of its files, the overlap of two files,
 balancing."""
 
+import io
 import json
 import sys
+import tempfile
+import urllib.request
 from pathlib import Path
 
 from data import prepare
@@ -214,6 +217,28 @@ def test_hub_download(small, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: Path("nowhere").read_bytes())
     with pytest.raises(InputError, match=r"can't be downloaded .*try --source"):
         run(monkeypatch, "aime24", "--out", tmp_path / "out")
+
+
+def test_github_download(tmp_path, monkeypatch):
+    """Guards: the edition of OlympiadBench with 674 rows, where the paper's scores are multiples of 1/675; a traceback
+    where there is no network."""
+    asked = []
+
+    def respond(url, timeout):
+        asked.append(url)
+        return io.BytesIO("{}\n½".encode())
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", respond)
+    source = prepare.SOURCES["olympiadbench"]
+    assert [prepare.find_file(source, None).read_text() for _ in range(2)] == ["{}\n½"] * 2
+    commit = "a45202bd16f1ec06f433442dc1152d0074773465"
+    path = f"QwenLM/Qwen2.5-Math/{commit}/evaluation/data/olympiadbench/test.jsonl"
+    assert asked == [f"https://raw.githubusercontent.com/{path}"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "empty"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Path("nowhere").read_bytes())
+    with pytest.raises(InputError, match=r"can't be downloaded .*try --source"):
+        run(monkeypatch, "olympiadbench", "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
