@@ -577,27 +577,26 @@ def ask(args: argparse.Namespace, engine: Engine, call: str, turns: dict[str, st
 
 
 def critique_and_merge(
-    args: argparse.Namespace, engine: Engine, number: int, solutions: list[dict], texts: list[str]
+    args: argparse.Namespace, engine: Engine, number: int, judged: list[tuple[dict, str]]
 ) -> Iterator[tuple[str, tuple[Reply, Reply]]]:
-    """Yield (solution id, (critique, merge)) for each solution, whose verification is texts[i]. number: of the round."""
-    everything = list(zip(solutions, texts, strict=True))
-    chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
-    for start in range(0, len(solutions), chunk):
-        judged = everything[start : start + chunk]
+    """Yield (solution id, (critique, merge)) for each solution with its verification. number: of the round."""
+    size = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
+    for start in range(0, len(judged), size):
+        chunk = judged[start : start + size]
 
         # 1. A critique of each verification.
-        turns = {solution["id"]: critique_prompt(solution, text) for solution, text in judged}
+        turns = {solution["id"]: critique_prompt(solution, text) for solution, text in chunk}
         critiques = ask(args, engine, f"critique {number}", turns)
 
         # 2. A merge of each verification with its critique; none if the critique is nothing but thinking.
         turns = {}
-        for solution, text in judged:
+        for solution, text in chunk:
             critique = critiques[solution["id"]].text
             if critique is not None and without_thinking(critique):
                 turns[solution["id"]] = critique_prompt(solution, text, critique)
         merges = ask(args, engine, f"merge {number}", turns)
 
-        for solution, _ in judged:
+        for solution, _ in chunk:
             yield solution["id"], (critiques[solution["id"]], merges[solution["id"]])
 
 
@@ -613,8 +612,8 @@ def improve_labels(
     engine: Engine | None,
     device: torch.device,
 ) -> list[Label]:
-    """The labels that the last merges give: the first of --critique_rounds criticises the text of each label, a later one
-    the merge of the round before. What critiques.jsonl lacks is sampled, by each rank its share. A collective.
+    """The labels that the merges give after --critique_rounds, each a critique of what the round before left of a label's
+    text, and a merge. What critiques.jsonl lacks is sampled, by each rank its share. A collective.
 
     verifications: the file that has the texts. engine: opened if it is None and needed.
     """
@@ -633,12 +632,11 @@ def improve_labels(
     with output, open(verifications, "rb") as texts_file:
         for number in range(1, args.critique_rounds + 1):
             # 1. The texts of this round. A dropped label has none, so a merge that does not parse ends the rounds.
-            todo, texts = [], []
+            todo = []
             for (solution, _), label in zip(mine, improved, strict=True):
                 key = (solution["id"], args.method, args.num_verifications, number)
                 if label.text is not None and key not in output.done:
-                    todo.append(solution)
-                    texts.append(chosen_text(label, texts_file))
+                    todo.append((solution, chosen_text(label, texts_file)))
 
             # 2. Two calls for each.
             if todo:
@@ -646,7 +644,7 @@ def improve_labels(
                 output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
                 if engine is None:
                     engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
-                stream = critique_and_merge(args, engine, number, todo, texts)
+                stream = critique_and_merge(args, engine, number, todo)
                 progress = with_progress(stream, engine.sampler, f"critique {number}", len(todo), num_samples=2)
                 for solution_id, (critique, merge) in progress:
                     record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
@@ -716,10 +714,10 @@ def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises InputError for values that do not go together."""
     parser = records.new_parser(__doc__)
-    parser.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
-    parser.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
+    parser.add_argument("--model", help="verifier: a directory or hub name; none: the tiny world")
+    parser.add_argument("--solutions", help="solutions.jsonl of generate.py, or a file like it")
     parser.add_argument("--out", help="directory for verifications, critiques, labels and report")
-    parser.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
+    parser.add_argument("--answers", help="JSON Lines with id and answer, for reference_guided")
     parser.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
     parser.add_argument("--method", default="step_consistency", choices=METHODS)
     parser.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")

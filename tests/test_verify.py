@@ -733,7 +733,9 @@ def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
     sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
     solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
     args = SimpleNamespace(max_new_tokens=9, slots=4, critique_temperature=0.6, top_p=0.9, top_k=20, seed=3)
-    found = verify.critique_and_merge(args, generate.Engine(sampler, None, []), 1, solutions, ["x", "y"])
+    found = verify.critique_and_merge(
+        args, generate.Engine(sampler, None, []), 1, [(solution, "x") for solution in solutions]
+    )
     assert [merge.text is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
     assert len(names) == 3 and not names & {"a/0", "b/0"}
 
