@@ -121,6 +121,7 @@ def parse_verification(text: str, num_steps: int) -> Verification:
     in_analysis = False
     step_verdicts: list[tuple[int, bool]] = []  # (number of the step, its verdict)
     verdicts: list[bool] = []
+    # Without thinking, emphasis and capitals.
     lines = readable_lines(text)
     for number, line in enumerate(lines, 1):
         is_last = number == len(lines)
@@ -173,7 +174,7 @@ class Label:
     ties: int = 0  # tied votes among the steps and the outcome
 
 
-NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # of a solution without a parsed verification
+NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # nothing was parsed
 
 
 def keep_parsed(verifications: list[dict]) -> list[dict]:
@@ -272,7 +273,7 @@ AGGREGATES = {
 
 
 def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
-    """One label per solution, in order."""
+    """A label per solution, in order."""
     labels = []
     for solution_id, group in group_by_solution(solutions, verifications).items():
         # The choice of a text is seeded by the solution's id: it does not depend on which other solutions there are.
@@ -712,7 +713,7 @@ def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Raises InputError for values that do not go together."""
+    """The command line. Raises InputError for flags that don't go together."""
     parser = records.new_parser(__doc__)
     parser.add_argument("--model", help="verifier: a directory or hub name; none: the tiny world")
     parser.add_argument("--solutions", help="solutions.jsonl of generate.py, or a file like it")
