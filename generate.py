@@ -20,7 +20,7 @@ from typing import Any
 
 from data import records
 from data.chat import decode, encode_chat, find_model, open_model, opens_thought
-from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE
 from data.text import TAGS, count_empty_boxes, extract_answer, find_boxes, has_layout_line, split_steps
 from kernels import distributed
 from kernels.distributed import InputError
@@ -160,6 +160,7 @@ class Engine:
     sampler: Sampler
     tokenizer: Any  # from transformers, with a chat template
     stop_ids: list[int]
+    thinking: bool = True  # False: a chat template that makes the model think is told not to
 
     @property
     def context(self) -> int:
@@ -168,7 +169,7 @@ class Engine:
 
     def encode(self, user: str) -> list[int]:
         """Token ids of one user turn and the opening of the assistant's."""
-        return encode_chat(self.tokenizer, user)
+        return encode_chat(self.tokenizer, user, self.thinking)
 
     def sample(self, prompts: list[list[int]], **settings) -> list[list[Sample]]:
         """`Sampler.sample`, each sample ending at one of the model's stop ids."""
@@ -191,11 +192,15 @@ class Engine:
         return text
 
 
-def open_engine(name: str, device: torch.device, slots: int | None, flag: str = "--model") -> Engine:
+def open_engine(
+    name: str, device: torch.device, slots: int | None, flag: str = "--model", thinking: bool = True
+) -> Engine:
     """Load a Hugging Face directory or hub name, in bf16 on a GPU and in fp32 elsewhere. slots: see `Sampler`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer, stop_ids = open_model(name, device, dtype, flag)
-    return Engine(Sampler(model, slots), tokenizer, stop_ids)
+    if not thinking and "enable_thinking" not in tokenizer.get_chat_template():
+        distributed.log(f"{flag} {name}: its chat template has no enable_thinking, so --no_thinking changes nothing")
+    return Engine(Sampler(model, slots), tokenizer, stop_ids, thinking)
 
 
 # --------------------------------------------------------------------------- Stage I
@@ -231,9 +236,9 @@ def sample_from_queue(
 
 
 def generate_solutions(
-    engine: Engine, problems: list[dict], output: records.RecordFile, args: argparse.Namespace
+    engine: Engine, problems: list[dict], output: records.RecordFile, args: argparse.Namespace, top_k: int = 0
 ) -> None:
-    """Sample the solutions that `output` lacks and append them, one problem at a time.
+    """Sample the solutions that `output` lacks and append them, one problem at a time. top_k: see `choose_tokens`.
 
     args: num_samples, temperature, top_p, max_new_tokens, seed, and model, the name to write into the records. `output`
     must have remembered_field="problem". Under torchrun the ranks share the problems, and each appends its own. Problems
@@ -262,6 +267,7 @@ def generate_solutions(
         num_samples=args.num_samples,
         temperature=args.temperature,
         top_p=args.top_p,
+        top_k=top_k,
         max_new_tokens=[limit for limit in limits if limit is not None],
         seed=args.seed,
     )
@@ -298,6 +304,8 @@ def main() -> None:
     parser.add_argument("--num_samples", type=COUNT, default=8, help="M, solutions per problem")
     parser.add_argument("--temperature", type=TEMPERATURE, default=0.7, help="of sampling; 0 is greedy")
     parser.add_argument("--top_p", type=TOP_P, default=0.95, help="probability mass of the nucleus to sample from")
+    parser.add_argument("--top_k", type=WHOLE, default=0, help="sample from the k likeliest tokens; 0: from all")
+    parser.add_argument("--no_thinking", action="store_true", help="turn off thinking in a chat template that has it")
     parser.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="length limit per solution")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--limit", type=POSITIVE, help="use only the first N problems")
@@ -313,9 +321,9 @@ def main() -> None:
             return
         model = records.hash_model(find_model(args.model))
         output.check_made_with(model_sha256=model, prompt_sha256=records.hash_text(SOLVE_PROMPT))
-        engine = open_engine(args.model, device, args.slots)
+        engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
         started = time.perf_counter()
-        generate_solutions(engine, problems, output, args)
+        generate_solutions(engine, problems, output, args, args.top_k)
     sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
     seconds = distributed.max_over_ranks(time.perf_counter() - started)
     speed = distributed.per_second(sampled, seconds)

@@ -4,42 +4,39 @@
 
     python verify.py                                       # the tiny world, on a CPU, in two minutes
     python verify.py --method single                       # other labels from the same verifications, in a second
-    python verify.py --method hybrid                       # two more calls per label: a critique, and a merge with it
     python verify.py --model Qwen/Qwen3-32B --solutions runs/solutions.jsonl --out runs/verify
-    torchrun --nproc_per_node 8 verify.py --model ... --solutions ... --out ...          # sharded by solution
 
-| method              | label                                                                                     |
-|---------------------|-------------------------------------------------------------------------------------------|
-| single              | what the first parsed verification says                                                   |
-| outcome_consistency | a random verification with the majority's verdict                                         |
-| step_consistency    | a majority for each step and for the outcome; a random verification that says just that   |
-| meta_critique       | the first parsed verification, criticised and merged with the critique into a new one     |
-| hybrid              | the same, from the verification that step_consistency selects                             |
-| hybrid_outcome      | the same, from the verification that outcome_consistency selects                          |
-| reference_guided    | the first parsed verification by a verifier that is shown the reference answer (baseline) |
+| method              | label                                                                               |
+|---------------------|-------------------------------------------------------------------------------------|
+| single              | the first parsed verification                                                       |
+| outcome_consistency | a random verification with the majority's verdict                                   |
+| step_consistency    | a majority for each step and the outcome; a random verification that says just that |
+| meta_critique       | the first parsed verification, merged with a critique of it: two more calls         |
+| hybrid              | the same, from the verification that step_consistency selects                       |
+| hybrid_outcome      | the same, from the one that outcome_consistency selects                             |
+| reference_guided    | the first parsed verification by a verifier that sees the answer (baseline)         |
 
-Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else.
+Only reference_guided reads answers; every other verifier sees the problem and the solution, nothing else. Methods that
+use the first verification sample just one, unless --num_verifications says otherwise.
 What `parse_verification` cannot read is *unparsed*: it is counted and never becomes a vote, a label or a reward.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import random
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data import records
 from data.chat import find_model
-from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
+from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE, group_by_solution
+from data.text import HEADING, WORKED_EXAMPLES, readable_lines, without_thinking
 from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
@@ -57,8 +54,11 @@ TINY = {
     "slots": 256,
     "device": "cpu",
 }
-# A run resumes with other values of these flags, because they don't change records.
-MAY_CHANGE_ON_RESUME = {"out", "limit", "slots", "device", "method", "critique_rounds"}
+# A run resumes with other values of these flags, because they don't change verifications.
+MAY_CHANGE_ON_RESUME = {
+    "out", "limit", "slots", "device", "method", "num_verifications", "critique_rounds", "critique_temperature"
+}  # fmt: skip
+JUDGED_FIELDS = ["id", "problem", "steps", "answer"]  # what is read of a solution
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ Expected Answer: {{reference}}"""
 
 
 def verification_prompt(solution: dict, worked_examples: int, reference: str | None = None) -> str:
-    """The user turn that asks for one verification of a solution (problem, steps, answer), optionally with the
-    reference answer."""
+    """The user turn that asks for a verification of a solution, optionally with the reference answer."""
     template = VERIFY_PROMPT if reference is None else REFERENCE_PROMPT
     return template.format(
         examples="".join(f"\n\n{example}" for example in WORKED_EXAMPLES[:worked_examples]),
@@ -103,15 +102,6 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
-HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
-BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
-# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
-EMPHASIS = re.compile(r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>")
-# Line breaks within the Verification line: before its question, and before a lone yes or no.
-LATE_VERDICT = re.compile(
-    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
-)
 # A verdict is a whole line; what is struck through (~) or put as a question is none.
 STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
 VERDICT = re.compile(
@@ -119,33 +109,19 @@ VERDICT = re.compile(
 )
 
 
-def readable_lines(text: str) -> list[str]:
-    """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
-    blanks, and with the Verification line in one piece."""
-    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
-    text = without_thinking(text).lower()
-    # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
-    if not any(HEADING.match(line) for line in text.split("\n")):
-        text = BOLD_HEADING.sub("# ", text)
-    lines = [" ".join(line.split()) for line in EMPHASIS.sub("", text).split("\n")]
-    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
-
-
 def parse_verification(text: str, num_steps: int) -> Verification:
-    """Read the step verdicts and the final verdict of a verification; num_steps is the solution's number of steps.
+    """Read the step verdicts and the final verdict of a verification of a solution that has num_steps steps.
 
-    `step_verdicts` is None unless there is exactly one verdict for each of the steps 1..num_steps and none for any
-    other; a verification that stops at the first error has none, by design. `verdict` is None unless there is exactly
-    one Verification line. One field may be None without the other. Thinking is not read. Linear in len(text).
-
-    The sentences are those of FORM, with any emphasis and blanks. "(Yes / No)?", "Final Verification:", `\\boxed{No}`,
-    and a Yes or No on the next line are read, too. Other wording is not: a verdict is never a guess.
+    The sentences are those of FORM, with any emphasis and blanks, and some variants of the last one (`\\boxed{No}`). Other
+    wording is not read: a verdict is never a guess. A field that isn't found exactly once is None, see `exactly_once`;
+    so a verification that stops at the first error has no step verdicts. Linear in len(text).
     """
     # A heading opens the section of its step, and with it the analysis; the step's verdict closes the analysis.
     step = None  # whose section it is
     in_analysis = False
     step_verdicts: list[tuple[int, bool]] = []  # (number of the step, its verdict)
     verdicts: list[bool] = []
+    # Without thinking, emphasis and capitals.
     lines = readable_lines(text)
     for number, line in enumerate(lines, 1):
         is_last = number == len(lines)
@@ -165,7 +141,7 @@ def parse_verification(text: str, num_steps: int) -> Verification:
 
 
 def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], num_steps: int) -> Verification:
-    """The rule of every parser: a field counts if it was found exactly once; otherwise it is None, never a guess.
+    """The rule of every parser: a field counts if it was found exactly once; one may be None without the other.
 
     step_verdicts: all (step, verdict) pairs in the order of the text; verdicts: all final verdicts. For two steps:
 
@@ -183,63 +159,6 @@ def exactly_once(step_verdicts: list[tuple[int, bool]], verdicts: list[bool], nu
     )
 
 
-def without_thinking(text: str) -> str:
-    """What follows the last thought: the whole text if there is none, nothing if the last one was cut off. Every parser
-    reads a judgement through this, because a thought is full of drafts.
-
-    The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
-    judgement that is lost does less harm than a draft that votes.
-    """
-    after_thought = text.rpartition("</think>")[2]
-    if "<think>" in after_thought:
-        return ""
-    return after_thought.strip()
-
-
-# --------------------------------------------------------------------------- verification: two examples, for the prompt
-
-WORKED_EXAMPLES = [
-    """Example
-
-Problem: A rectangle is 6 cm wide and 4 cm high. How long is its diagonal, squared?
-
-Student Solution: Step 1: The diagonal, the width and the height form a right triangle.
-Step 2: So the squared diagonal is 6^2 + 4^2 = 36 + 16.
-Step 3: 36 + 16 = 52.
-Answer: 52
-
-## Step 1: The right triangle
-The corners of a rectangle are right angles, so width, height and diagonal form a right triangle.
-**This step is correct.**
-## Step 2: Pythagoras
-6^2 = 36 and 4^2 = 16, and the theorem adds them.
-**This step is correct.**
-## Step 3: The sum
-36 + 16 = 52.
-**This step is correct.**
-**Verification: Is the answer correct (Yes/No)? Yes**""",
-    """Example
-
-Problem: A shop sells pens at 3 for 2 euros. How much do 12 pens cost with a discount of 25 percent?
-
-Student Solution: Step 1: 12 pens are 12 / 3 = 4 packs.
-Step 2: 4 packs cost 4 * 3 = 12 euros.
-Step 3: 25 percent of 12 is 3, so the price is 12 - 3 = 9 euros.
-Answer: 9
-
-## Step 1: The number of packs
-A pack has 3 pens, and 12 / 3 = 4.
-**This step is correct.**
-## Step 2: The price without the discount
-A pack costs 2 euros, not 3, so it should be 4 * 2 = 8 euros.
-**This step is incorrect.**
-## Step 3: The discount
-The arithmetic is right, but it starts from the wrong price of Step 2; it should be 8 - 2 = 6 euros.
-**This step is incorrect.**
-**Verification: Is the answer correct (Yes/No)? No**""",
-]
-
-
 # --------------------------------------------------------------------------- votes
 
 
@@ -255,7 +174,7 @@ class Label:
     ties: int = 0  # tied votes among the steps and the outcome
 
 
-NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # of a solution without a parsed verification
+NO_VOTES = Label(None, None, None, [], dropped="no_votes")  # nothing was parsed
 
 
 def keep_parsed(verifications: list[dict]) -> list[dict]:
@@ -353,30 +272,8 @@ AGGREGATES = {
 }
 
 
-def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
-    """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
-    InputError for one that appears twice, or has another number of steps: it was made from another solution."""
-    groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
-    num_steps = {s["id"]: len(s["steps"]) for s in solutions}
-    for verification in verifications:
-        solution_id = verification["solution_id"]
-        if solution_id not in groups:
-            continue
-        verdicts = verification["step_verdicts"]
-        if verdicts is not None and len(verdicts) != num_steps[solution_id]:
-            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
-            raise InputError(f"{mismatch}; both files must come from the same solutions")
-        groups[solution_id].append(verification)
-    for solution_id, group in groups.items():
-        group.sort(key=itemgetter("sample"))
-        for one, next_one in pairwise(group):
-            if one["sample"] == next_one["sample"]:
-                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
-    return groups
-
-
 def label_solutions(solutions: list[dict], verifications: list[dict], aggregate: Callable, seed: int) -> list[Label]:
-    """One label per solution, in order."""
+    """A label per solution, in order."""
     labels = []
     for solution_id, group in group_by_solution(solutions, verifications).items():
         # The choice of a text is seeded by the solution's id: it does not depend on which other solutions there are.
@@ -387,17 +284,17 @@ def label_solutions(solutions: list[dict], verifications: list[dict], aggregate:
 
 # --------------------------------------------------------------------------- when the votes are settled (--stop)
 
-Vote = tuple[bool, ...]  # of one parsed verification: its step verdicts, then its verdict
+Vote = tuple[bool, ...] | None  # a verification's step verdicts, then its verdict; None if it is unparsed
 
 
-def vote_of(verification: dict) -> Vote | None:
-    """What a verification votes; None if it is unparsed."""
+def vote_of(verification: dict) -> Vote:
+    """What a verification votes."""
     if not keep_parsed([verification]):
         return None
     return (*verification["step_verdicts"], verification["verdict"])
 
 
-def fewest_to_settle(votes: list[Vote | None], total: int) -> int:
+def fewest_to_settle(votes: list[Vote], total: int) -> int:
     """How many further votes, at least, until the `total` votes of a solution can no longer change a label; 0: now.
 
     A column is a step, or the outcome. Of its votes c say correct, w incorrect, and R are left. It is settled as correct
@@ -418,7 +315,7 @@ def fewest_to_settle(votes: list[Vote | None], total: int) -> int:
     return fewest
 
 
-def fewest_to_lead(votes: list[Vote | None], total: int, lead: int) -> int:
+def fewest_to_lead(votes: list[Vote], total: int, lead: int) -> int:
     """The same for `--stop lead`: after 4, 6, 8, ... votes, stop if every column is ahead by `lead`. That may be wrong."""
     parsed = [vote for vote in votes if vote is not None]
     looked_at = len(votes) >= 4 and len(votes) % 2 == 0
@@ -429,7 +326,7 @@ def fewest_to_lead(votes: list[Vote | None], total: int, lead: int) -> int:
     return min(next_look, total) - len(votes)
 
 
-def fewest_further_votes(votes: list[Vote | None], args: argparse.Namespace) -> int:
+def fewest_further_votes(votes: list[Vote], args: argparse.Namespace) -> int:
     """How many votes a solution needs at least beside these, by the rule of --stop; 0: it stops here."""
     if args.stop == "settled":
         return fewest_to_settle(votes, args.num_verifications)
@@ -442,9 +339,8 @@ def fewest_further_votes(votes: list[Vote | None], args: argparse.Namespace) -> 
 
 
 def hash_solution(solution: dict) -> str:
-    """First 16 hex digits of the SHA-256 of what a verifier sees of a solution."""
-    seen = json.dumps([solution[field] for field in ("problem", "steps", "answer")])
-    return hashlib.sha256(seen.encode()).hexdigest()[:16]
+    """A fingerprint of what a verifier sees of a solution."""
+    return records.hash_text(json.dumps([solution["problem"], solution["steps"], solution["answer"]]))
 
 
 def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
@@ -455,11 +351,10 @@ def find_unverified(solutions: list[dict], num_verifications: int, output: recor
     for solution in with_steps:
         digest = hash_solution(solution)
         for j in range(num_verifications):
-            # What was judged; None where another engine left it out, and on the ranks that haven't read the file.
-            judged = output.done.get((solution["id"], j))
-            if judged is not None and judged != digest:
-                reason = f"{solution['id']} was another solution when it was judged"
-                raise InputError(f"{output.path}: {reason}; choose another --out or remove the file")
+            # The digest of what was judged; None where another engine left it out, and on ranks that haven't read it.
+            if output.done.get((solution["id"], j)) not in (None, digest):
+                raise InputError(f"{output.path}: {solution['id']} was another solution when it was judged; choose "
+                                 "another --out or remove the file")  # fmt: skip
     keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
     return [with_steps[i] for i in output.find_missing(keys)]
 
@@ -472,20 +367,21 @@ def hash_prompt(args: argparse.Namespace) -> str:
     return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
-def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], resumed: bool) -> list[list[Vote | None]]:
+def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], resumed: bool) -> list[list[Vote]]:
     """The votes that an earlier run left of each solution, up to the first that is missing. A collective. Under
     `--stop all` nobody looks at them, and there are none."""
-    votes: list[list[Vote | None]] = [[] for _ in solutions]
+    votes: list[list[Vote]] = [[] for _ in solutions]
     if args.stop == "all" or not resumed:
         return votes
     if distributed.rank() == 0:
         groups = group_by_solution(solutions, read_verifications(path, solutions))
         for so_far, group in zip(votes, groups.values(), strict=True):
-            so_far += [vote_of(v) for number, v in enumerate(group) if v["sample"] == number]
+            first = enumerate(group[: args.num_verifications])
+            so_far += [vote_of(v) for number, v in first if v["sample"] == number]
     return distributed.broadcast(votes)
 
 
-def size_of_round(args: argparse.Namespace, votes: list[list[Vote | None]]) -> int:
+def size_of_round(args: argparse.Namespace, votes: list[list[Vote]]) -> int:
     """How many votes each unsettled solution gets in the next round: 16 under `--stop all`; else the fewest that any of
     them needs, which no stop can make superfluous, or more where a round would leave slots empty."""
     fewest = min(fewest_further_votes(so_far, args) for so_far in votes)
@@ -500,21 +396,19 @@ def verify_solutions(
     args: argparse.Namespace,
     engine: Engine,
     todo: list[dict],
-    votes: list[list[Vote | None]],
+    votes: list[list[Vote]],
     references: dict[str, str],
     output: records.RecordFile,
 ) -> None:
     """Sample and write the verifications of these solutions. votes: those they have, which this function continues.
     references: solution id -> reference answer, if used."""
     # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
-    prompts, limits = [], []
-    for solution in todo:
-        turn = verification_prompt(solution, args.worked_examples, references.get(solution["id"]))
-        prompt = engine.encode(turn)
-        prompts.append(prompt)
-        limits.append(engine.output_limit(prompt, args.max_new_tokens))
+    turns = [verification_prompt(s, args.worked_examples, references.get(s["id"])) for s in todo]
+    prompts = [engine.encode(turn) for turn in turns]
+    limits = [engine.output_limit(prompt, args.max_new_tokens) for prompt in prompts]
     check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
-    unsettled = [i for i, limit in enumerate(limits) if limit is not None]
+    fitting = [i for i, limit in enumerate(limits) if limit is not None]
+    unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
     # 2. Rounds of votes, on the solutions that the earlier ones left unsettled. By default one round settles all.
     rounds = 0
@@ -531,20 +425,22 @@ def verify_solutions(
             first_samples=[len(votes[i]) for i in unsettled],
             temperature=args.temperature,
             top_p=args.top_p,
+            top_k=args.top_k,
             max_new_tokens=[limits[i] for i in unsettled],
             seed=args.seed,
         )
         # 3. A solution's verifications are written as soon as the round's last one ends; those beyond the stop never.
-        new: list[tuple[int, list[Vote | None]]] = []
+        new: list[tuple[int, list[Vote]]] = []
         for place, samples in stream:
             i = unsettled[place]
-            verifications = make_verifications(engine, todo[i], prompts[i], samples, len(votes[i]))
             so_far = list(votes[i])
-            for verification in verifications:
+            verifications = []
+            for sample in samples:
                 if fewest_further_votes(so_far, args) > 0:
+                    verification = make_verification(engine, todo[i], prompts[i], sample, number=len(so_far))
+                    verifications.append(verification)
                     so_far.append(vote_of(verification))
-            added = len(so_far) - len(votes[i])
-            output.append(verifications[:added])
+            output.append(verifications)
             new.append((i, so_far))
         # 4. Every rank learns all votes, so that the next round is the same for all.
         for of_rank in distributed.gather([new]):
@@ -553,65 +449,37 @@ def verify_solutions(
         unsettled = [i for i in unsettled if fewest_further_votes(votes[i], args) > 0]
 
 
-def make_verifications(
-    engine: Engine, solution: dict, prompt: list[int], samples: list[Sample], first: int
-) -> list[dict]:
-    """The records of samples, which are numbered from `first`."""
-    digest = hash_solution(solution)
-    verifications = []
-    for j, sample in enumerate(samples, first):
-        text = engine.text(sample.ids, prompt)
-        parsed = parse_verification(text, len(solution["steps"]))
-        verification = {"id": f"{solution['id']}/{j}", "solution_id": solution["id"], "sample": j, "text": text}
-        verification |= {"step_verdicts": parsed.step_verdicts, "verdict": parsed.verdict}
-        verification |= {"finish": sample.finish, "tokens": len(sample.ids), "solution_sha256": digest}
-        verifications.append(verification)
-    return verifications
+def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:
+    """The record of a sample, the verification of this number."""
+    text = engine.text(sample.ids, prompt)
+    parsed = parse_verification(text, len(solution["steps"]))
+    return {
+        "id": f"{solution['id']}/{number}",
+        "solution_id": solution["id"],
+        "sample": number,
+        "text": text,
+        "step_verdicts": parsed.step_verdicts,
+        "verdict": parsed.verdict,
+        "finish": sample.finish,
+        "tokens": len(sample.ids),
+        "solution_sha256": hash_solution(solution),
+    }
 
 
 # --------------------------------------------------------------------------- reading verifications
 
 
-@dataclass(slots=True)
-class StoredVerification:
-    """What is kept in memory of a verification in a file, read like a record: verification["verdict"]. The texts of a
-    million would not fit."""
-
-    solution_id: str
-    sample: int
-    step_verdicts: list[bool] | None
-    verdict: bool | None
-    tokens: int
-    text: int  # its place: the byte at which the record's line begins
-
-    def __getitem__(self, field: str) -> Any:
-        return getattr(self, field)
-
-
-def read_verifications(path: str | Path, solutions: list[dict]) -> list[StoredVerification]:
-    """The verifications of these solutions, without their texts. Another engine's may have only solution_id, sample and
-    text: they are parsed."""
+def read_verifications(path: str | Path, solutions: list[dict]) -> list[records.StoredVerification]:
+    """The verifications of these solutions, without their texts: those of a million would not fit in memory."""
     num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
     optional = ("step_verdicts", "verdict", "tokens")
-    shared: dict = {}  # equal ids and lists of verdicts are kept once
+    shared: dict = {}
     verifications = []
     for line in records.scan(path, ["solution_id", "sample", "text"], "python verify.py", optional):
         solution_id = line.value["solution_id"]
-        if solution_id not in num_steps:
-            continue  # from before a smaller --limit
-        record = complete_verification(line.value, num_steps[solution_id])
-        step_verdicts = record["step_verdicts"]
-        if step_verdicts is not None:
-            step_verdicts = shared.setdefault(tuple(step_verdicts), step_verdicts)
-        stored = StoredVerification(
-            shared.setdefault(solution_id, solution_id),
-            record["sample"],
-            step_verdicts,
-            record["verdict"],
-            shared.setdefault(record["tokens"], record["tokens"]),
-            line.start,
-        )
-        verifications.append(stored)
+        if solution_id in num_steps:  # not from before a smaller --limit
+            record = complete_verification(line.value, num_steps[solution_id])
+            verifications.append(records.store_verification(record, line.start, shared))
     return verifications
 
 
@@ -623,8 +491,7 @@ def chosen_text(label: Label, verifications: BinaryIO) -> str | None:
 
 
 def complete_verification(verification: dict, num_steps: int) -> dict:
-    """A verification with all its fields, from one that may have only solution_id, sample and text, as another engine
-    writes it: it is parsed and gets its id; its tokens are unknown and count as 0. What is there stays."""
+    """Add what a verification of another engine may lack: it needs only solution_id, sample and text."""
     missing = {"id": f"{verification['solution_id']}/{verification['sample']}", "tokens": 0}
     if "step_verdicts" not in verification or "verdict" not in verification:
         missing |= asdict(parse_verification(verification["text"], num_steps))
@@ -678,76 +545,86 @@ def merged_label(base: Label, merged: str | None, num_steps: int) -> Label:
 
 
 class Reply(NamedTuple):
-    """A reply to a critique or merge prompt. text is None, and tokens 0, if the model was not asked."""
+    """A reply to a critique or merge prompt. text is None if the model was not asked."""
 
-    text: str | None
-    tokens: int
+    text: str | None = None
+    tokens: int = 0
 
 
-def ask(args: argparse.Namespace, engine: Engine, solutions: list[dict], turns: list[str | None]) -> list[Reply]:
-    """Greedy replies to one user turn per solution. Not asked are turns that are None or too long for the context."""
-    replies = [Reply(None, 0)] * len(turns)
-    prompts = {}  # by place in `turns`
+def ask(args: argparse.Namespace, engine: Engine, call: str, turns: dict[str, str]) -> defaultdict[str, Reply]:
+    """The reply to the user turn of each solution, by its id; those that are too long for the context are not asked.
+    call: "critique 1" or the like, so that two calls about a solution don't share random numbers."""
+    prompts = {}
     limits = []
-    for i, turn in enumerate(turns):
-        if turn is None:
-            continue
+    for solution_id, turn in turns.items():
         prompt = engine.encode(turn)
         limit = engine.output_limit(prompt, args.max_new_tokens)
         if limit is not None:
-            prompts[i] = prompt
+            prompts[solution_id] = prompt
             limits.append(limit)
-    keys = [solutions[i]["id"] for i in prompts]
-    groups = engine.sample(list(prompts.values()), keys=keys, temperature=0.0, max_new_tokens=limits)
-    for i, (sample,) in zip(prompts, groups, strict=True):
-        replies[i] = Reply(engine.text(sample.ids, prompts[i]), len(sample.ids))
+    groups = engine.sample(
+        list(prompts.values()),
+        keys=[f"{solution_id}/{call}" for solution_id in prompts],
+        temperature=args.critique_temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=limits,
+        seed=args.seed,
+    )
+    replies = defaultdict(Reply)
+    for (solution_id, prompt), (sample,) in zip(prompts.items(), groups, strict=True):
+        replies[solution_id] = Reply(engine.text(sample.ids, prompt), len(sample.ids))
     return replies
 
 
 def critique_and_merge(
-    args: argparse.Namespace, engine: Engine, solutions: list[dict], texts: list[str]
-) -> Iterator[tuple[int, tuple[Reply, Reply]]]:
-    """Yield (i, (critique, merge)) for each solution i and its verification, texts[i]."""
-    chunk = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
-    for start in range(0, len(solutions), chunk):
-        judged = solutions[start : start + chunk]
-        verifications = texts[start : start + chunk]
+    args: argparse.Namespace, engine: Engine, number: int, judged: list[tuple[dict, str]]
+) -> Iterator[tuple[str, tuple[Reply, Reply]]]:
+    """Yield (solution id, (critique, merge)) for each solution with its verification. number: of the round."""
+    size = 4 * (args.slots or CPU_SLOTS)  # work lost if the run is killed
+    for start in range(0, len(judged), size):
+        chunk = judged[start : start + size]
 
         # 1. A critique of each verification.
-        turns = [critique_prompt(solution, text) for solution, text in zip(judged, verifications, strict=True)]
-        critiques = ask(args, engine, judged, turns)
+        turns = {solution["id"]: critique_prompt(solution, text) for solution, text in chunk}
+        critiques = ask(args, engine, f"critique {number}", turns)
 
         # 2. A merge of each verification with its critique; none if the critique is nothing but thinking.
-        turns = []
-        for solution, text, critique in zip(judged, verifications, critiques, strict=True):
-            if critique.text is None or not without_thinking(critique.text):
-                turns.append(None)
-            else:
-                turns.append(critique_prompt(solution, text, critique.text))
-        merges = ask(args, engine, judged, turns)
+        turns = {}
+        for solution, text in chunk:
+            critique = critiques[solution["id"]].text
+            if critique is not None and without_thinking(critique):
+                turns[solution["id"]] = critique_prompt(solution, text, critique)
+        merges = ask(args, engine, f"merge {number}", turns)
 
-        yield from enumerate(zip(critiques, merges, strict=True), start)
-
-
-CRITIQUE_KEY = ("id", "method", "round")  # what names a record of critiques.jsonl
+        for solution, _ in chunk:
+            yield solution["id"], (critiques[solution["id"]], merges[solution["id"]])
 
 
-def write_critiques(
+# What names a record of critiques.jsonl; N, because the choice of the text depends on it.
+CRITIQUE_KEY = ("id", "method", "num_verifications", "round")
+
+
+def improve_labels(
     args: argparse.Namespace,
     solutions: list[dict],
     labels: list[Label],
     verifications: Path,
     engine: Engine | None,
     device: torch.device,
-) -> None:
-    """Sample the critiques and merges that critiques.jsonl lacks: --critique_rounds for each label's text, each round
-    from the merge of the round before. Each rank does its share. engine: opened if it is None and needed."""
+) -> list[Label]:
+    """The labels that the merges give after --critique_rounds, each a critique of what the round before left of a label's
+    text, and a merge. What critiques.jsonl lacks is sampled, by each rank its share. A collective.
+
+    verifications: the file that has the texts. engine: opened if it is None and needed.
+    """
     mine = distributed.my_part(list(zip(solutions, labels, strict=True)))
+    improved = [label for _, label in mine]
     my_ids = {solution["id"] for solution, _ in mine}
     output = records.RecordFile(
         Path(args.out) / "critiques.jsonl",
         args,
-        MAY_CHANGE_ON_RESUME,
+        MAY_CHANGE_ON_RESUME - {"critique_temperature"},
         CRITIQUE_KEY,
         remembered_field="merged",
         other_fields=("critique", "merged"),
@@ -755,66 +632,51 @@ def write_critiques(
     )
     with output, open(verifications, "rb") as texts_file:
         for number in range(1, args.critique_rounds + 1):
-            # 1. The texts of this round. A dropped label has none; a merge that does not parse ends the rounds.
-            todo, texts = [], []
-            for solution, label in mine:
-                chosen = label
-                if number > 1:
-                    merged = output.done.get((solution["id"], args.method, number - 1))
-                    chosen = merged_label(label, merged, len(solution["steps"]))
-                if chosen.text is not None and (solution["id"], args.method, number) not in output.done:
-                    todo.append(solution)
-                    texts.append(chosen_text(chosen, texts_file))
-            if not todo:
-                continue
+            # 1. The texts of this round. A dropped label has none, so a merge that does not parse ends the rounds.
+            todo = []
+            for (solution, _), label in zip(mine, improved, strict=True):
+                key = (solution["id"], args.method, args.num_verifications, number)
+                if label.text is not None and key not in output.done:
+                    todo.append((solution, chosen_text(label, texts_file)))
 
             # 2. Two calls for each.
-            prompts = records.hash_text(CRITIQUE_PROMPT + MERGE_PROMPT)
-            output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
-            if engine is None:
-                engine = open_engine(args.model, device, args.slots)
-            stream = critique_and_merge(args, engine, todo, texts)
-            for i, (critique, merge) in with_progress(stream, engine.sampler, f"critique {number}", len(todo), 2):
-                record = {"id": todo[i]["id"], "method": args.method, "round": number}
-                record |= {"critique": critique.text, "merged": merge.text, "tokens": critique.tokens + merge.tokens}
-                output.append([record])
+            if todo:
+                prompts = records.hash_text(CRITIQUE_PROMPT + MERGE_PROMPT)
+                output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
+                if engine is None:
+                    engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
+                stream = critique_and_merge(args, engine, number, todo)
+                progress = with_progress(stream, engine.sampler, f"critique {number}", len(todo), num_samples=2)
+                for solution_id, (critique, merge) in progress:
+                    record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
+                    record |= {"round": number, "critique": critique.text, "merged": merge.text}
+                    output.append([record | {"tokens": critique.tokens + merge.tokens}])
+
+            # 3. The labels of the merges.
+            for i, (solution, label) in enumerate(mine):
+                if improved[i].dropped is None:
+                    merged = output.done[solution["id"], args.method, args.num_verifications, number]
+                    improved[i] = merged_label(label, merged, len(solution["steps"]))
+    return distributed.gather(improved)
 
 
-def merge_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label]) -> tuple[list[Label], int]:
-    """(the labels that the last merges in critiques.jsonl give, the tokens of all critiques and merges)."""
+def count_critique_tokens(args: argparse.Namespace, solutions: list[dict]) -> int:
+    """The tokens of the critiques and merges that the labels of these solutions cost."""
     path = Path(args.out) / "critiques.jsonl"
     if not path.exists():
-        return labels, 0  # all were dropped before
-    merges = {}  # (solution id, round) -> (the merge, the tokens of both calls)
-    for line in records.scan(path, [*CRITIQUE_KEY, "merged", "tokens"]):
-        record = line.value
-        if record["method"] == args.method:
-            merges[record["id"], record["round"]] = (record["merged"], record["tokens"])
-    merged_labels = []
+        return 0  # there was no text to criticise
+    solution_ids = {solution["id"] for solution in solutions}
     tokens = 0
-    for solution, label in zip(solutions, labels, strict=True):
-        last_merge = None
-        for number in range(1, args.critique_rounds + 1):
-            if (solution["id"], number) in merges:
-                last_merge, of_round = merges[solution["id"], number]
-                tokens += of_round
-        merged_labels.append(merged_label(label, last_merge, len(solution["steps"])))
-    return merged_labels, tokens
+    for line in records.scan(path, [*CRITIQUE_KEY, "tokens"]):
+        record = line.value
+        if record["id"] not in solution_ids or record["round"] > args.critique_rounds:
+            continue
+        if record["method"] == args.method and record["num_verifications"] == args.num_verifications:
+            tokens += record["tokens"]
+    return tokens
 
 
 # --------------------------------------------------------------------------- main
-
-
-def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
-    """solution id -> reference answer of its problem. Raises InputError for a solution without one."""
-    answers = records.read_answers([path])
-    references = {}
-    for solution in solutions:
-        problem_id = solution["id"].rpartition("/")[0]  # the id is <problem_id>/<sample>
-        if problem_id not in answers:
-            raise InputError(f"{path}: no answer for the problem of solution {solution['id']}; add it")
-        references[solution["id"]] = answers[problem_id]
-    return references
 
 
 def labels_path(args: argparse.Namespace) -> Path:
@@ -823,14 +685,12 @@ def labels_path(args: argparse.Namespace) -> Path:
 
 
 def write_labels(args: argparse.Namespace, solutions: list[dict], labels: list[Label], verifications: Path) -> None:
-    """Write labels_<method>.jsonl: what was judged, by which method, and the label, whose text the file of
-    verifications has."""
+    """Write labels_<method>.jsonl. verifications: the file that has the labels' texts."""
 
     def lines(texts_file: BinaryIO) -> Iterator[dict]:
         for solution, label in zip(solutions, labels, strict=True):
-            judged = {field: solution[field] for field in ("id", "problem", "steps", "answer")}
-            label = replace(label, text=chosen_text(label, texts_file))
-            yield judged | {"method": args.method} | asdict(label)
+            judged = {field: solution[field] for field in JUDGED_FIELDS}
+            yield judged | {"method": args.method} | asdict(label) | {"text": chosen_text(label, texts_file)}
 
     with open(verifications, "rb") as texts_file:
         records.write_records(labels_path(args), lines(texts_file), args)
@@ -853,34 +713,34 @@ def describe_labels(labels: list[Label], verifications: list[dict]) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Raises InputError for values that do not go together."""
+    """The command line. Raises InputError for flags that don't go together."""
     parser = records.new_parser(__doc__)
-    group = parser.add_argument_group("data and model")
-    group.add_argument("--model", help="verifier: a Hugging Face directory or hub name; none: the tiny world")
-    group.add_argument("--solutions", help="solutions.jsonl of generate.py, or any file with the same fields")
-    group.add_argument("--out", help="directory for verifications, critiques, labels and report")
-    group.add_argument("--answers", help="JSON Lines with id and answer, for --method reference_guided only")
-    group.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
-    group = parser.add_argument_group("labels")
-    group.add_argument("--method", default="step_consistency", choices=METHODS)
-    group.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--num_verifications", type=COUNT, default=16, help="N, verifications per solution")
-    group.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample all N verifications, "
-                       "or stop when the rest can't change a label, or when every label is ahead by --lead")  # fmt: skip
-    group.add_argument("--lead", type=COUNT, default=3, help="votes, for --stop lead")
-    group.add_argument("--temperature", type=TEMPERATURE, default=0.8)
-    group.add_argument("--top_p", type=TOP_P, default=0.95)
-    group.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
-    group.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
-    group.add_argument("--seed", type=SEED, default=0)
-    group.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
-    group.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--model", help="verifier: a directory or hub name; none: the tiny world")
+    parser.add_argument("--solutions", help="solutions.jsonl of generate.py, or a file like it")
+    parser.add_argument("--out", help="directory for verifications, critiques, labels and report")
+    parser.add_argument("--answers", help="JSON Lines with id and answer, for reference_guided")
+    parser.add_argument("--limit", type=POSITIVE, help="use only the first N solutions")
+    parser.add_argument("--method", default="step_consistency", choices=METHODS)
+    parser.add_argument("--critique_rounds", type=COUNT, default=1, help="of critique and merge")
+    parser.add_argument("--critique_temperature", type=TEMPERATURE, default=0.0, help="0, greedy, may loop in thinking")
+    parser.add_argument("--num_verifications", type=COUNT, help="N, per solution; default: 16 for a vote, otherwise 1")
+    parser.add_argument("--stop", default="all", choices=["all", "settled", "lead"], help="sample N verifications, or "
+                        "stop when the rest can't change a label, or when all labels are ahead by --lead")  # fmt: skip
+    parser.add_argument("--lead", type=COUNT, default=3, help="votes, for --stop lead")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    parser.add_argument("--top_p", type=TOP_P, default=0.95)
+    parser.add_argument("--top_k", type=WHOLE, default=0, help="sample from the k likeliest tokens; 0: from all")
+    parser.add_argument("--no_thinking", action="store_true", help="turn off thinking in a chat template that has it")
+    parser.add_argument("--max_new_tokens", type=POSITIVE, default=8192, help="per verification, thinking included")
+    parser.add_argument("--worked_examples", type=int, default=2, choices=[0, 1, 2], help="examples in the prompt")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     args = records.parse_args(parser, TINY, "model", "solutions", "out")
-    if METHODS[args.method].reads_answers and args.answers is None:
-        raise InputError(f"--method {args.method} needs --answers")
-    if args.answers is not None and not METHODS[args.method].reads_answers:
-        raise InputError("--answers is used with --method reference_guided only")
+    if args.num_verifications is None:
+        args.num_verifications = 1 if METHODS[args.method].aggregate is single else 16
+    if METHODS[args.method].reads_answers != (args.answers is not None):
+        raise InputError("--method reference_guided needs --answers, and no other method reads them")
     if args.stop != "all" and args.method != "step_consistency":
         raise InputError(f"--stop {args.stop} decides by the votes of --method step_consistency, not of {args.method}")
     return args
@@ -896,13 +756,12 @@ def main() -> None:
     records.check_output(args.out, args)
     records.check_output(labels_path(args), args)
     records.check_output(Path(args.out) / "report.json", args, signature=b'{\n  "method"')
-    fields = ["id", "problem", "steps", "answer"]
-    solutions = records.read(args.solutions, fields, "python generate.py", only=True)[: args.limit]
+    solutions = records.read(args.solutions, JUDGED_FIELDS, "python generate.py", only=True)[: args.limit]
     if not any(solution["steps"] for solution in solutions):
         raise InputError(f"{args.solutions}: no solution has steps, so there is nothing to judge")
     references = {}
     if method.reads_answers:
-        references = read_references(args.answers, solutions)
+        references = records.read_references(args.answers, solutions)
 
     # 2. Sample the verifications that are missing. Those made with the answer in sight go to a separate file, which no
     #    other method reads. The model is loaded only if needed: other labels from the same verifications take seconds.
@@ -913,16 +772,12 @@ def main() -> None:
     key = ("solution_id", "sample")
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
         unverified = find_unverified(solutions, args.num_verifications, output)
-        earlier = votes_so_far(args, path, unverified, output.was_there)
-        todo = [
-            (s, votes) for s, votes in zip(unverified, earlier, strict=True) if fewest_further_votes(votes, args) > 0
-        ]
-        if todo:
+        votes = votes_so_far(args, path, unverified, output.was_there)
+        if any(fewest_further_votes(so_far, args) > 0 for so_far in votes):
             model = records.hash_model(find_model(args.model))
             output.check_made_with(model_sha256=model, prompt_sha256=hash_prompt(args))
-            engine = open_engine(args.model, device, args.slots)
-            unsettled, votes = (list(column) for column in zip(*todo, strict=True))
-            verify_solutions(args, engine, unsettled, votes, references, output)
+            engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
+            verify_solutions(args, engine, unverified, votes, references, output)
     speed = {}
     if engine is not None:  # this run sampled; critiques are left out, because short batches are slower
         sampled = distributed.sum_over_ranks(engine.sampler.tokens)[0]
@@ -934,20 +789,19 @@ def main() -> None:
         return
     verifications, labels = [], []
     if distributed.rank() == 0:
-        verifications = read_verifications(path, solutions)
+        # The first N of each solution vote: a run with a larger N may have left more.
+        stored = read_verifications(path, solutions)
+        verifications = [v for v in stored if v["sample"] < args.num_verifications]
         labels = label_solutions(solutions, verifications, method.aggregate, args.seed)
-    critique_tokens = 0
     if method.needs_critique:
-        labels = distributed.broadcast(labels)
-        write_critiques(args, solutions, labels, path, engine, device)
+        labels = improve_labels(args, solutions, distributed.broadcast(labels), path, engine, device)
     if distributed.rank() != 0:
         return
-    if method.needs_critique:
-        labels, critique_tokens = merge_labels(args, solutions, labels)
 
     # 4. Write the labels, and what they cost.
     write_labels(args, solutions, labels, path)
-    report = {"method": args.method, **describe_labels(labels, verifications), "critique_tokens": critique_tokens}
+    report = {"method": args.method, **describe_labels(labels, verifications)}
+    report["critique_tokens"] = count_critique_tokens(args, solutions) if method.needs_critique else 0
     report |= {**speed, "seconds": round(time.time() - started, 1)}
     records.write_json(Path(args.out) / "report.json", report)
     shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in report.items()}

@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--slots", type=COUNT, help="samples at a time; default: by the GPU's memory, on a CPU 128")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.set_defaults(method="step_consistency", stop="all")
+    parser.set_defaults(method="step_consistency", stop="all", top_k=0)
     return records.parse_flags(parser)
 
 

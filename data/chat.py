@@ -111,15 +111,17 @@ def apply_template(tokenizer, messages: list[dict], **settings) -> str:
                          "model") from None  # fmt: skip
 
 
-def render_chat(tokenizer, user: str) -> str:
-    """One user turn and the opening of the assistant's, by the tokenizer's own chat template."""
+def render_chat(tokenizer, user: str, thinking: bool = True) -> str:
+    """One user turn and the opening of the assistant's, by the tokenizer's own chat template. Some templates have a
+    switch for thinking, `enable_thinking`, and think by default; thinking=False turns it off."""
     messages = [{"role": "user", "content": escape_special_tokens(tokenizer, user)}]
-    return apply_template(tokenizer, messages, add_generation_prompt=True)
+    settings = {} if thinking else {"enable_thinking": False}
+    return apply_template(tokenizer, messages, add_generation_prompt=True, **settings)
 
 
-def encode_chat(tokenizer, user: str) -> list[int]:
+def encode_chat(tokenizer, user: str, thinking: bool = True) -> list[int]:
     """Token ids of `render_chat`."""
-    return tokenizer(render_chat(tokenizer, user), add_special_tokens=False).input_ids
+    return tokenizer(render_chat(tokenizer, user, thinking), add_special_tokens=False).input_ids
 
 
 def opens_thought(tokenizer, prompt: list[int]) -> bool:

@@ -16,9 +16,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
@@ -152,6 +153,7 @@ FIELD_TYPES: dict[str, Reader] = {
     "solution_sha256": or_null(read_string),
     "method": read_string,
     "round": read_count,
+    "num_verifications": read_count,
     "critique": or_null(read_string),
     "merged": or_null(read_string),
     # labels
@@ -336,6 +338,54 @@ def read_at(file: BinaryIO, start: int) -> dict:
     return json.loads(file.readline())
 
 
+@dataclass(slots=True)
+class StoredVerification:
+    """What is kept in memory of a verification in a file, read like a record: verification["verdict"]."""
+
+    solution_id: str
+    sample: int
+    step_verdicts: list[bool] | None
+    verdict: bool | None
+    tokens: int
+    text: int  # its place: the byte at which the record's line begins, for `read_at`
+
+    def __getitem__(self, field: str) -> Any:
+        return getattr(self, field)
+
+
+def store_verification(record: dict, start: int, shared: dict) -> StoredVerification:
+    """A record, whose line begins at this byte, without its text. shared: the same dict for all records of a file, in
+    which equal ids, numbers and lists are kept once."""
+    step_verdicts = record["step_verdicts"]
+    if step_verdicts is not None:
+        step_verdicts = shared.setdefault(tuple(step_verdicts), step_verdicts)
+    solution_id = shared.setdefault(record["solution_id"], record["solution_id"])
+    tokens = shared.setdefault(record["tokens"], record["tokens"])
+    return StoredVerification(solution_id, record["sample"], step_verdicts, record["verdict"], tokens, start)
+
+
+def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[str, list[dict]]:
+    """solution id -> its verifications in the order of their samples; those of other solutions are ignored. Raises
+    InputError for one that appears twice, or has another number of steps: it was made from another solution."""
+    groups: dict[str, list[dict]] = {s["id"]: [] for s in solutions}
+    num_steps = {s["id"]: len(s["steps"]) for s in solutions}
+    for verification in verifications:
+        solution_id = verification["solution_id"]
+        if solution_id not in groups:
+            continue
+        verdicts = verification["step_verdicts"]
+        if verdicts is not None and len(verdicts) != num_steps[solution_id]:
+            mismatch = f"{len(verdicts)} step_verdicts for the {num_steps[solution_id]} steps of solution {solution_id}"
+            raise InputError(f"{mismatch}; both files must come from the same solutions")
+        groups[solution_id].append(verification)
+    for solution_id, group in groups.items():
+        group.sort(key=itemgetter("sample"))
+        for one, next_one in pairwise(group):
+            if one["sample"] == next_one["sample"]:
+                raise InputError(f"verification {solution_id}/{one['sample']} appears twice; ids must be unique")
+    return groups
+
+
 def torn_line(path: str | Path) -> int | None:
     """Where the last line begins, in bytes, if it lacks its newline, because a killed run has left it or a running one is
     writing it; otherwise None. Only the end of the file is read."""
@@ -474,6 +524,18 @@ def final_answer_correct(case: dict, place: str) -> bool:
     if known is None:
         raise InputError(f"{place}: final_answer_correct must be true or false, not {value!r}")
     return known
+
+
+def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
+    """solution id -> reference answer of its problem. Raises InputError for a solution without one."""
+    answers = read_answers([path])
+    references = {}
+    for solution in solutions:
+        problem_id = solution["id"].rpartition("/")[0]  # the id is <problem_id>/<sample>
+        if problem_id not in answers:
+            raise InputError(f"{path}: no answer for the problem of solution {solution['id']}; add it")
+        references[solution["id"]] = answers[problem_id]
+    return references
 
 
 def read_metrics(path: Path, made_by: str = "") -> list[dict]:
@@ -669,7 +731,10 @@ def check_arguments(output: Path, arguments: dict, may_change: set[str]) -> None
 
 
 def same_value(before: object, now: object) -> bool:
-    """Whether two values of an argument are the same. A path may be written in several ways: m, m/, ./m."""
+    """Whether two values of an argument are the same. A path may be written in several ways: m, m/, ./m. A run from
+    before a flag existed is like one that doesn't use it."""
+    if before is None and now == 0:
+        return True
     if isinstance(before, str) and isinstance(now, str):
         return os.path.realpath(before) == os.path.realpath(now)
     return before == now
@@ -1087,6 +1152,7 @@ def real(least: float, most: float = LARGEST, or_zero: bool = False) -> Callable
 # Ranges that several flags share.
 COUNT = integer(1, 100_000)  # of samples, votes, batches: of more, even the list would take all memory
 POSITIVE = integer(1)  # of tokens, or steps between two events
+WHOLE = integer(0)  # the same, where 0 turns something off
 SEED = integer(0, 2**63 - 1)
 TEMPERATURE = real(0.001, 100, or_zero=True)  # at 0 the sampler is greedy; logits divided by less overflow
 TOP_P = real(1e-6, 1)

@@ -1,4 +1,5 @@
-"""Reading what models write: steps, boxes, answers, thoughts. `generate.py` has the format that they are asked for.
+"""Reading what models write: steps, boxes, answers, thoughts, judgements, in many a form. `generate.py` and `verify.py`
+have the one form that they are asked for.
 
 A policy answers `<think><step>…</step></think><answer>\\boxed{…}</answer>`, an instruct model "Step 1: … Answer: …", a
 reasoning generator whatever it likes. All that tells these apart is here, with the reasons; whoever reads the stages
@@ -250,3 +251,86 @@ def describe_format(response: str) -> dict[str, float]:
         "hidden_text": bool(hidden_text(response)),
         "layout_lines": any(map(has_layout_line, split_steps(response))),
     }
+
+
+# --------------------------------------------------------------------------- judgements
+
+# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
+HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
+BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
+# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
+VERDICT_EMPHASIS = re.compile(
+    r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>"
+)
+# Line breaks within the Verification line: before its question, and before a lone yes or no.
+LATE_VERDICT = re.compile(
+    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
+)
+
+
+def without_thinking(text: str) -> str:
+    """What follows the last thought: the whole text if there is none, nothing if the last one was cut off. Every parser
+    reads a judgement through this, because a thought is full of drafts.
+
+    The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
+    judgement that is lost does less harm than a draft that votes.
+    """
+    after_thought = text.rpartition("</think>")[2]
+    if "<think>" in after_thought:
+        return ""
+    return after_thought.strip()
+
+
+def readable_lines(text: str) -> list[str]:
+    """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
+    blanks, and with the Verification line in one piece."""
+    # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
+    text = without_thinking(text).lower()
+    # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
+    if not any(HEADING.match(line) for line in text.split("\n")):
+        text = BOLD_HEADING.sub("# ", text)
+    lines = [" ".join(line.split()) for line in VERDICT_EMPHASIS.sub("", text).split("\n")]
+    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
+
+
+# Two verifications as `verify.VERIFY_PROMPT` asks for them, to be shown in the prompt.
+WORKED_EXAMPLES = [
+    """Example
+
+Problem: A rectangle is 6 cm wide and 4 cm high. How long is its diagonal, squared?
+
+Student Solution: Step 1: The diagonal, the width and the height form a right triangle.
+Step 2: So the squared diagonal is 6^2 + 4^2 = 36 + 16.
+Step 3: 36 + 16 = 52.
+Answer: 52
+
+## Step 1: The right triangle
+The corners of a rectangle are right angles, so width, height and diagonal form a right triangle.
+**This step is correct.**
+## Step 2: Pythagoras
+6^2 = 36 and 4^2 = 16, and the theorem adds them.
+**This step is correct.**
+## Step 3: The sum
+36 + 16 = 52.
+**This step is correct.**
+**Verification: Is the answer correct (Yes/No)? Yes**""",
+    """Example
+
+Problem: A shop sells pens at 3 for 2 euros. How much do 12 pens cost with a discount of 25 percent?
+
+Student Solution: Step 1: 12 pens are 12 / 3 = 4 packs.
+Step 2: 4 packs cost 4 * 3 = 12 euros.
+Step 3: 25 percent of 12 is 3, so the price is 12 - 3 = 9 euros.
+Answer: 9
+
+## Step 1: The number of packs
+A pack has 3 pens, and 12 / 3 = 4.
+**This step is correct.**
+## Step 2: The price without the discount
+A pack costs 2 euros, not 3, so it should be 4 * 2 = 8 euros.
+**This step is incorrect.**
+## Step 3: The discount
+The arithmetic is right, but it starts from the wrong price of Step 2; it should be 8 - 2 = 6 euros.
+**This step is incorrect.**
+**Verification: Is the answer correct (Yes/No)? No**""",
+]

@@ -956,6 +956,26 @@ def test_no_template_knows_the_day(tmp_path):
     assert chat.render_chat(tokenizer, "x").startswith("26 Jul 2024\n<|im_start|>user\nx")
 
 
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+
+
+def test_thinking_is_on_unless_it_is_turned_off(tmp_path, capsys):
+    """Guards: --no_thinking that doesn't reach the template, or changes the default prompt; one that does nothing
+    without saying so."""
+    for name, template in (("with", TEMPLATE + SWITCH), ("without", TEMPLATE)):
+        path = make_model(tmp_path / name)
+        config = json.loads((path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        device = torch.device("cpu")
+        on, off = (generate.open_engine(str(path), device, 4, thinking=thinking) for thinking in (True, False))
+        prompts = [engine.tokenizer.decode(engine.encode("x")) for engine in (on, off)]
+        assert prompts[0] == chat.render_chat(on.tokenizer, "x") and "think" not in prompts[0]
+        assert prompts[1] == prompts[0] + ("<think>\n\n</think>\n\n" if name == "with" else "")
+        told = "its chat template has no enable_thinking, so --no_thinking changes nothing" in capsys.readouterr().out
+        assert told == (name == "without")
+        assert off.text(on.tokenizer("a").input_ids, off.encode("x")) == "a"  # the thought is closed
+
+
 PATHS = ["runs/prm_cto", "./m", "../m", "/no/m", "~/m", "m", "m/", "a/b/c", "tests/m", "data/m"]
 
 
@@ -1313,6 +1333,42 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, model_dir, problems, chang
     assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert re.search(message, stderr)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json*") if path.suffix != ".lock"} == before
+
+
+def test_top_k_and_no_thinking_of_the_command_line(tmp_path, model_dir, monkeypatch):
+    """Guards: flags that are parsed and recorded, and reach neither the sampler nor the template; a run from before
+    they existed that can't be resumed."""
+    opened = []
+    open_engine = generate.open_engine
+    monkeypatch.setattr(generate, "open_engine", lambda *a, **s: opened.append(s["thinking"]) or open_engine(*a, **s))
+    problems, out = tmp_path / "problems.jsonl", tmp_path / "out.jsonl"
+
+    def run(count: int, *flags: object) -> list[str]:
+        lines = [json.dumps({"id": f"p{i}", "problem": f"What is {i}?"}) for i in range(count)]
+        problems.write_text("\n".join(lines) + "\n")
+        arguments = ["--model", model_dir, "--problems", problems, "--out", out, "--num_samples", 3, "--max_new_tokens", 9]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, [*arguments, "--temperature", 1, *flags])])
+        generate.main()
+        return [record["text"] for record in records.read(out, ["text"])]
+
+    one = run(1, "--top_k", 1, "--no_thinking")
+    assert len(set(one)) == 1 and opened == [False]
+    for flags, message in ((["--no_thinking"], "made with --top_k 1, this run has --top_k 0"),
+                           (["--top_k", 1], "made with --no_thinking True")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            run(1, *flags)
+    out.unlink()
+    two = run(1)
+    assert len(set(two)) == 3 and two != one and opened == [False, True]
+    recorded = Path(f"{out}.args.json")
+    described = json.loads(recorded.read_text())
+    assert (described["arguments"].pop("top_k"), described["arguments"].pop("no_thinking")) == (0, False)
+    recorded.write_text(json.dumps(described))
+    assert run(2)[:3] == two
+    described["arguments"].pop("seed")
+    recorded.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="--top_k None, this run has --top_k 5"):
+        run(3, "--top_k", 5)
 
 
 def test_two_runs_never_share_an_output(tmp_path, model_dir, problems):

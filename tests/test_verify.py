@@ -16,6 +16,7 @@ import generate
 import verify
 from data import chat, records
 from generate import render_steps
+from kernels.distributed import InputError
 from kernels.sampler import Sample
 from train_prm import (
     REWARD_MODELS,
@@ -715,22 +716,28 @@ def test_prompts_of_critique_and_merge():
 
 
 def test_a_critique_that_is_cut_off_in_thought_has_no_merge(monkeypatch):
-    """Guards: drafts handed to the merge as if they were the critique."""
+    """Guards: drafts handed to the merge as if they were the critique; --critique_temperature and the flags of sampling
+    ignored; a critique drawn with the random numbers of the verification or of its merge."""
     said = {"a/0": "<think>hm", "b/0": "<think>hm</think>SAID"}
     asked = []
 
-    def sample(turns: list, *, keys: list[str], **_) -> list:
-        asked.append(keys)
-        return [[SimpleNamespace(ids=said[key])] for key in keys]
+    def sample(turns: list, *, keys: list[str], **settings) -> list:
+        asked.append([key.partition("/critique 1")[0].partition("/merge 1")[0] for key in keys])
+        assert (settings["temperature"], settings["top_p"], settings["top_k"], settings["seed"]) == (0.6, 0.9, 20, 3)
+        names.update(keys)
+        return [[SimpleNamespace(ids=said[name])] for name in asked[-1]]
 
-    monkeypatch.setattr(generate, "encode_chat", lambda tokenizer, turn: [1])
+    names = set()
+    monkeypatch.setattr(generate, "encode_chat", lambda *_: [1])
     monkeypatch.setattr(generate.Engine, "text", lambda engine, ids, prompt: ids)
     sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_positions=99)), sample=sample)
     solutions = [{"id": name, "problem": "P?", "steps": ["a"], "answer": "3"} for name in said]
+    args = SimpleNamespace(max_new_tokens=9, slots=4, critique_temperature=0.6, top_p=0.9, top_k=20, seed=3)
     found = verify.critique_and_merge(
-        SimpleNamespace(max_new_tokens=9, slots=4), generate.Engine(sampler, None, []), solutions, ["x", "y"]
+        args, generate.Engine(sampler, None, []), 1, [(solution, "x") for solution in solutions]
     )
     assert [merge.text is None for _, (_, merge) in found] == [True, False] and asked == [["a/0", "b/0"], ["b/0"]]
+    assert len(names) == 3 and not names & {"a/0", "b/0"}
 
 
 def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
@@ -751,6 +758,75 @@ def test_an_output_that_goes_with_other_solutions(tmp_path, judged):
     mine.write_text(json.dumps({**solutions[0], "steps": ["1+1=2"] * len(solutions[0]["steps"])}) + "\n")
     status, stderr = run_script("verify.py", tmp_path, *arguments)
     assert status == 2 and "q0/0 was another solution when it was judged" in stderr
+
+
+def test_a_method_that_does_not_vote_samples_one(tmp_path, world, monkeypatch):
+    """Guards: 16 verifications paid for and one used; labels that depend on what another method sampled before; a vote
+    on the one verification that was there; critiques of the text that another N chose."""
+    world = [flag for flag in world if flag not in ("--num_verifications", 4)]
+    out = tmp_path / "out"
+
+    def run(*flags: object) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, [*world, "--out", out, *flags])])
+        verify.main()
+        key = ("solution_id", "sample")
+        return records.read(out / "verifications.jsonl", list(key), unique=key)
+
+    # 1. What is sampled, by default and on resuming with another N.
+    assert {v["sample"] for v in run("--method", "single", "--limit", 2)} == {0}
+    assert {v["sample"] for v in run("--method", "single", "--limit", 2, "--num_verifications", 2)} == {0, 1}
+    assert sorted(v["sample"] for v in run("--limit", 2)) == list(range(16))
+    run("--method", "meta_critique", "--limit", 2)
+    report = json.loads((out / "report.json").read_text())
+    assert report["verifications"] == 1 and records.read_args(out / "verifications.jsonl")["num_verifications"] == 16
+    for method in verify.METHODS:
+        answers = ["--answers", "x"] * verify.METHODS[method].reads_answers
+        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, [*world, "--out", out, "--method", method, *answers])])
+        expected = 1 if method in ("single", "meta_critique", "reference_guided") else 16
+        assert verify.parse_arguments().num_verifications == expected, method
+
+    # 2. What is made of it: the first N vote, whatever else is there.
+    out = tmp_path / "other"
+    out.mkdir()
+    texts = ["unparsed", write([True], True), write([False], False), write([False], False)]
+    lines = [{"solution_id": f"p{i}/0", "sample": j, "text": texts[j]} for i in range(1, 13) for j in range(4)]
+    (out / "verifications.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    for flags, dropped, text in (
+        (["--method", "single"], "no_votes", None),
+        (["--method", "single", "--num_verifications", 4], None, texts[1]),
+        (["--num_verifications", 2], None, texts[1]),
+        (["--num_verifications", 4], None, texts[2]),
+    ):
+        run(*flags)
+        method = flags[1] if "--method" in flags else "step_consistency"
+        label = records.read(out / f"labels_{method}.jsonl", ["text", "dropped"])[-1]
+        assert (label["dropped"], label["text"]) == (dropped, text), flags
+
+    # 3. Critiques. The random model's are of no use, or too long.
+    for n in (2, 4, 2):
+        run("--method", "hybrid", "--num_verifications", n, "--limit", 3)
+        dropped = json.loads((out / "report.json").read_text())["dropped"]
+        assert dropped.keys() <= {"no_votes", "too_long", "unparsed_merge"}
+    critiques = records.read(out / "critiques.jsonl", list(verify.CRITIQUE_KEY), unique=verify.CRITIQUE_KEY)
+    assert Counter(critique["num_verifications"] for critique in critiques) == {2: 2, 4: 2}
+    run("--critique_temperature", 0.6, "--num_verifications", 4)
+    with pytest.raises(InputError, match=r"made with --critique_temperature 0\.0, this run has"):
+        run("--method", "hybrid", "--critique_temperature", 0.6)
+
+
+def test_top_k_and_no_thinking_of_the_command_line(tmp_path, world, monkeypatch):
+    """Guards: flags that are parsed and recorded, and reach neither the sampler nor the template."""
+    opened = []
+    open_engine = verify.open_engine
+    monkeypatch.setattr(verify, "open_engine", lambda *a, **s: opened.append(s["thinking"]) or open_engine(*a, **s))
+    texts = []
+    for flags in (["--top_k", 1, "--no_thinking"], []):
+        out = tmp_path / str(len(flags))
+        arguments = [*world, "--temperature", 1, "--limit", 2, "--out", out, *flags]
+        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, arguments)])
+        verify.main()
+        texts.append({record["text"] for record in records.read(out / "verifications.jsonl", ["text"])})
+    assert opened == [False, True] and len(texts[0]) == 1 and len(texts[1]) == 4
 
 
 def test_two_ranks_write_the_linesof_one(tmp_path, judged):
