@@ -6,6 +6,7 @@ reads the stages needs to know `encode_chat` (a user turn as token ids), `decode
 
 import json
 import sys
+from bisect import bisect_left
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -79,6 +80,19 @@ def render_chat(tokenizer, user: str) -> str:
 def encode_chat(tokenizer, user: str) -> list[int]:
     """Token ids of `render_chat`."""
     return tokenizer(render_chat(tokenizer, user), add_special_tokens=False).input_ids
+
+
+def encode_to_ends(tokenizer, text: str, ends: list[int]) -> tuple[list[int], list[int]]:
+    """(token ids of a text, and for each end, in characters, the position of the last token that begins before it).
+
+        characters    a  b  .  c  d  .
+        tokens        [ab]  [.c]  [d.]        begin at characters 0, 2, 4
+        end 3         token 1
+        end 6         token 2
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [begin for begin, _ in encoded.offset_mapping]
+    return encoded.input_ids, [bisect_left(begins, end) - 1 for end in ends]
 
 
 def opens_thought(tokenizer, prompt: list[int]) -> bool:
