@@ -43,31 +43,25 @@ class Type(NamedTuple):
 
     wanted: str  # for messages
     accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any] | None = None
+    convert: Callable[[Any], Any] = lambda value: value
 
 
 def list_of(item: Type, items: str) -> Type:
     """A list; items: the items' type in the plural."""
+    return Type(
+        f"a list of {items}",
+        lambda value: isinstance(value, list) and all(map(item.accepts, value)),
+        lambda value: [item.convert(entry) for entry in value],
+    )
 
-    def accepts(value: object) -> bool:
-        return isinstance(value, list) and all(map(item.accepts, value))
 
-    convert = item.convert and (lambda value: [item.convert(entry) for entry in value])
-    return Type(f"a list of {items}", accepts, convert)
-
-
-def or_null(value_type: Type) -> Type:
+def or_null(other: Type) -> Type:
     """A value that may be null."""
-
-    def accepts(value: object) -> bool:
-        return value is None or value_type.accepts(value)
-
-    def convert(value: object) -> object:
-        if value is None or value_type.convert is None:
-            return value
-        return value_type.convert(value)
-
-    return Type(f"{value_type.wanted}, or null", accepts, convert)
+    return Type(
+        f"{other.wanted}, or null",
+        lambda value: value is None or other.accepts(value),
+        lambda value: None if value is None else other.convert(value),
+    )
 
 
 STRING = Type("a string", lambda value: isinstance(value, str))
@@ -89,46 +83,19 @@ JUDGEMENT = Type("an object with text and verdict", lambda value: isinstance(val
 # The type of a field, whichever file it comes from. Other fields are taken as they are.
 FIELD_TYPES: dict[str, Type] = {
     # problems, solutions
-    "id": NAME,
-    "problem_id": NAME,
-    "solution_id": NAME,
-    "problem": NOT_BLANK,
-    "answer": or_null(ANSWER),
-    "steps": STRINGS,
-    "sample": WHOLE,
-    "text": STRING,
-    "finish": STRING,
-    "tokens": WHOLE,
-    "model": STRING,
+    "id": NAME, "problem_id": NAME, "solution_id": NAME, "problem": NOT_BLANK, "answer": or_null(ANSWER),
+    "steps": STRINGS, "sample": WHOLE, "text": STRING, "finish": STRING, "tokens": WHOLE, "model": STRING,
     # verifications, critiques
-    "step_verdicts": or_null(VERDICTS),
-    "verdict": or_null(FLAG),
-    "solution_sha256": or_null(STRING),
-    "method": STRING,
-    "round": WHOLE,
-    "critique": or_null(STRING),
-    "merged": or_null(STRING),
+    "step_verdicts": or_null(VERDICTS), "verdict": or_null(FLAG), "solution_sha256": or_null(STRING),
+    "method": STRING, "round": WHOLE, "critique": or_null(STRING), "merged": or_null(STRING),
     # labels
-    "step_labels": VERDICTS,
-    "outcome": FLAG,
+    "step_labels": VERDICTS, "outcome": FLAG, "dropped": or_null(STRING), "ties": WHOLE,
     "votes": list_of(list_of(WHOLE, "counts"), "[correct, incorrect]"),
-    "dropped": or_null(STRING),
-    "ties": WHOLE,
     # metrics, curves, rollouts
-    "step": WHOLE,
-    "panel": STRING,
-    "curve": STRING,
-    "x": NUMBERS,
-    "y": NUMBERS,
-    "low": NUMBERS,
-    "high": NUMBERS,
-    "ylim": NUMBERS,
-    "ids": list_of(WHOLE, "token ids"),
-    "valid": FLAG,
-    "reward": NUMBER,
-    "advantage": NUMBER,
+    "step": WHOLE, "panel": STRING, "curve": STRING, "x": NUMBERS, "y": NUMBERS, "low": NUMBERS, "high": NUMBERS,
+    "ylim": NUMBERS, "ids": list_of(WHOLE, "token ids"), "valid": FLAG, "reward": NUMBER, "advantage": NUMBER,
     "judgement": or_null(JUDGEMENT),
-}
+}  # fmt: skip
 # Fields of a label that are null if the solution was dropped: what a kept label lacks would be missed in training.
 NULL_IF_DROPPED = ("step_labels", "outcome", "text")
 # Lists that have one entry for each entry of another.
@@ -152,8 +119,7 @@ def check_record(record: object, fields: list[str], place: str, optional: tuple[
         if field_type is None or (value is None and is_dropped and field in NULL_IF_DROPPED):
             continue
         if field_type.accepts(value):
-            if field_type.convert:
-                record[field] = field_type.convert(value)
+            record[field] = field_type.convert(value)
         elif field in asked:
             wrong = f"{field} must be {field_type.wanted}, not {str(value)[:60]}"
             raise InputError(f"{place}: {wrong}{advise(field, value)}")
@@ -194,10 +160,15 @@ class Line(NamedTuple):
         return f"{self.path}:{self.number}"
 
 
-def read_lines(path: str | Path, end: int | None = None) -> Iterator[Line]:
+def read_lines(path: str | Path, made_by: str = "", end: int | None = None) -> Iterator[Line]:
     """The lines that are not blank, one by one, because files may be larger than memory; those from byte `end` on are
-    left out. Raises InputError for one that is not JSON."""
+    left out. Raises InputError for one that is not JSON, and for a file that is missing (made_by: see `read`), or can't
+    be read more than once."""
     path = str(path)
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file{advise_command(made_by)}")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: not a plain file; it is read more than once, so save what a pipe brings to a file")
     start = 0
     # In binary, because only there does a line end at \n alone: U+2028 and the like may stand inside JSON strings.
     with open(path, "rb") as file:
@@ -224,23 +195,13 @@ def scan(
     path: str | Path, fields: list[str], made_by: str = "", optional: tuple[str, ...] = (), end: int | None = None
 ) -> Iterator[Line]:
     """The records of a JSON Lines file one by one, each checked by `check_record`; see `read` and `read_lines`."""
-    check_file(path, made_by)
     is_empty = True
-    for line in read_lines(path, end):
+    for line in read_lines(path, made_by, end):
         check_record(line.value, fields, line.place, optional)
         is_empty = False
         yield line
     if is_empty:
         raise InputError(f"{path}: the file is empty{advise_command(made_by)}")
-
-
-def check_file(path: str | Path, made_by: str = "") -> None:
-    """Raise InputError for a file that is missing, or can't be read more than once; made_by: see `read`."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file{advise_command(made_by)}")
-    if not path.is_file():
-        raise InputError(f"{path}: not a plain file; it is read more than once, so save what a pipe brings to a file")
 
 
 def advise_command(made_by: str) -> str:
@@ -340,8 +301,8 @@ def read_metrics(path: Path, made_by: str = "") -> list[dict]:
     """The records of a run's metrics.jsonl: `step`, and numbers. A last line without its newline is left out: a run is
     writing it, or was killed. Raises InputError if another value is no number; made_by: see `read`."""
     records = []
-    check_file(path, made_by)
-    for line in read_lines(path, torn_line(path)):
+    end = torn_line(path) if path.is_file() else None
+    for line in read_lines(path, made_by, end):
         check_record(line.value, ["step"], line.place)
         for key, value in line.value.items():
             if not isinstance(value, (int, float)):
@@ -380,16 +341,16 @@ def write_json(path: str | Path, value: object) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def to_lines(records: list[dict]) -> str:
-    """The records as JSON Lines."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def to_line(record: dict) -> str:
+    """The record as a line of JSON Lines."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: str | Path, records: Iterable[dict]) -> None:
     """Write a JSON Lines file, whole or not at all."""
     with replace_file(path) as file:
         for record in records:
-            file.write(to_lines([record]))
+            file.write(to_line(record))
 
 
 def write_records(path: Path, records: Iterable[dict], args: argparse.Namespace) -> None:
@@ -456,11 +417,8 @@ def hash_text(text: str) -> str:
 
 def hash_file(path: str | Path) -> str:
     """First 16 hex digits of the file's SHA-256."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # The files of a model directory that decide what the model says.
@@ -570,10 +528,8 @@ def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | N
             for found in out.glob(pattern):
                 raise InputError(f"--out {out} has a {found.name}, {advice}")
     elif out.stat().st_size > 0:
-        begins_as_ours = False
-        if signature is not None:
-            with open(out, "rb") as file:
-                begins_as_ours = file.read(len(signature)) == signature
+        with open(out, "rb") as file:
+            begins_as_ours = signature is not None and file.read(len(signature)) == signature
         if not begins_as_ours:
             raise InputError(f"--out {out} exists, {advice}")
 
@@ -702,7 +658,7 @@ class RecordFile:
         new = [record for record in records if self.key_of(record) not in self.done]
         self._remember(new)
         # One system call for all of them, because another rank may append at the same time.
-        data = to_lines(new).encode()
+        data = "".join(map(to_line, new)).encode()
         while data:
             written = os.write(self.file, data)
             data = data[written:]  # normally none; if the disk is full, the next call raises
@@ -736,7 +692,10 @@ class RecordFile:
         #    records are used, after hours of sampling.
         fields = self.key_fields if is_ours else self.key_fields + self.other_fields
         try:
-            for line in scan(self.path, list(fields), optional=tuple(FIELD_TYPES), end=end) if end != 0 else ():
+            lines: Iterable[Line] = ()
+            if end != 0:
+                lines = scan(self.path, list(fields), optional=tuple(FIELD_TYPES), end=end)
+            for line in lines:
                 key = self.key_of(line.value)
                 if key in self.done:
                     raise repeated(line, self.key_fields, (key,))
@@ -790,7 +749,7 @@ class MetricsFile:
         """Add the numbers of one step."""
         self.records.append(record)
         if distributed.rank() == 0:
-            self.file.write(to_lines([record]))
+            self.file.write(to_line(record))
             self.file.flush()
 
     def __exit__(self, *_) -> None:
