@@ -172,11 +172,11 @@ FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\})\s*)?"
 DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"(?<!\\)\\ |~", " "),
-    (r"(?: |\\[,;:!])+$", ""),
+    (r"(?<!\\)\\ |~", " "),  # ties and control spaces
+    (r"(?: |\\[,;:!])+$", ""),  # blanks at the end
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|it|large|Large){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
-    (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),
+    (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),  # {\rm m}
     (r"\\[dtc]frac", r"\\frac"),
     # numbers
     (rf"(?<![\d.])\d{{1,3}}(?:(?:{THIN} ?| )\d{{3}})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 1 000
@@ -185,19 +185,19 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (DIGITS + r"\\(?:overline|bar|dot) ?(?P<repeated>\d|\{\d{1,40}\})", write_repeating),  # 0.1\overline{6}
     (DIGITS + r"\((?P<repeated>\d{1,40})\)(?! ?[\w(^])", write_repeating),  # 0.1(6)
     (r"(?<![\d.^_/{])(\d+) (\d+)/(\d+)(?!\d)", r"(\1+\\frac{\2}{\3})"),  # 3 1/2
-    (r" ?\*\* ?", "^"),
+    (r" ?\*\* ?", "^"),  # 2**3
     (r"\^ ?([-+] ?(?:\d+(?:\.\d+)?|[a-zA-Z]))", r"^{\1}"),  # 10^-2
     (r" ?(?:\\text ?\{ ?)?(?<![a-zA-Z])(?:percent(?:age)?|pct)(?![a-zA-Z])(?: ?\})?|(?<!\\)%", r"\\%"),
     # names and brackets
     (r"(?<![\\a-zA-Z])(?<!name\{)(?<!rm\{)(?<!text\{)(pi|sqrt|exp|ln|log|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),  # 2*pi
     (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
-    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),  # \sqrt(5)
+    (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),  # \exp(3)
     (rf"\\degree{END}", r"^\\circ "),
     (rf"\\lg{END}", r"\\log "),
     (rf"\\langle{END}", "("),
     (rf"\\rangle{END}", ")"),
-    (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),
+    (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),  # \{\}
     (rf"{FUNCTION}(?:\([^()]*\)|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:{NUMBER}|[a-zA-Z]){DEGREES})", write_radians),
     # relations, moduli and bases
     (r"(?<=[\d)])!=", "! ="),  # 5!=120
@@ -209,7 +209,7 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (rf"\\equiv{END}", "="),
     (rf"^ ?(?:=|\\approx{END})", ""),  # = 5
     (rf"^(-?{NUMBER}|-?\\frac\{{\d+\}}\{{\d+\}}) ?= ?([a-zA-Z])$", r"\2=\1"),  # 5=x
-    (r"\\text ?\{ ?(\(? ?mod(?:ulo)?(?![a-z])[^{}]*)\}", r"\1"),
+    (r"\\text ?\{ ?(\(? ?mod(?:ulo)?(?![a-z])[^{}]*)\}", r"\1"),  # \text{(mod 7)}
     (r" ?(\()? ?(?:\\(?:operatorname|mathrm) ?\{ ?mod ?\}|\\[pb]?mod|(?<![a-zA-Z])mod(?:ulo)?)(?![a-zA-Z])"
         r"(?: |\\,)*(?:\{([^{}]*)\}|([\w^*+-]+)) ?(?(1)\))", r" \\pmod{\2\3}"),
     (r"(?<=[\dA-Z)])(?: |\\,)*(?:\\text ?\{ ?(?:in )?base ?\}|(?:in )?base) ?(\d+|[a-z]+)$", r"_{\1}"),  # 2516 base 8
