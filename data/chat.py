@@ -83,12 +83,12 @@ def encode_chat(tokenizer, user: str) -> list[int]:
 
 
 def encode_to_ends(tokenizer, text: str, ends: list[int]) -> tuple[list[int], list[int]]:
-    """(token ids of a text, and for each end, in characters, the position of the last token that begins before it).
+    """(token ids, for each end the position of the last token that begins before it). Ends count characters of the text.
 
-        characters    a  b  .  c  d  .
-        tokens        [ab]  [.c]  [d.]        begin at characters 0, 2, 4
-        end 3         token 1
-        end 6         token 2
+    For the text "ab.cd.":
+
+        tokens    [ab]  [.c]  [d.]    begin at characters 0, 2, 4
+        ends      3 -> token 1, 6 -> token 2
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begins = [begin for begin, _ in encoded.offset_mapping]

@@ -113,19 +113,18 @@ def check_record(record: object, fields: list[str], place: str, optional: tuple[
         if field not in record:
             raise InputError(f"{place}: no field {field!r}; every record needs {', '.join(fields)}")
     is_dropped = isinstance(record.get("dropped"), str)
-    asked = {*fields, *optional}
     for field, value in record.items():
         field_type = FIELD_TYPES.get(field)
         if field_type is None or (value is None and is_dropped and field in NULL_IF_DROPPED):
             continue
         if field_type.accepts(value):
             record[field] = field_type.convert(value)
-        elif field in asked:
+        elif field in fields or field in optional:
             wrong = f"{field} must be {field_type.wanted}, not {str(value)[:60]}"
             raise InputError(f"{place}: {wrong}{advise(field, value)}")
     for field, other in SAME_LENGTH.items():
         entries = record.get(field)
-        if entries is None or other not in fields or field not in asked:
+        if entries is None or other not in fields or not (field in fields or field in optional):
             continue
         if len(entries) != len(record[other]) and not (field == "votes" and not entries):  # nothing voted
             lengths = f"{len(entries)} {field} for {len(record[other])} {other}"
