@@ -7,16 +7,15 @@
     torchrun --nproc_per_node 8 train_prm.py --model Qwen/Qwen2.5-14B-Instruct --out runs/prm_cot \\
         --labels runs/verify/labels_step_consistency.jsonl
 
-| kind     | user turn                                      | target                                            |
-|----------|------------------------------------------------|---------------------------------------------------|
-| orm      | problem, solution, "Is the answer correct?"    | Yes or No                                         |
-| prm      | problem, solution, "Let's verify step by step" | Correct or Incorrect per step, then the verdict   |
-| prm_cot  | the same                                       | the chosen verification, thinking removed         |
-| disc_prm | the same                                       | Yes or No at each step's last token               |
-| policy   | the solver prompt                              | a solution judged correct, in tags                |
+| kind     | is trained to write                             |
+|----------|-------------------------------------------------|
+| orm      | Yes or No                                       |
+| prm      | Correct or Incorrect per step, then the verdict |
+| prm_cot  | the chosen verification, thinking removed       |
+| disc_prm | Yes or No at each step's last token             |
+| policy   | a solution judged correct, in tags              |
 
 `--kind policy` learns its format from the reference-free labels, in the paper from a larger model's solutions (App. D).
-FSDP2 and checkpoints are in kernels/distributed.py.
 """
 
 import argparse
@@ -24,16 +23,14 @@ import math
 import random
 import re
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from data import records
-from data.chat import encode_chat, escape_special_tokens, find_model, open_model, opens_thought, render_chat
+from data import chat, records
 from data.records import COUNT, POSITIVE, SEED, real
-from data.text import unwrap_boxes
+from data.text import unwrap_step
 from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -79,7 +76,7 @@ def write_orm_target(label: dict) -> str:
 
 
 def parse_orm(text: str, num_steps: int) -> Verification:
-    """Parses `write_orm_target`: Yes or No and nothing else but thinking and emphasis."""
+    """Parses `write_orm_target`: nothing may stand beside it but thinking and emphasis."""
     verdict = {"yes": True, "no": False}.get("\n".join(readable_lines(text)))
     return Verification(step_verdicts=None, verdict=verdict)
 
@@ -91,7 +88,7 @@ PRM_LINE = re.compile(r"[# ]*step (\d{1,6}): (correct|incorrect)[ .]*")
 
 
 def write_prm_target(label: dict) -> str:
-    """One line per step, then the Verification line."""
+    """A line for each step, then the Verification line."""
     lines = []
     for k, correct in enumerate(label["step_labels"], 1):
         lines.append(f"Step {k}: {'Correct' if correct else 'Incorrect'}")
@@ -128,7 +125,7 @@ class RewardModel:
     write_target: Callable[[dict], str] | None = None  # a kept label -> the text to train on
     parse: Callable[[str, int], Verification] | None = None  # its output, the number of steps -> the verdicts
     judges_steps: bool = True
-    generative: bool = True  # if not, there is no text to write or parse: the verdicts are read off log-odds
+    generative: bool = True  # if not, there is no text: the verdicts are read off log-odds
 
 
 REWARD_MODELS = {
@@ -150,37 +147,31 @@ def judge_prompt(template: str, solution: dict) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A reward model's judgement of one solution. None: not parsed.
-
-    generative        text: the first vote's output; tokens: sampled, by all votes; scores: shares of the votes
-    discriminative    text: the log-odds; tokens: of the prompt; scores: probabilities of Yes
-    """
+    """A reward model's judgement of one solution. None: not parsed."""
 
     step_verdicts: list[bool] | None
     verdict: bool | None
-    text: str
-    tokens: int
-    step_scores: list[float] | None = None
+    text: str  # the first vote's output, or the log-odds
+    tokens: int  # sampled by all votes, or of the prompt
+    step_scores: list[float] | None = None  # shares of the votes, or probabilities of Yes
     score: float | None = None
     too_long: bool = False  # for the context, so the model wasn't asked
     shortened: bool = False  # the context left less than max_new_tokens
 
 
-# The judgements of solutions that the model is never asked about: without steps, and too long for the context.
-UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)
+UNPARSED = Judgement(step_verdicts=None, verdict=None, text="", tokens=0)  # also of a solution without steps
 TOO_LONG = replace(UNPARSED, too_long=True)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained reward model and how it is asked. votes = 1 is one greedy pass; votes = K samples K judgements at
-    `temperature` (top_p 1) and puts them to the vote."""
+    """A trained reward model, and how it is asked: once, greedily, or for several sampled votes."""
 
     engine: Engine
     kind: str
     max_new_tokens: int
     votes: int = 1
-    temperature: float = 0.8
+    temperature: float = 0.8  # of several votes
 
 
 def check_votes(kind: str, votes: int, flag: str) -> None:
@@ -193,16 +184,10 @@ def score_solutions(
     judge: Judge, solutions: list[dict], *, seed: int | str = 0, title: str | None = None
 ) -> list[Judgement]:
     """A judgement for each solution (problem, steps, answer; optional id, which seeds its samples). A title shows
-    progress.
-
-    A solution without steps, or whose prompt is too long by `generate.output_limit`, is unparsed. Raises
-    InputError for several votes of a discriminative PRM.
-    """
+    progress. A solution without steps, or too long by `generate.output_limit`, is unparsed."""
     engine = judge.engine
     model = REWARD_MODELS[judge.kind]
     if not model.generative:
-        if judge.votes > 1:
-            raise InputError(f"--votes {judge.votes}: a {judge.kind} is deterministic; use --votes 1")
         return score_discriminative(engine.sampler.model, engine.tokenizer, solutions)
 
     # 1. Which solutions can be asked about, and how.
@@ -220,7 +205,7 @@ def score_solutions(
             limits[i] = limit
     asked = list(prompts)
 
-    # 2. Sample. The stream yields (index in `asked`, samples) as prompts are finished.
+    # 2. Sample. The stream yields (index in `asked`, samples) as prompts are finished. One vote is greedy.
     stream = engine.stream(
         list(prompts.values()),
         keys=[str(solutions[i].get("id", i)) for i in asked],
@@ -244,8 +229,8 @@ def score_solutions(
 
 
 def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Judgement:
-    """One judgement from all votes on a solution: majorities, a tie counts as incorrect. As in Stage I
-    (`verify.step_consistency`), but nothing is dropped. An ORM gives no steps; then the verdicts alone vote."""
+    """One judgement from all votes on a solution. The majorities are those of `verify.step_consistency`, but nothing is
+    dropped. An ORM gives no steps; then the verdicts alone vote."""
     # 1. Who votes? As in Stage I, those parsed whole; but a greedy judgement counts as far as it was parsed.
     voters = verifications
     if len(verifications) > 1:
@@ -268,7 +253,7 @@ def put_to_vote(verifications: list[Verification], text: str, tokens: int) -> Ju
 
 # --------------------------------------------------------------------------- examples
 
-# What an example is made from, beside the solution: these fields of a label are needed, the others may be missing.
+# The fields of a label that an example is made from, beside the solution. Others may be missing.
 SOURCES = {"orm": ["outcome"], "prm": ["step_labels", "outcome"], "prm_cot": ["text"],
            "disc_prm": ["step_labels", "outcome"], "policy": ["outcome"]}  # fmt: skip
 NO_TARGET = -1  # a position that predicts nothing: `token_logprobs` ignores negative targets
@@ -284,41 +269,36 @@ class Example(NamedTuple):
 def training_texts(kind: str, label: dict) -> tuple[str, str] | None:
     """(user turn, target) of a kept record of a labels file; None if this kind has no use for it."""
     if kind == "policy":
-        return policy_texts(label)
-    model = REWARD_MODELS[kind]
-    target = model.write_target(label)
-    if not target:  # another program's text, of thinking alone
-        return None
-    return judge_prompt(model.prompt, label), target
+        user_turn = SOLVE_PROMPT.format(problem=label["problem"])
+        target = write_policy_target(label)
+    else:
+        model = REWARD_MODELS[kind]
+        user_turn = judge_prompt(model.prompt, label)
+        target = model.write_target(label)
+    # A PRM-CoT's is empty if another program's text is thinking alone.
+    return (user_turn, target) if target else None
 
 
-STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>")
-
-
-def policy_texts(label: dict) -> tuple[str, str] | None:
-    """(solver prompt, a solution that the votes call correct, in the policy's format); None if the votes don't, or if
-    it has no answer or can't be written in that format."""
+def write_policy_target(label: dict) -> str | None:
+    """A solution that was judged correct, in the policy's format; None if there is none."""
     if not label["outcome"] or label["answer"] is None:
         return None
-    # Instruct models often box the answer in the last step, too, but the format allows one box; and a step may still
-    # have a tag that its generator did not close, or wrote with an attribute.
-    steps = [STRAY_TAG.sub("", unwrap_boxes(step)).strip() for step in label["steps"]]
+    steps = [unwrap_step(step) for step in label["steps"]]
     response = render_response([step for step in steps if step], label["answer"])
-    if not format_valid(response, "strict"):  # a policy isn't taught what GRPO would give nothing for
-        return None
-    return SOLVE_PROMPT.format(problem=label["problem"]), response
+    # A policy isn't taught what GRPO would give nothing for.
+    return response if format_valid(response, "strict") else None
 
 
 def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | None:
-    """The example of a kept record; None if this kind has no use for it."""
+    """The example of `training_texts`."""
     if kind == "disc_prm":  # it has no target text
         return discriminative_example(label, tokenizer)
     texts = training_texts(kind, label)
     if texts is None:
         return None
     user_turn, target = texts
-    prompt = encode_chat(tokenizer, user_turn)
-    if opens_thought(tokenizer, prompt):
+    prompt = chat.encode_chat(tokenizer, user_turn)
+    if chat.opens_thought(tokenizer, prompt):
         # The policy's format begins with this tag. A judgement has no thought, so this one is closed before it.
         target = target.removeprefix("<think>") if kind == "policy" else "\n</think>\n\n" + target
     response = tokenizer(target, add_special_tokens=False).input_ids
@@ -328,8 +308,7 @@ def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | 
 def encode_labels(
     kind: str, labels: list[dict], tokenizer, end_id: int, max_length: int
 ) -> tuple[list[Example], dict[str, int]]:
-    """The examples of a labels file, and how many labels gave none: dropped by Stage I, of no use for this kind, or
-    longer than max_length tokens."""
+    """The examples of a labels file, and how many of its labels gave none, by reason."""
     examples = []
     counts = {"dropped": 0, "unused": 0, "too_long": 0}
     for label in labels:
@@ -347,7 +326,7 @@ def encode_labels(
 
 
 def targets_after_prompt(prompt: list[int], response: list[int]) -> Example:
-    """Every token of the response is a target, and no token of the prompt. Position i predicts token i + 1:
+    """Every token of the response is a target, and none of the prompt. Position i predicts token i + 1:
 
         prompt [a b c], response [r s .]
         ids        a  b  c  r  s  .
@@ -360,7 +339,7 @@ def targets_after_prompt(prompt: list[int], response: list[int]) -> Example:
 
 
 def split_by_problem(labels: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
-    """(training labels, held-out labels), split by problem text, so that no problem is on both sides."""
+    """(training labels, held-out labels): no problem is on both sides."""
     problems = sorted({label["problem"] for label in labels})
     random.Random(0).shuffle(problems)
     held_out = set(problems[: round(fraction * len(problems))])
@@ -375,28 +354,12 @@ def split_by_problem(labels: list[dict], fraction: float) -> tuple[list[dict], l
 DUMMY = Example(ids=[0], targets=[NO_TARGET])
 
 
-def rank_share(lengths: list[int]) -> list[int]:
-    """Indices of this rank's share of a global batch, dealt out by length, so that ranks have similar work. (grpo.py
-    deals whole groups, because their prompt is shared.)
-
-    A batch of five examples on two ranks:
-
-        index           0  1  2  3  4
-        lengths         5  2  9  4  3
-        by length       1  4  3  0  2    (2 3 4 5 9 tokens)
-        rank 0          1     3     2    (2 4 9)
-        rank 1             4     0       (3 5)
-    """
-    shortest_first = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return distributed.my_part(shortest_first)
-
-
-def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most max_tokens tokens, similar lengths together; a longer sequence is a group of its
-    own."""
+def group_by_length(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """Groups of indices from index -> length: at most max_tokens tokens, similar lengths together. A longer sequence is
+    a group of its own."""
     groups: list[list[int]] = []
     tokens = 0  # in the last group
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+    for i in sorted(lengths, key=lambda i: lengths[i]):
         if not groups or tokens + lengths[i] > max_tokens:
             groups.append([])
             tokens = 0
@@ -406,15 +369,20 @@ def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """`group_by_length` for this rank's share of a batch, and empty groups up to the largest number on a rank. A
-    collective.
+    """This rank's micro-batches of a global batch, as indices. Sequences are dealt out by length, so that ranks have
+    similar work, and every rank has as many micro-batches, some of them empty. A collective.
 
-    The shares above at max_tokens 8, as indices in each share:
+    Five sequences on two ranks, at max_tokens 8:
 
-        rank 0    lengths 2 4 9    [0 1] [2]    2 + 4 tokens, then 9
-        rank 1    lengths 3 5      [0 1] []     3 + 5 tokens, then DUMMY
+        index        0  1  2  3  4
+        lengths      5  2  9  4  3
+        by length    1  4  3  0  2    (2 3 4 5 9 tokens)
+        rank 0       [1 3] [2]        2 + 4 tokens, then 9
+        rank 1       [4 0] []         3 + 5 tokens, then DUMMY
     """
-    groups = group_by_length(lengths, max_tokens)
+    shortest_first = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    mine = {i: lengths[i] for i in distributed.my_part(shortest_first)}
+    groups = group_by_length(mine, max_tokens)
     most = distributed.max_over_ranks(len(groups))
     while len(groups) < most:
         groups.append([])
@@ -422,8 +390,7 @@ def split_micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def pack(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Examples one behind the other, without padding: (ids (N,), lengths (S,), targets (N,)), S examples of N
-    tokens."""
+    """(ids (N,), lengths (S,), targets (N,)) of S examples, one behind the other without padding."""
     ids, lengths, targets = [], [], []
     for example in examples:
         ids += example.ids
@@ -437,8 +404,6 @@ def sft_batch_loss(model: Transformer, batch: list[Example], micro_tokens: int, 
     collective.
 
         loss = - sum over all targets of log p(target) / number of targets
-
-    The targets are those of `targets_after_prompt` (or `discriminative_example`); no other position counts.
     """
     # The denominator is the number of targets in the whole batch, which every rank counts for itself. Means per
     # micro-batch or per rank would weigh a token by what it happens to be packed with.
@@ -446,11 +411,10 @@ def sft_batch_loss(model: Transformer, batch: list[Example], micro_tokens: int, 
     for example in batch:
         num_targets += sum(target != NO_TARGET for target in example.targets)
 
-    mine = [batch[i] for i in rank_share([len(example.ids) for example in batch])]
     my_loss = 0.0
     with torch.set_grad_enabled(train):
-        for group in split_micro_batches([len(example.ids) for example in mine], micro_tokens):
-            examples = [mine[i] for i in group] or [DUMMY]
+        for group in split_micro_batches([len(example.ids) for example in batch], micro_tokens):
+            examples = [batch[i] for i in group] or [DUMMY]
             ids, lengths, targets = pack(examples, model.device)
             logprobs, _ = model.packed(ids, lengths, targets)  # (N,), 0 where there is no target
             loss = -logprobs.sum() / num_targets
@@ -473,23 +437,23 @@ def cosine_schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def check_finite(name: str, value: float) -> None:
-    """Raise RunError for a number that shows that training has diverged."""
+    """Raise RunError if training has diverged."""
     if not math.isfinite(value):
-        raise RunError(f"{name} is {value}; stopped, the last checkpoint is intact; "
-                         "start again with a lower --lr and another --out")  # fmt: skip
+        advice = "start again with a lower --lr and another --out"
+        raise RunError(f"{name} is {value}; stopped, the last checkpoint is intact; {advice}")
 
 
 def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
     """Clip the gradient's norm, update, reset the gradient; returns the norm before clipping. A collective. Raises
     RunError for a gradient that isn't finite, before it reaches the weights."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = distributed.whole(norm)
-    check_finite("the gradient's norm", norm.item())
+    norm = distributed.whole(norm).item()
+    check_finite("the gradient's norm", norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return norm.item()
+    return norm
 
 
 # --------------------------------------------------------------------------- the loop
@@ -497,8 +461,6 @@ def clip_and_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: floa
 
 @dataclass
 class Setup:
-    """What the loop works with."""
-
     model: Transformer
     optimizer: torch.optim.Optimizer
     examples: list[Example]
@@ -508,23 +470,23 @@ class Setup:
 
 
 def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
-    """Read the labels, load the model, make the examples, and resume from the newest checkpoint if there is one."""
-    # 1. The labels.
+    """Make the examples and the model, which resumes from the newest checkpoint if there is one."""
+    # 1. The labels. A resumed run must find the same ones, and the same model.
     fields = ["id", "problem", "steps", "answer", "dropped", *SOURCES[args.kind]]
     labels = records.read(args.labels, fields, "python verify.py")
-    args.labels_sha256 = records.hash_file(args.labels)  # a resumed run must find the same labels
-    args.model_sha256 = records.hash_model(find_model(args.model))
+    training, evaluation = split_by_problem(labels, args.eval_fraction)
+    args.labels_sha256 = records.hash_file(args.labels)
+    args.model_sha256 = records.hash_model(chat.find_model(args.model))
 
     # 2. The model, with fp32 weights.
-    model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
+    model, tokenizer, stop_ids = chat.open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
     end_id = tokenizer.eos_token_id
     if end_id is None:
         end_id = stop_ids[0]
 
     # 3. The examples.
-    training, evaluation = split_by_problem(labels, args.eval_fraction)
-    max_length = min(args.max_length, model.config.max_positions)  # --max_length may be more than the model's context
+    max_length = min(args.max_length, model.config.max_positions)
     examples, counts = encode_labels(args.kind, training, tokenizer, end_id, max_length)
     held_out, _ = encode_labels(args.kind, evaluation, tokenizer, end_id, max_length)
     if not examples:
@@ -542,17 +504,15 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
         records.write_args(out, args, CONSTANTS)
 
     tokens = sum(len(example.ids) for example in examples) / len(examples)
+    found = f"{len(examples)} sequences of {tokens:.0f} tokens, {len(held_out)} held out, {counts}"
     resumed = f", resumed after step {start}" if start else ""
-    distributed.log(
-        f"{args.kind}: {len(examples)} sequences of {tokens:.0f} tokens, {len(held_out)} held out, {counts}, "
-        f"{steps} steps{resumed}"
-    )
+    distributed.log(f"{args.kind}: {found}, {steps} steps{resumed}")
     return Setup(model, optimizer, examples, held_out, steps, start)
 
 
 def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: int) -> list[Example]:
-    """The global batch of a step: every epoch a new order; a function of (step, seed), so that a resumed run sees what
-    an uninterrupted one would have seen. The last batch of an epoch may be smaller."""
+    """The global batch of a step: every epoch a new order, and its last batch may be smaller. A function of (step, seed),
+    so a resumed run sees what an uninterrupted one would have."""
     steps_per_epoch = math.ceil(len(examples) / batch_size)
     epoch = step // steps_per_epoch
     order = list(range(len(examples)))
@@ -563,16 +523,17 @@ def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: in
 
 def train(run: Setup, args: argparse.Namespace) -> None:
     """The exported model is the best by evaluation loss, or the last one if nothing is held out. A signal ends the
-    training after its step: it is saved, but not evaluated, so that it resumes as if nothing had been."""
+    training after a step, which is saved but not evaluated, as without the signal."""
     out = Path(args.out)
-    source = find_model(args.model)
+    source = chat.find_model(args.model)
     warmup = math.ceil(WARMUP * run.steps)
     signals = distributed.stop_on_signal()
     with records.MetricsFile(out / "metrics.jsonl", run.start) as metrics:
         best = min((record["eval/loss"] for record in metrics.records if "eval/loss" in record), default=math.inf)
         last = metrics.records[-1] if metrics.records else {}
         if run.start > 0 and (not run.held_out or last.get("eval/loss") == best):
-            distributed.export(run.model, source, out)  # an earlier run may have ended between saving and exporting
+            # An earlier run may have ended between saving and exporting.
+            distributed.export(run.model, source, out)
         bar = tqdm(
             range(run.start, run.steps), initial=run.start, total=run.steps,
             desc="train", unit="step", disable=distributed.rank() != 0,
@@ -592,8 +553,8 @@ def train(run: Setup, args: argparse.Namespace) -> None:
             # 4. Log; from time to time, and at the end, evaluate and save.
             record = {"step": step + 1, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
             tokens = sum(len(example.ids) for example in batch)
-            tokens_per_second = distributed.per_second(tokens, time.perf_counter() - started)
-            record["time/tokens_per_second"] = tokens_per_second
+            speed = distributed.per_second(tokens, time.perf_counter() - started)
+            record["time/tokens_per_second"] = speed
             saving = step + 1 == run.steps or (step + 1) % args.save_every == 0
             if saving:
                 # Without held-out examples the loss on the batch still tells whether the weights are sound.
@@ -602,7 +563,8 @@ def train(run: Setup, args: argparse.Namespace) -> None:
                 if run.held_out:
                     record["eval/loss"] = eval_loss
             metrics.append(record)
-            stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+            # A collective: a signal to one rank stops all.
+            stopped = distributed.max_over_ranks(len(signals)) > 0
             if saving or stopped:
                 distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
             if saving and (not run.held_out or eval_loss < best):
@@ -611,13 +573,13 @@ def train(run: Setup, args: argparse.Namespace) -> None:
             if stopped and step + 1 < run.steps:
                 distributed.log(f"{out}: stopped by a signal after step {step + 1}; the same command resumes it")
                 raise SystemExit(143)
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tok/s", refresh=False)
 
 
 # --------------------------------------------------------------------------- a discriminative PRM, for comparison
 
 # A discriminative PRM writes nothing. Its verdict on a step is whether it expects Yes or No after the step's last
-# token.
+# token; the outcome is read after the prompt's last.
 
 
 def yes_no_ids(tokenizer) -> tuple[int, int]:
@@ -630,37 +592,25 @@ def yes_no_ids(tokenizer) -> tuple[int, int]:
 
 
 def step_end_positions(tokenizer, solution: dict) -> tuple[list[int], list[int]]:
-    """(token ids of the prompt, the n + 1 positions where verdicts are read): the last token of each of the n steps,
-    and for the outcome the last token of the prompt.
-
-    A step's last token is the last one that begins before the step's end. The steps "ab." and "cd.":
-
-        characters    a  b  .  c  d  .
-        tokens        [ab]  [.c]  [d.]        begin at characters 0, 2, 4
-        step 1        ends at character 3:    token 1
-        step 2        ends at character 6:    token 2
-    """
-    rendered = escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
-    text = render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    begins = [begin for begin, _ in encoded.offset_mapping]  # the character at which each token begins
+    """(token ids of the prompt, the positions of the n steps' verdicts and of the outcome's)."""
+    rendered = chat.escape_special_tokens(tokenizer, render_steps(solution["steps"], solution["answer"]))
+    text = chat.render_chat(tokenizer, PRM_PROMPT.format(problem=solution["problem"], solution=rendered))
 
     # Escaping adds blanks, but no lines: a step ends where its last line does.
     solution_start = text.rindex(rendered)
     line_ends = [match.start() for match in re.finditer("\n|$", rendered)]
-    lines = 0
-    positions = []
+    last_line = -1
+    step_ends = []
     for step in solution["steps"]:
-        lines += 1 + step.count("\n")
-        step_end = solution_start + line_ends[lines - 1]
-        positions.append(bisect_left(begins, step_end) - 1)
-    positions.append(len(begins) - 1)
-    return encoded.input_ids, positions
+        last_line += 1 + step.count("\n")
+        step_ends.append(solution_start + line_ends[last_line])
+    ids, positions = chat.encode_to_ends(tokenizer, text, step_ends)
+    return ids, [*positions, len(ids) - 1]
 
 
 def discriminative_example(label: dict, tokenizer) -> Example:
-    """The prompt alone. The last token of each step has the target Yes or No in place of the token that follows in the
-    text, and so has the prompt's last token, for the outcome. No other position has a target."""
+    """The prompt alone. The positions of verdicts have the target Yes or No in place of the next token, the others
+    none."""
     ids, positions = step_end_positions(tokenizer, label)
     yes, no = yes_no_ids(tokenizer)
     targets = [NO_TARGET] * len(ids)
@@ -673,36 +623,37 @@ def discriminative_example(label: dict, tokenizer) -> Example:
 def score_discriminative(
     model: Transformer, tokenizer, solutions: list[dict], batch_tokens: int = 16_384
 ) -> list[Judgement]:
-    """Judge solutions with a discriminative PRM: a step is correct if after its last token Yes is likelier than No, and
-    so is the outcome after the prompt's. Nothing is sampled: a solution costs its share of a forward pass."""
+    """`score_solutions` for a discriminative PRM: a verdict is whether Yes is likelier than No. Nothing is sampled."""
     # log p(Yes) - log p(No) is a difference of logits, so it takes one direction in place of the whole vocabulary.
     yes, no = yes_no_ids(tokenizer)
     towards_yes = model.head[yes].float() - model.head[no].float()  # (D,)
 
     # 1. Where to read. Solutions without steps, or too long for the context, stay unparsed.
     judgements = [UNPARSED] * len(solutions)
-    prompts = []  # (index of the solution, token ids, positions)
+    prompts, places, lengths = {}, {}, {}  # index of a solution -> token ids, positions of the verdicts, number of ids
     for i, solution in enumerate(solutions):
-        if solution["steps"]:
-            ids, positions = step_end_positions(tokenizer, solution)
-            if len(ids) <= model.config.max_positions:
-                prompts.append((i, ids, positions))
-            else:
-                judgements[i] = TOO_LONG
+        if not solution["steps"]:
+            continue
+        ids, positions = step_end_positions(tokenizer, solution)
+        if len(ids) > model.config.max_positions:
+            judgements[i] = TOO_LONG
+        else:
+            prompts[i] = ids
+            places[i] = positions
+            lengths[i] = len(ids)
 
     # 2. The log-odds of every token, packed, then those at the positions.
-    for group in group_by_length([len(ids) for _, ids, _ in prompts], batch_tokens):
-        batch = [prompts[j] for j in group]
-        lengths = [len(ids) for _, ids, _ in batch]
-        packed = torch.tensor([token for _, ids, _ in batch for token in ids], device=model.device)  # (N,)
-        hidden = model.packed(packed, torch.tensor(lengths, device=model.device))  # (N, D)
-        log_odds = hidden.float() @ towards_yes  # (N,)
-        for (i, ids, positions), of_prompt in zip(batch, log_odds.split(lengths), strict=True):
-            read = of_prompt[positions]  # (n + 1,)
+    for group in group_by_length(lengths, batch_tokens):
+        packed = torch.tensor([token for i in group for token in prompts[i]], device=model.device)  # (N,)
+        group_lengths = [lengths[i] for i in group]
+        hidden = model.packed(packed, torch.tensor(group_lengths, device=model.device))  # (N, D)
+        log_odds = (hidden.float() @ towards_yes).split(group_lengths)  # of each prompt
+        for i, of_prompt in zip(group, log_odds, strict=True):
+            read = of_prompt[places[i]]  # (n + 1,)
             verdicts = (read > 0).tolist()
             scores = read.sigmoid().tolist()
             text = " ".join(f"{value:+.2f}" for value in read.tolist())
-            judgements[i] = Judgement(verdicts[:-1], verdicts[-1], text, len(ids), scores[:-1], scores[-1])
+            judgements[i] = Judgement(verdicts[:-1], verdicts[-1], text, lengths[i], scores[:-1], scores[-1])
     return judgements
 
 
@@ -711,18 +662,18 @@ def score_discriminative(
 
 def main() -> None:
     parser = records.new_parser(__doc__)
-    parser.add_argument("--model", help="where to start: a Hugging Face directory or hub name; none: the tiny world")
+    parser.add_argument("--model", help="a Hugging Face directory or hub name; none: the tiny world")
     parser.add_argument("--labels", help="labels_<method>.jsonl of verify.py")
     parser.add_argument("--out", help="directory of the new checkpoint")
     parser.add_argument("--kind", default="prm_cot", choices=KINDS)
-    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate (ours: the paper gives none)")
+    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate (ours)")
     parser.add_argument("--epochs", type=COUNT, default=2, help="(ours)")
     parser.add_argument("--batch_size", type=COUNT, default=64, help="sequences per update (ours)")
-    parser.add_argument("--max_length", type=POSITIVE, default=8192, help="longer sequences are left out, in tokens")
+    parser.add_argument("--max_length", type=POSITIVE, default=8192, help="tokens; longer sequences are left out")
     parser.add_argument("--micro_tokens", type=POSITIVE, default=16_384, help="tokens per forward pass and rank")
     parser.add_argument("--eval_fraction", type=real(0, 0.9), default=0.05, help="share of the problems held out")
     parser.add_argument("--save_every", type=POSITIVE, default=200, help="steps between checkpoints and evaluations")
-    parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations: less memory")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="needs less memory")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     args = records.parse_args(parser, TINY, "model", "labels", "out")

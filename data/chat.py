@@ -124,6 +124,19 @@ def encode_chat(tokenizer, user: str, thinking: bool = True) -> list[int]:
     return tokenizer(render_chat(tokenizer, user, thinking), add_special_tokens=False).input_ids
 
 
+def encode_to_ends(tokenizer, text: str, ends: list[int]) -> tuple[list[int], list[int]]:
+    """(token ids, for each end the position of the last token that begins before it). Ends count characters of the text.
+
+    For the text "ab.cd.":
+
+        tokens    [ab]  [.c]  [d.]    begin at characters 0, 2, 4
+        ends      3 -> token 1, 6 -> token 2
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [begin for begin, _ in encoded.offset_mapping]
+    return encoded.input_ids, [bisect_left(begins, end) - 1 for end in ends]
+
+
 def opens_thought(tokenizer, prompt: list[int]) -> bool:
     """Whether the prompt ends with an opening `<think>`. Some chat templates write it."""
     end_of_prompt = tokenizer.decode(prompt[-8:])  # more than <think> and the line breaks after it

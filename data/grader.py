@@ -42,8 +42,10 @@ from fractions import Fraction
 from functools import partial
 from inspect import signature
 from itertools import product
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 # --------------------------------------------------------------------------- one typesetting for each thing
 
@@ -170,11 +172,11 @@ FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\})\s*)?"
 DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"(?<!\\)\\ |~", " "),
-    (r"(?: |\\[,;:!])+$", ""),
+    (r"(?<!\\)\\ |~", " "),  # ties and control spaces
+    (r"(?: |\\[,;:!])+$", ""),  # blanks at the end
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|it|large|Large){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
-    (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),
+    (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),  # {\rm m}
     (r"\\[dtc]frac", r"\\frac"),
     # numbers
     (rf"(?<![\d.])\d{{1,3}}(?:(?:{THIN} ?| )\d{{3}})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 1 000
@@ -183,19 +185,19 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (DIGITS + r"\\(?:overline|bar|dot) ?(?P<repeated>\d|\{\d{1,40}\})", write_repeating),  # 0.1\overline{6}
     (DIGITS + r"\((?P<repeated>\d{1,40})\)(?! ?[\w(^])", write_repeating),  # 0.1(6)
     (r"(?<![\d.^_/{])(\d+) (\d+)/(\d+)(?!\d)", r"(\1+\\frac{\2}{\3})"),  # 3 1/2
-    (r" ?\*\* ?", "^"),
+    (r" ?\*\* ?", "^"),  # 2**3
     (r"\^ ?([-+] ?(?:\d+(?:\.\d+)?|[a-zA-Z]))", r"^{\1}"),  # 10^-2
     (r" ?(?:\\text ?\{ ?)?(?<![a-zA-Z])(?:percent(?:age)?|pct)(?![a-zA-Z])(?: ?\})?|(?<!\\)%", r"\\%"),
     # names and brackets
     (r"(?<![\\a-zA-Z])(?<!name\{)(?<!rm\{)(?<!text\{)(pi|sqrt|exp|ln|log|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),  # 2*pi
     (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
-    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),  # \sqrt(5)
+    (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),  # \exp(3)
     (rf"\\degree{END}", r"^\\circ "),
     (rf"\\lg{END}", r"\\log "),
     (rf"\\langle{END}", "("),
     (rf"\\rangle{END}", ")"),
-    (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),
+    (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),  # \{\}
     (rf"{FUNCTION}(?:\([^()]*\)|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:{NUMBER}|[a-zA-Z]){DEGREES})", write_radians),
     # relations, moduli and bases
     (r"(?<=[\d)])!=", "! ="),  # 5!=120
@@ -207,7 +209,7 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (rf"\\equiv{END}", "="),
     (rf"^ ?(?:=|\\approx{END})", ""),  # = 5
     (rf"^(-?{NUMBER}|-?\\frac\{{\d+\}}\{{\d+\}}) ?= ?([a-zA-Z])$", r"\2=\1"),  # 5=x
-    (r"\\text ?\{ ?(\(? ?mod(?:ulo)?(?![a-z])[^{}]*)\}", r"\1"),
+    (r"\\text ?\{ ?(\(? ?mod(?:ulo)?(?![a-z])[^{}]*)\}", r"\1"),  # \text{(mod 7)}
     (r" ?(\()? ?(?:\\(?:operatorname|mathrm) ?\{ ?mod ?\}|\\[pb]?mod|(?<![a-zA-Z])mod(?:ulo)?)(?![a-zA-Z])"
         r"(?: |\\,)*(?:\{([^{}]*)\}|([\w^*+-]+)) ?(?(1)\))", r" \\pmod{\2\3}"),
     (r"(?<=[\dA-Z)])(?: |\\,)*(?:\\text ?\{ ?(?:in )?base ?\}|(?:in )?base) ?(\d+|[a-z]+)$", r"_{\1}"),  # 2516 base 8
@@ -270,19 +272,19 @@ def equal(prediction: str, reference: str, timeout: float) -> bool | None:
     An empty prediction is False. timeout: seconds of CPU time for a comparison; a number like 4.5e33 and a percent sign
     have a second reading each, with a comparison of its own. Raises ChildProcessError if the worker can't run.
     """
-    pair = (normalise(prediction), normalise(reference))
+    pair = [normalise(prediction), normalise(reference)]
     pairs = [pair]
     for pattern, replacement in READINGS:
-        other = (pattern.sub(replacement, pair[0]), pattern.sub(replacement, pair[1]))
+        other = [pattern.sub(replacement, answer) for answer in pair]
         if other != pair:
             pairs.append(other)
-    verdicts = []
+    is_unknown = False
     for one, other in pairs:
         verdict = compare(one, other, timeout)
         if verdict:
             return True
-        verdicts.append(verdict)
-    return None if None in verdicts else False
+        is_unknown = is_unknown or verdict is None
+    return None if is_unknown else False
 
 
 def compare(prediction: str, reference: str, timeout: float) -> bool | None:
@@ -322,9 +324,7 @@ def compare_choices(prediction: str, reference: str) -> bool | None:
     given, right = CHOICE.fullmatch(prediction), CHOICE.fullmatch(reference)
     if not given or not right or given[2].upper() != right[2].upper():
         return None
-    if given[1] or right[1] or right[2].isupper():
-        return True
-    return None
+    return True if given[1] or right[1] or right[2].isupper() else None
 
 
 def contradict(prediction: str, reference: str) -> bool | None:
@@ -442,10 +442,11 @@ def judge(prediction: str, reference: str) -> bool | None:
     same_number = compare_numbers(prediction, reference)
     if same_number is not None:
         return same_number
-    predicted = parse(boxed(prediction), parsing_timeout=None)  # all readings of the string
-    expected = parse(boxed(reference), parsing_timeout=None)
+    # math-verify looks for a box first, and gives all readings of the string.
+    answers = [text if "\\boxed" in text else "\\boxed{" + text + "}" for text in (reference, prediction)]
+    readings = [parse(answer, parsing_timeout=None) for answer in answers]
     exhausted = False
-    for gold, answer in product(expected, predicted):
+    for gold, answer in product(*readings):
         try:
             if same_value(gold, answer):
                 return True
@@ -480,13 +481,6 @@ def read_number(answer: str) -> Fraction | None:
         return None
     value = Fraction(numerator) / denominator * Fraction(10) ** int(exponent or exponent_digit or 0)
     return -value if sign else value
-
-
-def boxed(text: str) -> str:
-    r"""The answer in a \boxed{…}, where math-verify looks for it first."""
-    if "\\boxed" in text:
-        return text
-    return "\\boxed{" + text + "}"
 
 
 def same_value(gold: object, answer: object) -> bool:
@@ -593,11 +587,29 @@ def set_alarms(seconds: float) -> None:
 
 
 class Child(NamedTuple):
-    """A forked process that judges, and the pipes to it."""
+    """A forked process that judges, and the pipe to it."""
 
     pid: int
-    questions: IO[str]
-    replies: IO[str]
+    pipe: Connection
+
+
+def fork_child() -> Child:
+    """Start a process that answers questions, each under its alarms, until this process ends."""
+    ours, theirs = Pipe()
+    pid = os.fork()
+    if pid > 0:
+        theirs.close()
+        return Child(pid, ours)
+    ours.close()
+    os.dup2(2, 1)  # whatever the library prints is no reply
+    with suppress(EOFError):  # the worker has ended
+        while True:
+            prediction, reference, timeout = theirs.recv()
+            set_alarms(timeout)
+            verdict = judge(prediction, reference)
+            set_alarms(0)
+            theirs.send(verdict)
+    os._exit(0)
 
 
 def serve() -> None:
@@ -614,59 +626,15 @@ def serve() -> None:
     child = fork_child()
     for question in iter(sys.stdin.readline, ""):
         if os.waitpid(child.pid, os.WNOHANG) != (0, 0):  # killed from outside while it waited
-            child = replace_child(child)
-        reply = ask_child(child, question)
-        if reply == "":  # this question killed it
+            child = fork_child()
+        try:
+            child.pipe.send(json.loads(question))
+            verdict = child.pipe.recv()
+        except (EOFError, OSError):  # the question killed it
             os.waitpid(child.pid, 0)
-            child = replace_child(child)
-            reply = "null\n"
-        sys.stdout.write(reply)
-        sys.stdout.flush()
-
-
-def fork_child() -> Child:
-    """Start a process that answers questions until its pipe is closed, which this process's end does, too."""
-    question_end, questions = os.pipe()
-    replies, reply_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(questions)
-        os.close(replies)
-        os.dup2(2, 1)  # whatever the library prints is no reply
-        with open(question_end) as asked, open(reply_end, "w") as replied:
-            answer_questions(asked, replied)
-        os._exit(0)
-    os.close(question_end)
-    os.close(reply_end)
-    return Child(pid, open(questions, "w"), open(replies))
-
-
-def replace_child(dead: Child) -> Child:
-    """Start another child for one that ended."""
-    dead.replies.close()
-    with suppress(BrokenPipeError):  # a question that it never read
-        dead.questions.close()
-    return fork_child()
-
-
-def ask_child(child: Child, question: str) -> str:
-    """The child's reply; "" if it died."""
-    try:
-        child.questions.write(question)
-        child.questions.flush()
-    except BrokenPipeError:
-        return ""
-    return child.replies.readline()
-
-
-def answer_questions(questions: IO[str], replies: IO[str]) -> None:
-    """Judge question after question, each under its alarms."""
-    for line in iter(questions.readline, ""):
-        prediction, reference, timeout = json.loads(line)
-        set_alarms(timeout)
-        verdict = judge(prediction, reference)
-        set_alarms(0)
-        print(json.dumps(verdict), file=replies, flush=True)
+            child = fork_child()
+            verdict = None
+        print(json.dumps(verdict), flush=True)
 
 
 if __name__ == "__main__":

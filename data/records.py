@@ -14,7 +14,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -29,9 +29,6 @@ from kernels.distributed import InputError
 
 # --------------------------------------------------------------------------- types of fields
 
-# A reader returns a field's value as the stages use it. It raises ValueError, saying what the value must be.
-Reader = Callable[[object], object]
-
 
 def is_number(value: object) -> bool:
     """A finite number; not true or false, which Python counts as 1 and 0."""
@@ -40,143 +37,69 @@ def is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def read_string(value: object) -> str:
-    """A string."""
-    if not isinstance(value, str):
-        raise ValueError("a string")
-    return value
+def write_digits(value: object) -> object:
+    """1e-05 -> "0.00001"; a string as it is."""
+    return value if isinstance(value, str) else format(Decimal(str(value)), "f")
 
 
-def read_problem(value: object) -> str:
-    """A problem: a string that is not blank."""
-    if not read_string(value).strip():
-        raise ValueError("a string that is not blank")
-    return value
+class Type(NamedTuple):
+    """What the value of a field must be, and how it is converted to what the stages use."""
+
+    wanted: str  # for messages
+    accepts: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
 
 
-def read_name(value: object) -> str:
-    """An id, which other programs may write as a number."""
-    if is_number(value) or (isinstance(value, str) and value):
-        return str(value)
-    raise ValueError("a string or a number")
+def list_of(item: Type, items: str) -> Type:
+    """A list; items: the items' type in the plural."""
+    return Type(
+        f"a list of {items}",
+        lambda value: isinstance(value, list) and all(map(item.accepts, value)),
+        lambda value: [item.convert(entry) for entry in value],
+    )
 
 
-def read_answer(value: object) -> str:
-    """An answer. A number becomes its digits: 1e-05 becomes "0.00001"."""
-    if isinstance(value, str):
-        return value
-    if is_number(value):
-        return format(Decimal(str(value)), "f")
-    raise ValueError('a string (such as "5, 7" for two answers) or a number')
+def or_null(other: Type) -> Type:
+    """A value that may be null."""
+    return Type(
+        f"{other.wanted}, or null",
+        lambda value: value is None or other.accepts(value),
+        lambda value: None if value is None else other.convert(value),
+    )
 
 
-def read_whole(value: object) -> int:
-    """A whole number; some programs write 3 as 3.0."""
-    if is_number(value) and value == int(value):
-        return int(value)
-    raise ValueError("a whole number")
+STRING = Type("a string", lambda value: isinstance(value, str))
+NOT_BLANK = Type("a string that is not blank", lambda value: isinstance(value, str) and value.strip())
+# Other programs write numbers as ids and answers, and 3 as 3.0.
+NAME = Type("a string or a number", lambda value: is_number(value) or (isinstance(value, str) and value), str)
+ANSWER = Type('a string (such as "5, 7" for two answers) or a number',
+              lambda value: is_number(value) or isinstance(value, str), write_digits)  # fmt: skip
+WHOLE = Type("a whole number from 0", lambda value: is_number(value) and value >= 0 and value == int(value), int)
+NUMBER = Type("a number", lambda value: is_number(value) or value != value)  # a metric may be NaN
+# Nothing is taken by its truth value, because that of -1, "No" and "-" is true.
+FLAG = Type("true or false", lambda value: isinstance(value, bool))
+STRINGS = list_of(STRING, "strings")
+VERDICTS = list_of(FLAG, "true and false")
+NUMBERS = list_of(NUMBER, "numbers")
+JUDGEMENT = Type("an object with text and verdict", lambda value: isinstance(value, dict)
+                 and isinstance(value.get("text"), str) and "verdict" in value)  # fmt: skip
 
-
-def read_count(value: object) -> int:
-    """A whole number from 0."""
-    if not is_number(value) or value < 0:
-        raise ValueError("a whole number from 0")
-    return read_whole(value)
-
-
-def read_number(value: object) -> float:
-    """A number. A metric may be NaN."""
-    if is_number(value) or (isinstance(value, float) and math.isnan(value)):
-        return value
-    raise ValueError("a number")
-
-
-def read_flag(value: object) -> bool:
-    """true or false; nothing is taken by its truth value, because that of -1, "No" and "-" is true."""
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def read_judgement(value: object) -> dict:
-    """A reward model's judgement of a response."""
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or "verdict" not in value:
-        raise ValueError("an object with text and verdict")
-    return value
-
-
-def list_of(read_item: Reader, items: str) -> Reader:
-    """The reader of a list; items: what it is a list of, for the message."""
-
-    def read_list(value: object) -> list:
-        if not isinstance(value, list):
-            raise ValueError(f"a list of {items}")
-        try:
-            return [read_item(item) for item in value]
-        except ValueError:
-            raise ValueError(f"a list of {items}") from None
-
-    return read_list
-
-
-def or_null(read_value: Reader) -> Reader:
-    """The reader of a field that may be null."""
-
-    def read_optional(value: object) -> object:
-        if value is None:
-            return None
-        try:
-            return read_value(value)
-        except ValueError as error:
-            raise ValueError(f"{error}, or null") from None
-
-    return read_optional
-
-
-# How the value of a field is read, whichever file it comes from. Other fields are taken as they are.
-FIELD_TYPES: dict[str, Reader] = {
+# The type of a field, whichever file it comes from. Other fields are taken as they are.
+FIELD_TYPES: dict[str, Type] = {
     # problems, solutions
-    "id": read_name,
-    "problem_id": read_name,
-    "solution_id": read_name,
-    "problem": read_problem,
-    "answer": or_null(read_answer),
-    "steps": list_of(read_string, "strings"),
-    "sample": read_count,
-    "text": read_string,
-    "finish": read_string,
-    "tokens": read_count,
-    "model": read_string,
+    "id": NAME, "problem_id": NAME, "solution_id": NAME, "problem": NOT_BLANK, "answer": or_null(ANSWER),
+    "steps": STRINGS, "sample": WHOLE, "text": STRING, "finish": STRING, "tokens": WHOLE, "model": STRING,
     # verifications, critiques
-    "step_verdicts": or_null(list_of(read_flag, "true and false")),
-    "verdict": or_null(read_flag),
-    "solution_sha256": or_null(read_string),
-    "method": read_string,
-    "round": read_count,
-    "num_verifications": read_count,
-    "critique": or_null(read_string),
-    "merged": or_null(read_string),
+    "step_verdicts": or_null(VERDICTS), "verdict": or_null(FLAG), "solution_sha256": or_null(STRING),
+    "method": STRING, "round": WHOLE, "num_verifications": WHOLE, "critique": or_null(STRING), "merged": or_null(STRING),
     # labels
-    "step_labels": list_of(read_flag, "true and false"),
-    "outcome": read_flag,
-    "votes": list_of(list_of(read_count, "counts"), "[correct, incorrect]"),
-    "dropped": or_null(read_string),
-    "ties": read_count,
+    "step_labels": VERDICTS, "outcome": FLAG, "dropped": or_null(STRING), "ties": WHOLE,
+    "votes": list_of(list_of(WHOLE, "counts"), "[correct, incorrect]"),
     # metrics, curves, rollouts
-    "step": read_count,
-    "panel": read_string,
-    "curve": read_string,
-    "x": list_of(read_number, "numbers"),
-    "y": list_of(read_number, "numbers"),
-    "low": list_of(read_number, "numbers"),
-    "high": list_of(read_number, "numbers"),
-    "ylim": list_of(read_number, "numbers"),
-    "ids": list_of(read_count, "token ids"),
-    "valid": read_flag,
-    "reward": read_number,
-    "advantage": read_number,
-    "judgement": or_null(read_judgement),
-}
+    "step": WHOLE, "panel": STRING, "curve": STRING, "x": NUMBERS, "y": NUMBERS, "low": NUMBERS, "high": NUMBERS,
+    "ylim": NUMBERS, "ids": list_of(WHOLE, "token ids"), "valid": FLAG, "reward": NUMBER, "advantage": NUMBER,
+    "judgement": or_null(JUDGEMENT),
+}  # fmt: skip
 # Fields of a label that are null if the solution was dropped: what a kept label lacks would be missed in training.
 NULL_IF_DROPPED = ("step_labels", "outcome", "text")
 # Lists that have one entry for each entry of another.
@@ -186,9 +109,8 @@ FOREIGN_VERDICTS = (1, 0, -1, "+", "-")
 
 
 def check_record(record: object, fields: list[str], place: str, optional: tuple[str, ...] = ()) -> None:
-    """Convert the record's values to the types of FIELD_TYPES. Raises InputError, beginning with `place`, if one of
-    `fields` is missing, or one of them or of the `optional` fields is of another type or length. A field that wasn't
-    asked for may be anything."""
+    """Convert a record's values by FIELD_TYPES. Raises InputError, beginning with `place`, if one of `fields` is missing,
+    or if one of them or of the `optional` fields has another type or length. Any other field may be anything."""
     if not isinstance(record, dict):
         record = {}  # a value that is no object has none of the fields
     for field in fields:
@@ -196,15 +118,14 @@ def check_record(record: object, fields: list[str], place: str, optional: tuple[
             raise InputError(f"{place}: no field {field!r}; every record needs {', '.join(fields)}")
     is_dropped = isinstance(record.get("dropped"), str)
     for field, value in record.items():
-        read_value = FIELD_TYPES.get(field)
-        if read_value is None or (value is None and is_dropped and field in NULL_IF_DROPPED):
+        field_type = FIELD_TYPES.get(field)
+        if field_type is None or (value is None and is_dropped and field in NULL_IF_DROPPED):
             continue
-        try:
-            record[field] = read_value(value)
-        except ValueError as error:
-            if field in fields or field in optional:
-                advice = advise(field, value)
-                raise InputError(f"{place}: {field} must be {error}, not {str(value)[:60]}{advice}") from None
+        if field_type.accepts(value):
+            record[field] = field_type.convert(value)
+        elif field in fields or field in optional:
+            wrong = f"{field} must be {field_type.wanted}, not {str(value)[:60]}"
+            raise InputError(f"{place}: {wrong}{advise(field, value)}")
     for field, other in SAME_LENGTH.items():
         entries = record.get(field)
         if entries is None or other not in fields or not (field in fields or field in optional):
@@ -242,10 +163,15 @@ class Line(NamedTuple):
         return f"{self.path}:{self.number}"
 
 
-def read_lines(path: str | Path, end: int | None = None) -> Iterator[Line]:
+def read_lines(path: str | Path, made_by: str = "", end: int | None = None) -> Iterator[Line]:
     """The lines that are not blank, one by one, because files may be larger than memory; those from byte `end` on are
-    left out. Raises InputError for one that is not JSON."""
+    left out. Raises InputError for one that is not JSON, and for a file that is missing (made_by: see `read`), or can't
+    be read more than once."""
     path = str(path)
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file{advise_command(made_by)}")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: not a plain file; it is read more than once, so save what a pipe brings to a file")
     start = 0
     # In binary, because only there does a line end at \n alone: U+2028 and the like may stand inside JSON strings.
     with open(path, "rb") as file:
@@ -272,23 +198,13 @@ def scan(
     path: str | Path, fields: list[str], made_by: str = "", optional: tuple[str, ...] = (), end: int | None = None
 ) -> Iterator[Line]:
     """The records of a JSON Lines file one by one, each checked by `check_record`; see `read` and `read_lines`."""
-    check_file(path, made_by)
     is_empty = True
-    for line in read_lines(path, end):
+    for line in read_lines(path, made_by, end):
         check_record(line.value, fields, line.place, optional)
         is_empty = False
         yield line
     if is_empty:
         raise InputError(f"{path}: the file is empty{advise_command(made_by)}")
-
-
-def check_file(path: str | Path, made_by: str = "") -> None:
-    """Raise InputError for a file that is missing, or can't be read more than once; made_by: see `read`."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file{advise_command(made_by)}")
-    if not path.is_file():
-        raise InputError(f"{path}: not a plain file; it is read more than once, so save what a pipe brings to a file")
 
 
 def advise_command(made_by: str) -> str:
@@ -307,29 +223,32 @@ def read(
     """All records of a JSON Lines file, each with at least these fields, of the types in FIELD_TYPES.
 
     made_by: the command that creates such a file, for the message. unique: the fields that identify a record. optional:
-    fields that may be missing, but not be of another type. only: keep these fields and no others. Raises InputError for a missing or empty file, and, with its
-    number, for a line that is not such a record or repeats one.
+    fields that may be missing, but not be of another type. only: keep these fields and no others. Raises InputError for
+    a missing or empty file, and, with its number, for a line that is not such a record or repeats one.
     """
     has_key = set(unique) <= set(fields)
     records = []
     seen = set()
+    shared: dict = {}  # the problem of many solutions is kept once
     for line in scan(path, fields, made_by, optional):
-        if has_key:
-            key = tuple(line.value[field] for field in unique)
-            check_unseen(key, seen, unique, line.place)
-            seen.add(key)
         record = line.value
+        if has_key:
+            key = tuple(record[field] for field in unique)
+            if key in seen:
+                raise repeated(line, unique, key)
+            seen.add(key)
         if only:
             record = {field: record[field] for field in (*fields, *optional) if field in record}
+            if isinstance(record.get("problem"), str):
+                record["problem"] = shared.setdefault(record["problem"], record["problem"])
         records.append(record)
     return records
 
 
-def check_unseen(key: tuple, seen: Container, fields: tuple[str, ...], place: str) -> None:
-    """Raise InputError if the key, the values of these fields, is among those seen."""
-    if key in seen:
-        repeated = f"{', '.join(fields)} {', '.join(map(repr, key))}"
-        raise InputError(f"{place}: {repeated} appears twice; ids must be unique")
+def repeated(line: Line, fields: tuple[str, ...], key: tuple) -> InputError:
+    """The error of a line whose key, the values of these fields, stands in the file already."""
+    values = ", ".join(map(repr, key))
+    return InputError(f"{line.place}: {', '.join(fields)} {values} appears twice; ids must be unique")
 
 
 def read_at(file: BinaryIO, start: int) -> dict:
@@ -401,6 +320,16 @@ def torn_line(path: str | Path) -> int | None:
                 return line if line < size else None
             end = start
     return 0 if size > 0 else None
+
+
+def is_object(path: Path, start: int) -> bool:
+    """Is the last line, which begins at this byte and has no newline, a whole record?"""
+    with open(path, "rb") as file:
+        file.seek(start)
+        try:
+            return isinstance(json.loads(file.read()), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 def read_answers(paths: list[str]) -> dict[str, str]:
@@ -542,8 +471,8 @@ def read_metrics(path: Path, made_by: str = "") -> list[dict]:
     """The records of a run's metrics.jsonl: `step`, and numbers. A last line without its newline is left out: a run is
     writing it, or was killed. Raises InputError if another value is no number; made_by: see `read`."""
     records = []
-    check_file(path, made_by)
-    for line in read_lines(path, torn_line(path)):
+    end = torn_line(path) if path.is_file() else None
+    for line in read_lines(path, made_by, end):
         check_record(line.value, ["step"], line.place)
         for key, value in line.value.items():
             if not isinstance(value, (int, float)):
@@ -576,27 +505,22 @@ def replace_file(path: str | Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)  # it is there only if something failed
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with replace_file(path) as file:
-        file.write(text)
-
-
 def write_json(path: str | Path, value: object) -> None:
     """Write one JSON value, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with replace_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def to_lines(records: list[dict]) -> str:
-    """The records as JSON Lines."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def to_line(record: dict) -> str:
+    """The record as a line of JSON Lines."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: str | Path, records: Iterable[dict]) -> None:
     """Write a JSON Lines file, whole or not at all."""
     with replace_file(path) as file:
         for record in records:
-            file.write(to_lines([record]))
+            file.write(to_line(record))
 
 
 def write_records(path: Path, records: Iterable[dict], args: argparse.Namespace) -> None:
@@ -663,11 +587,8 @@ def hash_text(text: str) -> str:
 
 def hash_file(path: str | Path) -> str:
     """First 16 hex digits of the file's SHA-256."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # The files of a model directory that decide what the model says.
@@ -801,10 +722,8 @@ def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | N
             for found in out.glob(pattern):
                 raise InputError(f"--out {out} has a {found.name}, {advice}")
     elif out.stat().st_size > 0:
-        begins_as_ours = False
-        if signature is not None:
-            with open(out, "rb") as file:
-                begins_as_ours = file.read(len(signature)) == signature
+        with open(out, "rb") as file:
+            begins_as_ours = signature is not None and file.read(len(signature)) == signature
         if not begins_as_ours:
             raise InputError(f"--out {out} exists, {advice}")
 
@@ -847,11 +766,11 @@ class RecordFile:
             if output.find_missing([["p0/0", "p0/1"]]):
                 output.append([{"id": "p0/0", "problem": "1 + 1", ...}, {"id": "p0/1", ...}])
 
-    may_change: the names of arguments that may differ from those of the run that made the file, as they don't change
-    records. key_fields: what identifies a record. other_fields: what else its records have; without them a file that has
-    no args.json is somebody's. After entry, `done` maps the keys of the records already there, each an id, or a tuple if
-    there are several key fields, to their remembered field (None without one). A million records are a gigabyte or more,
-    so nothing else is kept of them, and only by rank 0, unless is_mine says which records this rank must know.
+    may_change: the arguments that may differ from those of the run that made the file, as they don't change records.
+    key_fields: what identifies a record. other_fields: what else its records have; without them a file that has no
+    args.json is somebody's. After entry, `done` maps the key of each record that is there, an id, or a tuple if there
+    are several key fields, to its remembered field (None without one): a million records are too large to keep more.
+    Only rank 0 has them, unless is_mine says which records this rank must know.
 
     Under torchrun rank 0 locks, checks, repairs and reads the file; every rank appends whole lines. Only the lock is
     written before the first record, so a run that fails early leaves nothing behind.
@@ -933,7 +852,7 @@ class RecordFile:
         new = [record for record in records if self.key_of(record) not in self.done]
         self._remember(new)
         # One system call for all of them, because another rank may append at the same time.
-        data = to_lines(new).encode()
+        data = "".join(map(to_line, new)).encode()
         while data:
             written = os.write(self.file, data)
             data = data[written:]  # normally none; if the disk is full, the next call raises
@@ -952,34 +871,33 @@ class RecordFile:
 
     def _read_and_repair(self) -> None:
         """Remember what is there, and mend the last line, which a killed run may have left without its newline: end it
-        if the record is complete, else cut it off. Raises InputError if the file isn't this stage's, and leaves it as
-        it is."""
-        # 1. Is the last line torn? If it is the only one, the args.json decides whose it is.
+        if the record is complete, else cut it off. A file that isn't this stage's is left as it is."""
+        # 1. Where the records end. If all that is there is torn, the args.json decides whose it is.
         is_ours = args_file(self.path).exists()
         refusal = "this is not an output of this command; choose another --out"
         torn = torn_line(self.path)
-        end = torn  # of what is read
-        if torn is not None and self._is_complete(torn):
+        end = torn
+        if torn is not None and is_object(self.path, torn):
             end = None
         if end == 0 and not is_ours:
             raise InputError(f"{self.path}: {refusal}")
 
-        # 2. The lines before it. Nothing is written before they have all been read.
-        if end != 0:
-            fields = [*self.key_fields]
-            if not is_ours:
-                fields += self.other_fields
-            try:
-                # Every field has its type now, rather than when the records are used, after hours of sampling.
-                for line in scan(self.path, fields, optional=tuple(FIELD_TYPES), end=end):
-                    key = self.key_of(line.value)
-                    if key in self.done:
-                        raise InputError(f"{line.place}: {key!r} appears twice; ids must be unique")
-                    self._remember([line.value])
-            except InputError as error:
-                if is_ours:
-                    raise
-                raise InputError(f"{error}; {refusal}") from None
+        # 2. Read them, all of them before anything is written. Every field has its type now, rather than when the
+        #    records are used, after hours of sampling.
+        fields = self.key_fields if is_ours else self.key_fields + self.other_fields
+        try:
+            lines: Iterable[Line] = ()
+            if end != 0:
+                lines = scan(self.path, list(fields), optional=tuple(FIELD_TYPES), end=end)
+            for line in lines:
+                key = self.key_of(line.value)
+                if key in self.done:
+                    raise repeated(line, self.key_fields, (key,))
+                self._remember([line.value])
+        except InputError as error:
+            if is_ours:
+                raise
+            raise InputError(f"{error}; {refusal}") from None
 
         # 3. Mend the last line.
         if torn is not None:
@@ -989,15 +907,6 @@ class RecordFile:
                     file.write(b"\n")
                 else:
                     file.truncate(torn)
-
-    def _is_complete(self, start: int) -> bool:
-        """Is the last line, which begins at this byte and has no newline, a whole record?"""
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            try:
-                return isinstance(json.loads(file.read()), dict)
-            except (ValueError, RecursionError):
-                return False
 
     def _remember(self, records: list[dict]) -> None:
         for record in records:
@@ -1067,11 +976,7 @@ class MetricsFile:
                 if record["step"] <= self.start:
                     self.records.append(record)
         if distributed.rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Under the lock a fixed temporary name will do, and the next run replaces what a killed one has left.
-            temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text(to_lines(self.records), encoding="utf-8")
-            temporary.replace(self.path)
+            write_lines(self.path, self.records)
             self.file = open(self.path, "a", encoding="utf-8")
         return self
 
@@ -1079,7 +984,7 @@ class MetricsFile:
         """Add the numbers of one step."""
         self.records.append(record)
         if distributed.rank() == 0:
-            self.file.write(to_lines([record]))
+            self.file.write(to_line(record))
             self.file.flush()
 
     def __exit__(self, *_) -> None:
@@ -1112,41 +1017,35 @@ def new_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
 
 
-def integer(least: int, most: int = 1_000_000_000) -> Callable[[str], int]:
-    """The type of a flag for `add_argument`: a whole number from least to most."""
-    limits = f"at least {least} and at most {most}"
+def number(convert: Callable, kind: str, limits: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of a flag for `add_argument`. limits: for the message."""
 
-    def parse(text: str) -> int:
+    def parse(text: str) -> float:
         try:
-            value = int(text)
+            value = convert(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: it must be a whole number, {limits}") from None
-        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: it must be {kind}, {limits}") from None
+        if not accepts(value):
             raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
         return value
 
     return parse
 
 
+def integer(least: int, most: int = 1_000_000_000) -> Callable[[str], int]:
+    """The type of a flag that is a whole number from least to most."""
+    limits = f"at least {least} and at most {most}"
+    return number(int, "a whole number", limits, lambda value: least <= value <= most)
+
+
 def real(least: float, most: float = LARGEST, or_zero: bool = False) -> Callable[[str], float]:
-    """The type of a flag for `add_argument`: a number from least to most, or 0; neither infinite nor NaN."""
+    """The type of a flag that is a number from least to most, or 0; neither infinite nor NaN."""
     limits = f"from {least} to {most}"
     if most == LARGEST:
         limits = f"at least {least} and at most {most}"
     if or_zero:
         limits = f"0 or {limits}"
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        in_range = least <= value <= most  # NaN is not
-        if not (in_range or (or_zero and value == 0)):
-            raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
-        return value
-
-    return parse
+    return number(float, "a number", limits, lambda value: least <= value <= most or (or_zero and value == 0))
 
 
 # Ranges that several flags share.

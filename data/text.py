@@ -169,6 +169,15 @@ def unwrap_boxes(text: str) -> str:
     return "".join(kept)
 
 
+STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>")
+
+
+def unwrap_step(step: str) -> str:
+    """A step to be put in tags: without boxes, because instruct models often box the answer in the last step, too, and
+    without tags that were not closed, or had an attribute."""
+    return STRAY_TAG.sub("", unwrap_boxes(step)).strip()
+
+
 def extract_answer(text: str) -> str | None:
     r"""The final answer: the last closed `\boxed{…}`, else the contents of the last `<answer>` tag, else the last
     "Answer: …" line or the line below such a heading; None if missing or empty. Thoughts aren't read.

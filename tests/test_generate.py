@@ -1093,7 +1093,7 @@ def test_a_run_is_described_without_git(monkeypatch):
         (b'{"id": 1, "problem": "a"}\n\n{"id": 2,\n', r"in.jsonl:3: not JSON"),
         (b'{"id": 1, "problem": "a"}\n{"id": 2, "problem": "\xff"}\n', r"in.jsonl:2: not JSON"),
         (b'{"id": 1, "problem": "\\ud83d"}\n', r"in.jsonl:1: not JSON .*surrogates"),
-        (b'{"id": 1, "problem": null}\n', r"in.jsonl:1: problem must be a string, not None"),
+        (b'{"id": 1, "problem": null}\n', r"in.jsonl:1: problem must be a string that is not blank, not None"),
         (b'{"id": 1}\n', r"in.jsonl:1: no field 'problem'"),
         (b"[1]\n", r"in.jsonl:1: no field 'id'"),
         (b'{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n', r"in.jsonl:2: id '1' appears twice"),

@@ -221,7 +221,7 @@ def test_steps_end_where_their_prefixes_do():
     boxed = make_label(1, steps=[r"\boxed{1} " * 10_000])
     started = time.process_time()
     step_end_positions(tokenizer, many)
-    train_prm.policy_texts(boxed)
+    train_prm.write_policy_target(boxed)
     assert time.process_time() - started < 3
 
 
@@ -263,11 +263,10 @@ def test_a_batch_is_shared_out_as_its_picture_says(monkeypatch):
     lengths = [5, 2, 9, 4, 3]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "max_over_ranks", lambda value: 2)
-    for rank, share, groups in ((0, [1, 3, 2], [[0, 1], [2]]), (1, [4, 0], [[0, 1], []])):
+    for rank, groups in ((0, [[1, 3], [2]]), (1, [[4, 0], []])):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        assert train_prm.rank_share(lengths) == share
-        assert train_prm.split_micro_batches([lengths[i] for i in share], 8) == groups
-    assert train_prm.group_by_length([9, 2, 4], 8) == [[1, 2], [0]]
+        assert train_prm.split_micro_batches(lengths, 8) == groups
+    assert train_prm.group_by_length({0: 9, 1: 2, 2: 4}, 8) == [[1, 2], [0]]
 
 
 def test_loss_and_gradient_do_not_depend_on_the_split(tmp_path):
@@ -518,7 +517,7 @@ def test_ranks_of_a_cpu_stay_on_the_cpu(world, monkeypatch):
     (or meet on one GPU) wherever pip has installed a CUDA build, as it does on Linux."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)  # a single one isn't sharded
-    model = train_prm.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]
+    model = train_prm.chat.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         sharded = distributed.prepare_training(model, False)
