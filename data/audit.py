@@ -27,7 +27,7 @@ import random
 from pathlib import Path
 
 import verify
-from data import records
+from data import records, report
 from data.chat import find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from evaluate import bootstrap, interval95
@@ -44,14 +44,9 @@ MAY_CHANGE_ON_RESUME = {"out", "device", "slots", "every"}
 
 def find_dumps(directory: str, every: int) -> dict[int, Path]:
     """step -> its file of rollouts, of the steps that --every divides. Raises InputError if there are none."""
-    dumps = {}
-    for path in sorted(Path(directory).glob("step_*.jsonl")):
-        step = int(path.stem.removeprefix("step_"))
-        if step % every == 0:
-            dumps[step] = path
+    dumps = {step: path for step, path in report.find_rollouts(Path(directory)).items() if step % every == 0}
     if not dumps:
-        raise InputError(f"--rollouts {directory}: no step_*.jsonl of a step that --every {every} divides; they are "
-                         "written by: python grpo.py --dump_rollouts")  # fmt: skip
+        raise InputError(f"--rollouts {directory}: no step_*.jsonl of a step that --every {every} divides; lower it")
     return dumps
 
 
@@ -123,23 +118,25 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     device = distributed.init_distributed(args.device)
+    out = Path(args.out)
+    path = out / "verifications.jsonl"
+    if "rollouts" not in (records.read_args(path) or {}):  # no earlier audit's, so its metrics.jsonl is another's
+        records.check_output(out, args)
     problems = {p["id"]: p["problem"] for p in records.read(args.problems, ["id", "problem"])}
 
     # 1. Choose the responses of each step.
     solutions_of_step: dict[int, list[dict]] = {}
     accepted: dict[int, int] = {}
-    for step, path in find_dumps(args.rollouts, args.every).items():
-        rollouts = records.read(path, ["problem_id", "text", "reward"])
+    for step, dump in find_dumps(args.rollouts, args.every).items():
+        rollouts = records.read(dump, ["problem_id", "text", "reward"])
         unknown = {rollout["problem_id"] for rollout in rollouts} - problems.keys()
         if unknown:
-            raise InputError(f"{path}: problem {min(unknown)} isn't in --problems {args.problems}")
+            raise InputError(f"{dump}: problem {min(unknown)} isn't in --problems {args.problems}")
         accepted[step] = sum(rollout["reward"] > 0 for rollout in rollouts)
         solutions_of_step[step] = accepted_solutions(step, rollouts, problems, args.responses, args.seed)
     solutions = [solution for of_step in solutions_of_step.values() for solution in of_step]
 
     # 2. Verify them all as Stage I does: in one queue, resumable, shared by the ranks.
-    out = Path(args.out)
-    path = out / "verifications.jsonl"
     key = ("solution_id", "sample")
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
         todo = verify.find_unverified(solutions, args.num_verifications, output)

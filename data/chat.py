@@ -20,6 +20,7 @@ from kernels.transformer import load_model, read_config
 
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 
@@ -269,6 +270,13 @@ def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
         config = read_config(path)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
-    if not any(path.glob("*.safetensors")):
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
         raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, which says how long a whole file is
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{flag} {name}: {file.name} is not a whole file ({error}); fetch it again") from None
     return tokenizer, config.max_positions

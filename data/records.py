@@ -74,13 +74,19 @@ NOT_BLANK = Type("a string that is not blank", lambda value: isinstance(value, s
 NAME = Type("a string or a number", lambda value: is_number(value) or (isinstance(value, str) and value), str)
 ANSWER = Type('a string (such as "5, 7" for two answers) or a number',
               lambda value: is_number(value) or isinstance(value, str), write_digits)  # fmt: skip
-WHOLE = Type("a whole number from 0", lambda value: is_number(value) and value >= 0 and value == int(value), int)
-NUMBER = Type("a number", lambda value: is_number(value) or value != value)  # a metric may be NaN
+WHOLE = Type("a whole number from 0, below 2**53",  # up to there a float is exact
+             lambda value: is_number(value) and 0 <= value < 2**53 and value == int(value), int)  # fmt: skip
+NUMBER = Type("a number in the range of fp32",  # a metric may be NaN
+              lambda value: value != value or (is_number(value) and abs(value) < 2**128))  # fmt: skip
 # Nothing is taken by its truth value, because that of -1, "No" and "-" is true.
 FLAG = Type("true or false", lambda value: isinstance(value, bool))
 STRINGS = list_of(STRING, "strings")
 VERDICTS = list_of(FLAG, "true and false")
 NUMBERS = list_of(NUMBER, "numbers")
+VOTES = Type("[correct, incorrect]", lambda value: isinstance(value, list) and len(value) == 2
+             and all(map(WHOLE.accepts, value)), lambda value: [int(count) for count in value])  # fmt: skip
+INTERVAL = Type("[low, high]", lambda value: NUMBERS.accepts(value) and len(value) == 2)
+SETTINGS = Type("an object with model", lambda value: isinstance(value, dict) and isinstance(value.get("model"), str))
 JUDGEMENT = Type("an object with text and verdict", lambda value: isinstance(value, dict)
                  and isinstance(value.get("text"), str) and "verdict" in value)  # fmt: skip
 
@@ -92,13 +98,17 @@ FIELD_TYPES: dict[str, Type] = {
     # verifications, critiques
     "step_verdicts": or_null(VERDICTS), "verdict": or_null(FLAG), "solution_sha256": or_null(STRING),
     "method": STRING, "round": WHOLE, "num_verifications": WHOLE, "critique": or_null(STRING), "merged": or_null(STRING),
+    "judged_sha256": or_null(STRING),
     # labels
     "step_labels": VERDICTS, "outcome": FLAG, "dropped": or_null(STRING), "ties": WHOLE,
-    "votes": list_of(list_of(WHOLE, "counts"), "[correct, incorrect]"),
+    "votes": list_of(VOTES, "[correct, incorrect]"),
     # metrics, curves, rollouts
     "step": WHOLE, "panel": STRING, "curve": STRING, "x": NUMBERS, "y": NUMBERS, "low": NUMBERS, "high": NUMBERS,
     "ylim": NUMBERS, "ids": list_of(WHOLE, "token ids"), "valid": FLAG, "reward": NUMBER, "advantage": NUMBER,
     "judgement": or_null(JUDGEMENT),
+    # results
+    "benchmark": STRING, "subset": STRING, "metric": STRING, "value": NUMBER, "n": WHOLE, "interval": or_null(INTERVAL),
+    "settings": SETTINGS, "seconds": NUMBER,
 }  # fmt: skip
 # Fields of a label that are null if the solution was dropped: what a kept label lacks would be missed in training.
 NULL_IF_DROPPED = ("step_labels", "outcome", "text")
@@ -357,9 +367,9 @@ def require_answers(problem_ids: Iterable[str], gold: dict[str, str]) -> None:
 
 
 def problem_of(solution_id: str) -> str:
-    """The problem's id in <problem_id>/<k>."""
+    """The problem's id in <problem_id>/<k>; an id without a slash is that of a problem with one solution."""
     problem_id, _, _ = solution_id.rpartition("/")
-    return problem_id
+    return problem_id or solution_id
 
 
 def gold_labels(steps: list[str], gold_steps: list[str]) -> list[bool]:
@@ -461,7 +471,7 @@ def read_references(path: str, solutions: list[dict]) -> dict[str, str]:
     answers = read_answers([path])
     references = {}
     for solution in solutions:
-        problem_id = solution["id"].rpartition("/")[0]  # the id is <problem_id>/<sample>
+        problem_id = problem_of(solution["id"])
         if problem_id not in answers:
             raise InputError(f"{path}: no answer for the problem of solution {solution['id']}; add it")
         references[solution["id"]] = answers[problem_id]
@@ -476,8 +486,8 @@ def read_metrics(path: Path, made_by: str = "") -> list[dict]:
     for line in read_lines(path, made_by, end):
         check_record(line.value, ["step"], line.place)
         for key, value in line.value.items():
-            if not isinstance(value, (int, float)):
-                raise InputError(f"{line.place}: {key} must be a number, not {str(value)[:60]}; fix the line")
+            if not NUMBER.accepts(value) and value not in (math.inf, -math.inf):  # what has diverged may be infinite
+                raise InputError(f"{line.place}: {key} must be {NUMBER.wanted}, not {str(value)[:60]}; fix the line")
         records.append(line.value)
     return records
 
@@ -570,7 +580,7 @@ def write_args(output: Path, args: argparse.Namespace, constants: dict | None = 
 def read_args(output: Path) -> dict | None:
     """The arguments and constants that an output was made with; None if there is no args.json. Raises InputError for a
     damaged one."""
-    path = args_file(output)
+    path = args_file(follow_link(output))
     if not path.exists():
         return None
     advice = f"remove it if {output} needn't be resumed"
@@ -623,6 +633,10 @@ def note_model(history: list[list], step: int, fingerprint: str) -> list[list]:
 
     [[0, "a"]] becomes [[0, "a"], [20, "b"]] for a run that resumes after step 20 with the model b.
     """
+    for entry in history if isinstance(history, list) else [history]:
+        if not (isinstance(entry, list) and len(entry) == 2 and WHOLE.accepts(entry[0])):
+            raise InputError(f"args.json in --out: {str(entry)[:60]} in the history of a model, which has pairs [step, "
+                             "fingerprint]; restore the file or choose another --out")  # fmt: skip
     history = [entry for entry in history if entry[0] < step]
     if not history or history[-1][1] != fingerprint:
         history.append([step, fingerprint])
@@ -687,14 +701,14 @@ def check_place(out: Path) -> None:
     """Raise InputError if no file can be written at --out."""
     if out.is_dir():
         raise InputError(f"--out {out} is a directory; name a file in it")
-    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    nearest = next(parent for parent in follow_link(out).absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"--out {out}: nothing can be written in {nearest}; choose another")
 
 
 def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | None = None) -> None:
     """Raise InputError for an --out that is one of the inputs, a model directory that no run with an args.json has
-    made, or the output of another stage. Nothing is written; RecordFile and `lock_run` ask before they lock.
+    made, the output of another stage, or a device or pipe. Nothing is written; RecordFile and `lock_run` ask before they lock.
 
     A file with an args.json may be replaced, as may one that begins with `signature`; any other existing file is
     somebody's. For an output that is appended to, give b"": its records will be looked at.
@@ -702,6 +716,8 @@ def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | N
     out = Path(out)
     if not out.exists():
         return
+    if not out.is_file() and not out.is_dir():
+        raise InputError(f"--out {out}: not a plain file, which could be replaced; choose another --out")
     # 1. An input. Every argument may be one: a name that is no file's is not the same file.
     for flag, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
@@ -770,7 +786,7 @@ class RecordFile:
     may_change: the arguments that may differ from those of the run that made the file, as they don't change records.
     key_fields: what identifies a record. other_fields: what else its records have; without them a file that has no
     args.json is somebody's. After entry, `done` maps the key of each record that is there, an id, or a tuple if there
-    are several key fields, to its remembered field (None without one): a million records are too large to keep more.
+    are several key fields, to its remembered field (None without one), a tuple for several: a million records are too large to keep more.
     Only rank 0 has them, unless is_mine says which records this rank must know.
 
     Under torchrun rank 0 locks, checks, repairs and reads the file; every rank appends whole lines. Only the lock is
@@ -783,7 +799,7 @@ class RecordFile:
         args: argparse.Namespace,
         may_change: set[str],
         key_fields: tuple[str, ...] = ("id",),
-        remembered_field: str | None = None,
+        remembered_field: str | tuple[str, ...] | None = None,
         other_fields: tuple[str, ...] = (),
         is_mine: Callable[[dict], bool] | None = None,
     ):
@@ -914,7 +930,10 @@ class RecordFile:
             key = self.key_of(record)
             if len(self.key_fields) > 1:
                 key = tuple(self.shared.setdefault(part, part) for part in key)
-            value = record.get(self.remembered_field)
+            if isinstance(self.remembered_field, tuple):
+                value = tuple(record.get(field) for field in self.remembered_field)
+            else:
+                value = record.get(self.remembered_field)
             self.done[key] = self.shared.setdefault(value, value)
 
 
@@ -945,8 +964,9 @@ class ResultsFile:
         args.complete = False
         self.rows: list[dict] = []
         self.earlier: dict[tuple[str, str, str], list[dict]] = {}
+        fields = ["benchmark", "subset", "metric", "value", "n", "interval", "settings", "seconds", "tokens"]
         if self.path.is_file() and read_args(self.path) == vars(args):
-            for row in read(self.path, ["benchmark", "subset", "metric", "value", "settings", "seconds", "tokens"]):
+            for row in read(self.path, fields):
                 key = (row["settings"]["model"], row["benchmark"], row["subset"])
                 self.earlier.setdefault(key, []).append(row)
         distributed.barrier()  # rank 0 writes to the file only after every rank has read it
@@ -1059,7 +1079,11 @@ TOP_P = real(1e-6, 1)
 
 
 def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line. Raises InputError, naming the flag and its value, for one that isn't as declared."""
+    """Parse the command line. Raises InputError, naming the flag and its value, for one that isn't as declared, and for
+    a word that isn't UTF-8, such as a file's name: args.json couldn't say it."""
+    for word in sys.argv[1:]:
+        if word.encode(errors="ignore") != os.fsencode(word):  # it has bytes that aren't UTF-8
+            raise InputError(f"{word}: not UTF-8; rename the file")
     try:
         args, unknown = parser.parse_known_args()
     except argparse.ArgumentError as error:

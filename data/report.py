@@ -267,6 +267,7 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
 
 def save_figure(figure, out: Path) -> None:
     """Write a figure in the format of its name, one of FORMATS, whole or not at all."""
+    out = records.follow_link(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     figure.savefig(temporary, format=out.suffix.lower().removeprefix("."), dpi=120)
@@ -309,19 +310,26 @@ def read_problem(name: str | None, labels: str, rollouts: str | None) -> tuple[l
 
 def read_rollouts(directory: Path, problem_id: str) -> list[tuple[int, dict]]:
     """(step, response) of the responses to a problem in files that grpo.py --dump_rollouts wrote."""
-    paths = sorted(directory.glob("step_*.jsonl"))
-    if not paths:
-        raise InputError(f"{directory}: no responses of GRPO there; python grpo.py --dump_rollouts writes them")
     fields = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
     rollouts = []
-    for path in paths:
+    for step, path in find_rollouts(directory).items():
+        for response in records.read(path, fields):
+            if response["problem_id"] == problem_id:
+                rollouts.append((step, response))
+    return rollouts
+
+
+def find_rollouts(directory: Path) -> dict[int, Path]:
+    """step -> its file of responses. Raises InputError if there are none, or if one is not named by its step."""
+    paths = {}
+    for path in sorted(directory.glob("step_*.jsonl")):
         number = path.stem.removeprefix("step_")
         if not number.isdecimal():
             raise InputError(f"{path}: not named by its step, such as step_0000001.jsonl; rename or remove it")
-        for response in records.read(path, fields):
-            if response["problem_id"] == problem_id:
-                rollouts.append((int(number), response))
-    return rollouts
+        paths[int(number)] = path
+    if not paths:
+        raise InputError(f"{directory}: no responses of GRPO there; python grpo.py --dump_rollouts writes them")
+    return paths
 
 
 def count_outcome_votes(label: dict, voters: list[dict]) -> tuple[int, int] | None:

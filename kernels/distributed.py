@@ -82,7 +82,7 @@ def _is_first_to_fail() -> bool:
     """Among ranks that fail together one is to say so: the first of them."""
     if not dist.is_initialized():
         # They haven't met yet. What fails before, such as a flag, fails on all of them.
-        return not started_by_torchrun() or os.environ["RANK"] == "0"
+        return not started_by_torchrun() or os.environ["RANK"] == "0" or not _has_rank()
     try:
         return _shared_store().add("failed ranks", 1) == 1
     except dist.DistError:  # the store has ended with torchrun
@@ -109,6 +109,12 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
+def _has_rank() -> bool:
+    """Are RANK and WORLD_SIZE whole numbers, and 0 <= RANK < WORLD_SIZE?"""
+    number, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return number.isdecimal() and size.isdecimal() and int(number) < int(size)
+
+
 def init_distributed(device: str | None = None) -> torch.device:
     """Choose this process's device, and join the process group if torchrun started it.
 
@@ -126,6 +132,9 @@ def init_distributed(device: str | None = None) -> torch.device:
             lacking = ", ".join(name for name in TORCHRUN_VARIABLES if name not in os.environ)
             raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {lacking} is not set; start several "
                              "processes with torchrun, or one after: unset WORLD_SIZE")  # fmt: skip
+    elif not _has_rank():
+        raise InputError(f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}, which must be "
+                         "whole numbers, 0 <= RANK < WORLD_SIZE; start the processes with torchrun")  # fmt: skip
     elif not dist.is_initialized():
         # By default a collective fails after some minutes, but a rank that finishes early may wait for hours.
         timeout = timedelta(days=1)
