@@ -781,11 +781,14 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="labels.json to write")
     parser.add_argument("--seed", type=SEED, default=0, help="verify.py's, for the same choices; also the bootstrap's")
     args = records.parse_inputs(parser, TINY, "labels", "verifications", "gold")
+    figure = Path(args.out).with_suffix(".png")
+    if records.read_args(Path(args.out)) is None:  # so the figure is not of this command
+        records.check_output(figure, args)
 
     # 1. Read the labels, what they were made from, and what would be right.
     fields = ["id", "steps", "answer", "method", "step_labels", "outcome", "dropped"]
-    files = [records.read(path, fields, "python verify.py", optional=("ties",)) for path in args.labels]
-    solutions = list({label["id"]: label for label in chain.from_iterable(files)}.values())
+    files = {path: records.read(path, fields, "python verify.py", optional=("ties",)) for path in args.labels}
+    solutions = records.merge_labels(files)
     verifications = read_verifications(args.verifications, solutions)
     stop = (records.read_args(Path(args.verifications)) or {}).get("stop", "all")
     # What other methods have sampled, if their files lie beside the verifications.
@@ -799,7 +802,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
 
     # 2. Measure the files as they are, then what each way of voting makes of the verifications.
     rows = []
-    for file in files:
+    for file in files.values():
         labels = {label["id"]: label for label in file if label["id"] in gold}
         method = file[0]["method"]
         judged = with_reference if method == "reference_guided" else verifications
@@ -812,7 +815,7 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     records.write_args(Path(args.out), args)
     records.write_json(Path(args.out), {**counts, "rows": rows})
     report.print_label_report(rows, LABEL_METRICS)
-    report.draw_curves(report.label_curves(rows), Path(args.out).with_suffix(".png"))
+    report.draw_curves(report.label_curves(rows), figure)
     if stop != "all":
         distributed.log(f"{args.verifications}: --stop {stop}, so no row is on more votes than all solutions have")
     distributed.log(" | ".join(f"{name} {value}" for name, value in counts.items()), "->", args.out, "and .png")

@@ -344,19 +344,15 @@ def hash_solution(solution: dict) -> str:
 
 
 def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
-    """The solutions that lack some of their verifications. A collective. Raises InputError if one was judged before
-    under its id, but was another solution then."""
+    """The solutions that lack some of their verifications. A collective. If there are any, raises InputError, before the
+    model is loaded, for verifications of other solutions."""
     # Without steps there is nothing to judge: no verifications, and the label is no_votes.
     with_steps = [solution for solution in solutions if solution["steps"]]
-    for solution in with_steps:
-        digest = hash_solution(solution)
-        for j in range(num_verifications):
-            # The digest of what was judged; None where another engine left it out, and on ranks that haven't read it.
-            if output.done.get((solution["id"], j)) not in (None, digest):
-                raise InputError(f"{output.path}: {solution['id']} was another solution when it was judged; choose "
-                                 "another --out or remove the file")  # fmt: skip
     keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
-    return [with_steps[i] for i in output.find_missing(keys)]
+    unverified = [with_steps[i] for i in output.find_missing(keys)]
+    if unverified and output.was_there and distributed.rank() == 0:
+        group_by_solution(solutions, read_verifications(output.path, solutions))
+    return unverified
 
 
 def hash_prompt(args: argparse.Namespace) -> str:
@@ -470,14 +466,19 @@ def make_verification(engine: Engine, solution: dict, prompt: list[int], sample:
 
 
 def read_verifications(path: str | Path, solutions: list[dict]) -> list[records.StoredVerification]:
-    """The verifications of these solutions, without their texts: those of a million would not fit in memory."""
+    """The verifications of these solutions, without their texts: those of a million would not fit in memory. Raises
+    InputError for one of another solution of the same id, where the solutions have their `problem`."""
     num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
+    digests = {solution["id"]: hash_solution(solution) for solution in solutions if "problem" in solution}
     optional = ("step_verdicts", "verdict", "tokens")
     shared: dict = {}
     verifications = []
     for line in records.scan(path, ["solution_id", "sample", "text"], "python verify.py", optional):
         solution_id = line.value["solution_id"]
         if solution_id in num_steps:  # not from before a smaller --limit
+            judged = line.value.get("solution_sha256")  # None where another engine left it out
+            if judged is not None and judged != digests.get(solution_id, judged):
+                raise InputError(f"{path}: {solution_id} was another solution when it was judged; remove the file")
             record = complete_verification(line.value, num_steps[solution_id])
             verifications.append(records.store_verification(record, line.start, shared))
     return verifications
@@ -626,7 +627,7 @@ def improve_labels(
         args,
         MAY_CHANGE_ON_RESUME - {"critique_temperature"},
         CRITIQUE_KEY,
-        remembered_field="merged",
+        remembered_field=("merged", "judged_sha256"),
         other_fields=("critique", "merged"),
         is_mine=lambda record: record["id"] in my_ids,
     )
@@ -634,10 +635,17 @@ def improve_labels(
         for number in range(1, args.critique_rounds + 1):
             # 1. The texts of this round. A dropped label has none, so a merge that does not parse ends the rounds.
             todo = []
+            digests = {}
             for (solution, _), label in zip(mine, improved, strict=True):
+                if label.text is None:
+                    continue
                 key = (solution["id"], args.method, args.num_verifications, number)
-                if label.text is not None and key not in output.done:
-                    todo.append((solution, chosen_text(label, texts_file)))
+                text = chosen_text(label, texts_file)
+                digests[solution["id"]] = records.hash_text(hash_solution(solution) + text)
+                if key not in output.done:
+                    todo.append((solution, text))
+                elif output.done[key][1] not in (None, digests[solution["id"]]):  # None: an older run wrote it
+                    raise InputError(f"{output.path}: another text of {solution['id']} was criticised; remove the file")
 
             # 2. Two calls for each.
             if todo:
@@ -650,12 +658,13 @@ def improve_labels(
                 for solution_id, (critique, merge) in progress:
                     record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
                     record |= {"round": number, "critique": critique.text, "merged": merge.text}
+                    record |= {"judged_sha256": digests[solution_id]}
                     output.append([record | {"tokens": critique.tokens + merge.tokens}])
 
             # 3. The labels of the merges.
             for i, (solution, label) in enumerate(mine):
                 if improved[i].dropped is None:
-                    merged = output.done[solution["id"], args.method, args.num_verifications, number]
+                    merged, _ = output.done[solution["id"], args.method, args.num_verifications, number]
                     improved[i] = merged_label(label, merged, len(solution["steps"]))
     return distributed.gather(improved)
 
@@ -762,6 +771,7 @@ def main() -> None:
     references = {}
     if method.reads_answers:
         references = records.read_references(args.answers, solutions)
+        args.answers_sha256 = records.hash_file(args.answers)
 
     # 2. Sample the verifications that are missing. Those made with the answer in sight go to a separate file, which no
     #    other method reads. The model is loaded only if needed: other labels from the same verifications take seconds.
@@ -770,7 +780,7 @@ def main() -> None:
         path = Path(args.out) / "verifications_reference.jsonl"
     engine = None
     key = ("solution_id", "sample")
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, other_fields=("text",)) as output:
         unverified = find_unverified(solutions, args.num_verifications, output)
         votes = votes_so_far(args, path, unverified, output.was_there)
         if any(fewest_further_votes(so_far, args) > 0 for so_far in votes):

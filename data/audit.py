@@ -138,7 +138,7 @@ def main() -> None:
 
     # 2. Verify them all as Stage I does: in one queue, resumable, shared by the ranks.
     key = ("solution_id", "sample")
-    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, "solution_sha256", ("text",)) as output:
+    with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, other_fields=("text",)) as output:
         todo = verify.find_unverified(solutions, args.num_verifications, output)
         if todo:
             model = records.hash_model(find_model(args.model))

@@ -157,9 +157,10 @@ def check(solutions: str, out: str, cases: str | None) -> None:
         rows.append({"id": s["id"], "step_labels": labels, "outcome": outcome})
         about = {"id": s["id"], "generator": s["model"], "problem": s["problem"]}
         benchmark.append(make_case(about, s["steps"], labels, outcome))
-    records.write_lines(Path(out), rows)
+    inputs = argparse.Namespace(solutions=solutions)
+    records.write_records(Path(out), rows, inputs)
     if cases:
-        records.write_lines(Path(cases), [case for case in benchmark if case])
+        records.write_records(Path(cases), [case for case in benchmark if case], inputs)
     right = sum(r["outcome"] for r in rows)
     print(f"{solutions}: {right} of {len(rows)} solutions are right, {100 * right / len(rows):.1f} %")
 

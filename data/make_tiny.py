@@ -45,6 +45,7 @@ from data.records import gold_labels
 from data.text import extract_answer, split_steps
 from evaluate import first_error
 from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
+from kernels import distributed
 from kernels.sampler import Sampler
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import ORM_PROMPT, PRM_PROMPT, pack, targets_after_prompt, write_prm_target
@@ -544,7 +545,7 @@ def main() -> None:
     parser.add_argument("--world", default="tiny", choices=list(WORLDS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda; the tiny world comes out the same on a cpu only")
     args = parser.parse_args()
-    started, world, device = time.time(), WORLDS[args.world], torch.device(args.device)
+    started, world, device = time.time(), WORLDS[args.world], distributed.find_device(args.device)
     if args.part in ("all", "problems"):
         write_problems(world)
     if args.part in ("all", "tokenizer"):
@@ -557,4 +558,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

@@ -209,7 +209,7 @@ def read_rows(path: Path) -> list[dict]:
         return json.loads(text) if text.startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
     except ModuleNotFoundError:
         raise InputError(f"{path}: parquet needs pyarrow; pip install pyarrow") from None
-    except (ValueError, OSError) as error:  # both readers' errors are ValueErrors
+    except (ValueError, OSError, RecursionError) as error:  # both readers' errors are ValueErrors
         raise InputError(f"{path}: can't be read as {path.suffix} ({error}); fetch the file again") from None
 
 

@@ -83,8 +83,8 @@ FLAG = Type("true or false", lambda value: isinstance(value, bool))
 STRINGS = list_of(STRING, "strings")
 VERDICTS = list_of(FLAG, "true and false")
 NUMBERS = list_of(NUMBER, "numbers")
-VOTES = Type("[correct, incorrect]", lambda value: isinstance(value, list) and len(value) == 2
-             and all(map(WHOLE.accepts, value)), lambda value: [int(count) for count in value])  # fmt: skip
+COUNTS = list_of(WHOLE, "whole numbers")
+VOTES = Type("[correct, incorrect]", lambda value: COUNTS.accepts(value) and len(value) == 2, COUNTS.convert)
 INTERVAL = Type("[low, high]", lambda value: NUMBERS.accepts(value) and len(value) == 2)
 SETTINGS = Type("an object with model", lambda value: isinstance(value, dict) and isinstance(value.get("model"), str))
 JUDGEMENT = Type("an object with text and verdict", lambda value: isinstance(value, dict)
@@ -104,7 +104,7 @@ FIELD_TYPES: dict[str, Type] = {
     "votes": list_of(VOTES, "[correct, incorrect]"),
     # metrics, curves, rollouts
     "step": WHOLE, "panel": STRING, "curve": STRING, "x": NUMBERS, "y": NUMBERS, "low": NUMBERS, "high": NUMBERS,
-    "ylim": NUMBERS, "ids": list_of(WHOLE, "token ids"), "valid": FLAG, "reward": NUMBER, "advantage": NUMBER,
+    "ylim": NUMBERS, "ids": COUNTS, "valid": FLAG, "reward": NUMBER, "advantage": NUMBER,
     "judgement": or_null(JUDGEMENT),
     # results
     "benchmark": STRING, "subset": STRING, "metric": STRING, "value": NUMBER, "n": WHOLE, "interval": or_null(INTERVAL),
@@ -419,6 +419,19 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     return named
 
 
+def merge_labels(files: dict[str, list[dict]]) -> list[dict]:
+    """The solutions (id, steps, answer) of files of labels, each once. Raises InputError if two files have different
+    ones under an id, because they were made from different solutions."""
+    merged: dict[str, dict] = {}
+    for path, labels in files.items():
+        for label in labels:
+            first = merged.setdefault(label["id"], label)
+            if any(label[field] != first[field] for field in ("steps", "answer")):
+                raise InputError(f"{path}: {label['id']} is another solution than in the files before; give labels of the "
+                                 "same solutions")  # fmt: skip
+    return list(merged.values())
+
+
 def read_samples(path: str | Path) -> dict[str, list[dict]]:
     """problem id -> its samples in order, from a solutions file. Raises InputError if some problems have fewer."""
     fields = ["id", "problem_id", "problem", "sample", "steps", "answer", "finish", "tokens", "model"]
@@ -634,7 +647,7 @@ def note_model(history: list[list], step: int, fingerprint: str) -> list[list]:
     [[0, "a"]] becomes [[0, "a"], [20, "b"]] for a run that resumes after step 20 with the model b.
     """
     for entry in history if isinstance(history, list) else [history]:
-        if not (isinstance(entry, list) and len(entry) == 2 and WHOLE.accepts(entry[0])):
+        if not (isinstance(entry, list) and len(entry) == 2 and FIELD_TYPES["step"].accepts(entry[0])):
             raise InputError(f"args.json in --out: {str(entry)[:60]} in the history of a model, which has pairs [step, "
                              "fingerprint]; restore the file or choose another --out")  # fmt: skip
     history = [entry for entry in history if entry[0] < step]

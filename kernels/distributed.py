@@ -482,7 +482,7 @@ def save_checkpoint(
 
     # 1. Rank 0 removes what killed runs left unfinished and creates the directory; the others wait for it.
     if rank() == 0:
-        for unfinished in directory.glob(".step_*"):
+        for unfinished in directory.glob(".step_*/"):
             shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     barrier()
@@ -502,7 +502,7 @@ def save_checkpoint(
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         newest = complete_checkpoints(directory)[-keep:]
-        for other in list(directory.glob("step_*")):
+        for other in list(directory.glob("step_*/")):
             if other not in newest and CHECKPOINT_NAME.fullmatch(other.name):
                 shutil.rmtree(other)
     barrier()

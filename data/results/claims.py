@@ -8,9 +8,12 @@ points of curves.
 import json
 import math
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 from data import records, report
+from kernels import distributed
+from kernels.distributed import InputError
 
 import numpy as np
 
@@ -23,6 +26,26 @@ def read_results(path: str | Path, model: str | None = None) -> dict[str, dict]:
     """metric -> its row in a results file; of one model, where the file has several."""
     rows = records.read(path, ["metric", "value", "settings"])
     return {row["metric"]: row for row in rows if model in (None, row["settings"]["model"])}
+
+
+def find_seeds(runs: Path, *files: str) -> list[str]:
+    """The seeds whose directory in `runs` has these files, which may be patterns. Raises InputError if there are none,
+    so that tables which are there aren't replaced by nothing."""
+    seeds = sorted(directory.name for directory in runs.glob("*") if all(any(directory.glob(file)) for file in files))
+    if not seeds:
+        raise InputError(f"--collect: no seed in {runs} has {', '.join(files)}; run the study's script first")
+    return seeds
+
+
+def replace_seeds(path: Path, rows: list[dict]) -> list[dict]:
+    """Write the rows of these seeds into a file of results, and return all that it has then: those of other seeds,
+    whose runs may lie on another machine, stay."""
+    seeds = {row["seed"] for row in rows}
+    if path.exists():
+        rows = [row for row in records.read(path, ["seed"]) if row["seed"] not in seeds] + rows
+    rows.sort(key=itemgetter("seed"))
+    records.write_lines(path, rows)
+    return rows
 
 
 def over_seeds(values: list[float], sign: str = "") -> str:
@@ -59,8 +82,7 @@ def collect(seed: str) -> dict:
 def main() -> None:
     path = HERE / "claims.jsonl"
     if "--collect" in sys.argv[1:]:
-        seeds = sorted(d.name for d in RUNS.iterdir() if (d / "benchmark.jsonl").exists())
-        records.write_lines(path, [collect(seed) for seed in seeds])
+        replace_seeds(path, [collect(seed) for seed in find_seeds(RUNS, "benchmark.jsonl")])
     rows = records.read(path, ["seed"])
     print("| seed | one verification -> 16, voted by step | gain | kept | PRM-CoT F1 |")
     print("|---|---|---|---|---|")
@@ -87,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from data import records
-from data.results.claims import over_seeds, read_results
+from data.results.claims import find_seeds, over_seeds, read_results, replace_seeds
 from evaluate import LABEL_METRICS, count_right, read_gold, vote_report
+from kernels import distributed
 from verify import keep_parsed
 
 import numpy as np
@@ -142,12 +143,10 @@ def main() -> None:
     """Collect if asked to; print the tables."""
     path = HERE / "compute.jsonl"
     if "--collect" in sys.argv[1:]:
-        seeds = sorted(d.name for d in RUNS.iterdir() if (d / "votes-32" / "processbench.jsonl").exists())
-        rows = [collect(seed) for seed in seeds]
-        records.write_lines(path, rows)
+        rows = replace_seeds(path, [collect(seed) for seed in find_seeds(RUNS, "votes-32/processbench.jsonl")])
         records.write_lines(HERE / "compute_curves.jsonl", make_curves(rows))
     print_tables(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

@@ -17,10 +17,11 @@ import re
 from pathlib import Path
 
 from data import records
-from data.results.claims import read_points
+from data.results.claims import find_seeds, read_points, replace_seeds
 from evaluate import grade_all
 from generate import SOLVE_PROMPT, Engine, format_valid, open_engine, render_response
 from grpo import shown_solution
+from kernels import distributed
 from train_prm import Judge, score_solutions
 
 import numpy as np
@@ -220,12 +221,12 @@ def main() -> None:
         records.write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
         return
     if args.collect:
-        seeds = sorted(int(file.parent.name) for file in RUNS.glob("*/rescored.json"))
+        seeds = [int(seed) for seed in find_seeds(RUNS, "rescored.json")]
         rescored = [json.loads((RUNS / str(seed) / "rescored.json").read_text()) for seed in seeds]
-        records.write_lines(path, [{"seed": s, "rescored": found} for s, found in zip(seeds, rescored, strict=True)])
-        records.write_lines(HERE / "hacking_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+        replace_seeds(path, [{"seed": s, "rescored": found} for s, found in zip(seeds, rescored, strict=True)])
+        replace_seeds(HERE / "hacking_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
     print_table(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

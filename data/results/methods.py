@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from data import records
-from data.results.claims import over_seeds, read_results
+from data.results.claims import find_seeds, over_seeds, read_results, replace_seeds
+from kernels import distributed
 
 import numpy as np
 
@@ -38,8 +39,7 @@ def collect(seed: str) -> dict:
 def main() -> None:
     path = HERE / "methods.jsonl"
     if "--collect" in sys.argv[1:]:
-        seeds = sorted(d.name for d in RUNS.iterdir() if (d / "reference_guided-disc_prm.jsonl").exists())
-        records.write_lines(path, [collect(seed) for seed in seeds])
+        replace_seeds(path, [collect(seed) for seed in find_seeds(RUNS, "reference_guided-disc_prm.jsonl")])
     rows = records.read(path, ["seed"])
     print(f"{len(rows)} seeds; mean ± half the 95 % interval over seeds, in percent")
     print(
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

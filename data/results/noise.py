@@ -10,13 +10,12 @@ follow, and the solution wrong; of one that it calls wrong, everything is called
 with the label, from which a PRM-CoT learns, says the same: its reasons stay, its verdicts are turned.
 """
 
-import argparse
 import random
 import re
 from pathlib import Path
 
 from data import records, report
-from data.results.claims import over_seeds, read_points, read_results
+from data.results.claims import find_seeds, over_seeds, read_points, read_results, replace_seeds
 from evaluate import read_gold
 from kernels import distributed
 from kernels.distributed import InputError
@@ -91,26 +90,28 @@ def print_table(records: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turn", type=int, help="share of the labels, in percent")
+    parser = records.new_parser(__doc__)
+    parser.add_argument("--turn", type=records.integer(0, 100), help="share of the labels, in percent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", help="to be turned over")
-    parser.add_argument("--out", type=Path, help="where the turned ones go")
+    parser.add_argument("--out", help="where the turned ones go")
     parser.add_argument("--collect", action="store_true", help="write both files from runs/noise")
-    args = parser.parse_args()
+    args = records.parse_flags(parser)
     path = HERE / "noise.jsonl"
     if args.turn is not None:
+        if not (args.labels and args.out):
+            raise InputError("--turn needs --labels and --out; give both")
         rng = random.Random(f"{args.seed}/{args.turn}")
         labels = records.read(args.labels, ["steps", "text", "step_labels", "outcome", "dropped"])
         kept = [i for i, label in enumerate(labels) if label["dropped"] is None]
         chosen = set(rng.sample(kept, round(args.turn / 100 * len(kept))))
         turned = [turn_over(label, rng) if i in chosen else label for i, label in enumerate(labels)]
-        records.write_lines(args.out, turned)
+        records.write_records(Path(args.out), turned, args)
         return
     if args.collect:
-        seeds = sorted({int(file.parts[-3]) for file in RUNS.glob("*/*/benchmark.jsonl")})
-        records.write_lines(path, [collect(seed) for seed in seeds])
-        records.write_lines(HERE / "noise_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+        seeds = [int(seed) for seed in find_seeds(RUNS, "*/benchmark.jsonl")]
+        replace_seeds(path, [collect(seed) for seed in seeds])
+        replace_seeds(HERE / "noise_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
     print_table(records.read(path, ["seed"]))
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data import records, report
 from data.results.claims import REWARDS as CLAIMED
-from data.results.claims import over_seeds, read_points, read_results
+from data.results.claims import find_seeds, over_seeds, read_points, read_results, replace_seeds
+from kernels import distributed
 
 import numpy as np
 
@@ -162,15 +163,14 @@ def main() -> None:
     path = HERE / "rewards.jsonl"
     if "--collect" in sys.argv[1:]:
         judged = [name for name in NAMES if name not in CLAIMED]
-        seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{name}.jsonl").exists() for name in judged))
-        rows = [collect(seed) for seed in seeds]
-        records.write_lines(path, rows)
+        seeds = find_seeds(RUNS, *(f"{name}.jsonl" for name in judged))
+        rows = replace_seeds(path, [collect(seed) for seed in seeds])
         records.write_lines(HERE / "votes_curves.jsonl", vote_curves(rows))
-        records.write_lines(HERE / "rewards_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
+        replace_seeds(HERE / "rewards_curves.jsonl", [curve for seed in seeds for curve in collect_curves(seed)])
     rows = records.read(path, ["seed"])
     print_table(rows, records.read(HERE / "rewards_curves.jsonl", ["curve", "x", "y"]))
     print_votes(rows)
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from data import records, report
 from data.make_sorting import judge, sort
-from data.results.claims import read_results
+from data.results.claims import find_seeds, read_results, replace_seeds
 from data.results.hacking import CONSTRAINTS, accept
 from generate import open_engine
 from grpo import shown_solution
+from kernels import distributed
 
 import numpy as np
 import torch
@@ -123,10 +124,9 @@ def main() -> None:
         records.write_json(RUNS / str(args.seed) / "rescored.json", rescore(args.seed))
         return
     if args.collect:
-        seeds = sorted(file.parent.name for file in RUNS.glob("*/rescored.json"))
-        records.write_lines(path, [collect(seed) for seed in seeds])
+        replace_seeds(path, [collect(seed) for seed in find_seeds(RUNS, "rescored.json")])
     print_tables(records.read(path, ["seed"]))
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from data import make_tiny, records
 from data.chat import open_model
-from data.results.claims import over_seeds, read_results
+from data.results.claims import find_seeds, over_seeds, read_results, replace_seeds
+from kernels import distributed
 from kernels.transformer import save_model
 
 import torch
@@ -59,8 +60,8 @@ def main() -> None:
         make_start(args.make)
         return
     if args.collect:
-        seeds = sorted(d.name for d in RUNS.iterdir() if all((d / f"{m}.jsonl").exists() for m in METHODS))
-        records.write_lines(path, [collect(seed) for seed in seeds])
+        seeds = find_seeds(RUNS, *(f"{method}.jsonl" for method in METHODS))
+        replace_seeds(path, [collect(seed) for seed in seeds])
     rows = records.read(path, ["seed", "students"])
     print(f"{len(rows)} seeds; mean ± half the 95 % interval over seeds, in percent; differences are paired by seed")
     print("| labels by | whole vector right, of the kept | F1 | minus single ", end="")
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run_stage(main)
