@@ -16,11 +16,10 @@ from data import records
 from data.text import STEP_TAG, TAGS
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.transformer import load_model, read_config
+from kernels.transformer import load_model, open_weights, read_config, weight_files
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 
@@ -266,17 +265,13 @@ def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
     directory lacks something."""
     path = find_model(name, flag)
     tokenizer, _ = open_tokenizer(path, flag)
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
     try:
         config = read_config(path)
+        for file in weight_files(path):
+            with open_weights(file):  # only its header is read
+                pass
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{flag} {name}: {error}") from None
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # reads the header, which says how long a whole file is
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{flag} {name}: {file.name} is not a whole file ({error}); fetch it again") from None
     return tokenizer, config.max_positions

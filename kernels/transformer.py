@@ -527,15 +527,22 @@ def weight_files(path: Path) -> list[Path]:
 def read_weights(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of each weight of a safetensors file, one at a time. Raises FileNotFoundError, and ValueError for
     half a file or for weights of integers or 8-bit floats, which need scales that nothing here applies."""
+    with open_weights(file, device) as weights:
+        for name in weights.keys():  # noqa: SIM118 (not a dict)
+            tensor = weights.get_tensor(name)
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised; use an unquantised checkpoint")
+            yield name, tensor
+
+
+@contextlib.contextmanager
+def open_weights(file: Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
+    """A safetensors file, whose header says how long a whole one is. Raises as `read_weights`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; only safetensors weights are read")
     try:
         with safe_open(file, framework="pt", device=str(device)) as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
-                tensor = weights.get_tensor(name)
-                if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-                    raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised; use an unquantised checkpoint")
-                yield name, tensor
+            yield weights
     except SafetensorError as error:  # half a file, say
         raise ValueError(f"{file}: not a whole file ({error}); fetch it again") from None
 

@@ -132,6 +132,17 @@ def test_a_world_size_without_torchrun(monkeypatch):
         distributed.init_distributed("cpu")
 
 
+@pytest.mark.parametrize("rank, size", [("x", "1"), ("", ""), ("-1", "2"), ("2", "2"), ("0", "0"), ("0", "two")])
+def test_ranks_that_are_no_ranks(monkeypatch, capsys, rank, size):
+    """Guards: status 2 without a line, and a process that waits for ever."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        distributed.run_stage(lambda: distributed.init_distributed("cpu"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f"error: RANK is '{rank}'") and said.count("\n") == 1
+
+
 ENDS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
@@ -309,6 +320,8 @@ def test_directories_that_look_like_checkpoints(saved, tmp_path):
         (directory / name).mkdir()
         (directory / name / ".metadata").write_text("")
     shutil.move(directory / "step_0000003", directory / "step_9")
+    (directory / "step_0000000").write_text("a file")
+    (directory / ".step_old").write_text("another")
     model, optimizer = start()
     assert distributed.load_checkpoint(directory, model, optimizer) == 12
     distributed.save_checkpoint(directory, 13, model, optimizer)

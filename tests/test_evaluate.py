@@ -13,7 +13,7 @@ from pathlib import Path
 import evaluate
 import grpo
 from data import grader, records, report
-from data.chat import open_model, open_tokenizer
+from data.chat import check_model, open_model, open_tokenizer
 from data.records import RecordFile, gold_labels
 from evaluate import (
     Graded,
@@ -569,7 +569,8 @@ def test_a_killed_benchmark_resumes(checkpoint, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:  # everything is there: no policy is loaded, with fewer problems neither
         patch.setattr(evaluate, "generate_solutions", None)
         run(monkeypatch, "benchmark", *flags, "--limit", 3, "--out", tmp_path / "halves.jsonl")
-    with open(model / "model.safetensors", "ab") as weights:
+    with open(model / "model.safetensors", "r+b") as weights:
+        weights.seek(-1, 2)
         weights.write(b" ")
     with pytest.raises(InputError, match="the contents of --model have changed"):
         run(monkeypatch, "benchmark", *flags, "--out", tmp_path / "halves.jsonl")
@@ -872,6 +873,17 @@ def test_labels_command(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="same solutions"):
         gold = tmp_path / "problems.jsonl"
         run(monkeypatch, "labels", *files[:2], "--verifications", wrong, "--gold", gold, "--out", out)
+    for change in ({"steps": ["1+1=2", "2+1=4"]}, {"answer": "5"}):
+        other = write_lines(tmp_path / "other.jsonl", [labels[3], {**labels[0], **change}])
+        with pytest.raises(InputError, match=r"other.jsonl: p/0 is another solution"):
+            run(monkeypatch, "labels", files[0], files[1], other, *files[2:], "--gold", gold, "--out", out)
+    shown = write_lines(tmp_path / "shown.jsonl", [{**labels[0], "problem": "1+1+1?"}])
+    judged = write_lines(tmp_path / "judged.jsonl", [{**VERIFICATIONS[0], "solution_sha256": "x"}])
+    with pytest.raises(InputError, match="p/0 was another solution when it was judged"):
+        run(monkeypatch, "labels", "--labels", shown, "--verifications", judged, "--gold", gold, "--out", out)
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"mine.png exists"):  # the figure's place
+        run(monkeypatch, "labels", *files, "--gold", gold, "--out", tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize("stop, most", [(None, 4), ("all", 4), ("settled", 2), ("lead", 2)])
@@ -935,6 +947,16 @@ def test_verifications_of_another_engine(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------- plots and command lines
+
+
+def test_half_a_model_is_found_first(tmp_path, checkpoint):
+    """Guards: the second of two models opened only after hours of sampling from the first."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    check_model(str(model))
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"not a whole file"):
+        check_model(str(model))
 
 
 def test_plot_command(tmp_path, monkeypatch):

@@ -154,6 +154,7 @@ def test_small_set(small, tmp_path, monkeypatch, capsys):
     [
         ("aime24", lambda text: text.split("\n", 1)[1], "2 rows, expected one of"),
         ("aime24", lambda text: text[:-9], "can't be read as .jsonl"),
+        ("aime24", lambda text: "[" * 100_000, "can't be read as .jsonl"),
         ("aime24", lambda text: text.replace("answer", "reply"), "row 0: KeyError"),
         ("aime24", lambda text: text.replace('"01"', "null"), "2 of 3 rows have"),
         ("aime24", lambda text: text.replace('"01"', '""'), "2 of 3 rows have"),

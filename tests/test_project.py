@@ -19,7 +19,7 @@ import generate
 import verify
 from data import make_sorting, make_tiny, records
 from data.chat import encode_chat
-from data.results import noise
+from data.results import claims, noise
 from generate import SOLVE_PROMPT
 from kernels import distributed
 from kernels.distributed import InputError
@@ -261,6 +261,7 @@ def test_numbers_have_a_finite_range(monkeypatch, command):
         (["--temperature", "0.0001"], "--temperature 0.0001: it must be 0 or from 0.001 to 100; see --help"),
         (["--num_samples", "0"], "--num_samples 0: it must be at least 1 and at most 100000; see --help"),
         (["--top_p", "1.01"], "--top_p 1.01: it must be from 1e-06 to 1; see --help"),
+        (["--out", "caf\udce9.jsonl"], r"caf\udce9.jsonl: not UTF-8; rename the file"),
         (["surplus"], "surplus: no such flag (none can be abbreviated); see --help"),
     ],
 )
@@ -549,6 +550,54 @@ def test_turned_labels_say_so():
         assert parsed.step_verdicts == turned["step_labels"] and turned["steps"] == label["steps"]
         assert all(turned["step_labels"]) == turned["outcome"]
         assert sorted(turned["step_labels"], reverse=True) == turned["step_labels"]  # mistakes propagate
+
+
+@pytest.mark.parametrize("name", ["claims", "compute", "hacking", "methods", "noise", "rewards", "sorting", "students"])
+def test_a_study_without_runs_keeps_its_results(monkeypatch, tmp_path, name):
+    """Guards: the files behind the tables emptied by --collect where no run is."""
+    study = importlib.import_module(f"data.results.{name}")
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--collect"])
+    with pytest.raises(InputError, match=f"no seed in runs/{name} has"):
+        study.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_with_runs_of_some_seeds(tmp_path):
+    """Guards: the rows of other seeds lost, or those of a seed doubled."""
+    for name in ("0/a", "0/b", "1/a", "start/c"):
+        (tmp_path / name).mkdir(parents=True)
+    assert claims.find_seeds(tmp_path, "a", "*b") == ["0"] and claims.find_seeds(tmp_path, "a") == ["0", "1"]
+    path = tmp_path / "curves.jsonl"
+    claims.replace_seeds(path, [{"seed": seed, "y": y} for seed in (0, 1, 2) for y in (3, 4)])
+    rows = claims.replace_seeds(path, [{"seed": 1, "y": 5}])
+    assert rows == read_jsonl(path) == [{"seed": seed, "y": y} for seed, y in ((0, 3), (0, 4), (1, 5), (2, 3), (2, 4))]
+
+
+@pytest.mark.parametrize(
+    "main, flags, message",
+    [
+        (noise.main, ["--turn", "500"], "--turn 500: it must be at least 0 and at most 100"),
+        (noise.main, ["--turn", "-5"], "--turn -5: it must be"),
+        (noise.main, ["--turn", "5", "--labels", "labels"], "--turn needs --labels and --out"),
+        (noise.main, ["--turn", "5", "--labels", "labels", "--out", "labels"], "is --labels itself"),
+        (make_sorting.main, ["check", "--solutions", "solutions", "--out", "solutions"], "is --solutions itself"),
+        (make_sorting.main, ["check", "--solutions", "solutions", "--out", "x", "--cases", "solutions"], "itself"),
+        (make_tiny.main, ["--device", "foo"], "--device foo: no such device"),
+    ],
+)
+def test_wrong_flags_of_studies_are_one_line(monkeypatch, tmp_path, main, flags, message):
+    """Guards: tracebacks, and inputs that are overwritten."""
+    label = {"id": "p/0", "problem": make_sorting.TEXT.format(row="312"), "steps": ["312>132"], "answer": "done"}
+    label |= {"text": "T", "step_labels": [True], "outcome": True, "dropped": "no_match", "model": "m"}
+    for name in ("labels", "solutions"):
+        (tmp_path / name).write_text(json.dumps(label) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    with pytest.raises(InputError, match=message):
+        main()
+    assert (tmp_path / "labels").read_text() == (tmp_path / "solutions").read_text() == json.dumps(label) + "\n"
 
 
 def test_sorting_gold(tmp_path):

@@ -1,5 +1,6 @@
 """Record files: types, whose an output is, locks, resuming, fingerprints, and memory."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -37,6 +38,8 @@ CRITIQUE = {"id": "p/0", "method": "hybrid", "round": 1, "critique": "C", "merge
 CURVE = {"panel": "P", "curve": "C", "x": [1, 2], "y": [1, 2.5]}
 ROLLOUT = {"problem_id": "p", "text": "T", "ids": [1], "finish": "stop", "valid": True, "reward": 1.0}
 ROLLOUT |= {"advantage": 0.0, "judgement": {"text": "J", "verdict": None}}
+RESULT = {"benchmark": "b", "subset": "all", "metric": "f1", "value": 0.5, "n": 3, "interval": [0.4, 0.6]}
+RESULT |= {"settings": {"model": "m"}, "seconds": 1.5, "tokens": 3}
 SAMPLED = {"finish": "stop", "model": "m", **SOLUTION, "problem_id": "p", "text": "T", "tokens": 3}
 
 # (a valid record, a field, values that are refused)
@@ -45,7 +48,7 @@ WRONG_TYPES = [
     (LABEL, "step_labels", [[1, -1], ["+", "-"], ["correct", "incorrect"], [True], [], None, 5, [True, None], [1, 0]]),
     (LABEL, "text", [None, 5, []]),
     (LABEL, "id", [None, True, [], {}, "", float("nan")]),
-    (LABEL, "votes", [[[1, 0]], [1, 2], None, [[1, "0"], [0, 1]]]),
+    (LABEL, "votes", [[[1, 0]], [1, 2], None, [[1, "0"], [0, 1]], [[1], [0]], [[1, 0, 2], [0, 1, 2]]]),
     (LABEL, "dropped", [5, [], True]),
     (LABEL, "ties", [None, "3", -1]),
     (LABEL, "answer", [[5, 7], {"value": 5}, True, float("nan"), float("inf")]),
@@ -61,12 +64,17 @@ WRONG_TYPES = [
     (CRITIQUE, "method", [[], None]),
     (CRITIQUE, "merged", [5, True, {}]),
     (CURVE, "x", [None, ["1", 2], [1], [True, 2]]),
-    (CURVE, "y", [None, [1], [1, None]]),
-    (ROLLOUT, "reward", [None, "1", True]),
+    (CURVE, "y", [None, [1], [1, None], [1, 1e308], [1, -(10**400)]]),
+    (ROLLOUT, "reward", [None, "1", True, 1e308, 10**400]),
     (ROLLOUT, "ids", [None, "1", ["a"]]),
     (ROLLOUT, "judgement", [5, {}, {"text": 5, "verdict": None}]),
     (SAMPLED, "sample", [None, "3"]),
-    (SAMPLED, "tokens", ["3"]),
+    (SAMPLED, "tokens", ["3", 2**53, 1e300]),
+    (RESULT, "settings", [None, "x", {}, {"model": None}]),
+    (RESULT, "value", ["x", None]),
+    (RESULT, "subset", [[], None]),
+    (RESULT, "metric", [None]),
+    (RESULT, "interval", ["x", [1], [1, 2, 3], 5]),
 ]
 
 
@@ -174,6 +182,38 @@ def test_an_output_that_is_an_input_or_another_stages(tmp_path):
         records.write_records(results, [], Namespace(command="benchmark", limit=2))
 
 
+def test_an_output_that_is_no_file_or_a_link(tmp_path):
+    """Guards: a pipe or a device replaced by a file, or waited for; a link to a file that is to come, which is refused
+    when the results are written."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(InputError, match="not a plain file"), open_solutions(tmp_path / name):
+            pass
+        with pytest.raises(InputError, match="not a plain file"):
+            records.check_output(tmp_path / name, Namespace(), signature=b"")
+    (tmp_path / "link").symlink_to(tmp_path / "to come")
+    for _ in range(2):
+        records.write_records(tmp_path / "link", [SOLUTION], Namespace(command="benchmark"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "to come.args.json").exists()
+
+
+@pytest.mark.parametrize("rows", [[], [{"settings": {}}], [{"settings": None}], [{"interval": "x"}], [{"subset": []}]])
+def test_damaged_results_of_a_killed_run(tmp_path, rows):
+    """Guards: tracebacks."""
+    path = tmp_path / "results.jsonl"
+    records.ResultsFile(path, Namespace(seed=0), []).add([RESULT | row for row in rows or [{}]])
+    with pytest.raises(InputError, match=r"results.jsonl:1: ") if rows else contextlib.nullcontext():
+        assert records.ResultsFile(path, Namespace(seed=0), []).earlier == {("m", "b", "all"): [RESULT]}
+
+
+@pytest.mark.parametrize("history", [None, "abc", 5, [5], [[]], [["x"]], [["x", "y"]], [[None, "y"]]])
+def test_damaged_history_of_a_reward_model(history):
+    """Guards: a traceback."""
+    with pytest.raises(InputError, match=r"pairs .step, fingerprint.; restore the file"):
+        records.note_model(history, 20, "a")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, list[object]]:
     """A directory with a model, labels, and a run of train_prm.py; and that run's flags."""
@@ -255,6 +295,23 @@ def test_wrong_verifications_never_vote(tmp_path, trained, monkeypatch, change):
     with pytest.raises(InputError, match=rf"verifications.jsonl:1: {next(iter(change))} must be"):
         run_main(monkeypatch, verify, *flags, "--out", tmp_path)
     assert Path(path).read_bytes() == before
+
+
+def test_verifications_of_other_solutions_are_found_first(tmp_path, monkeypatch):
+    """Guards: step verdicts for another number of steps that are found after hours of sampling, or not at all."""
+    flags = ["--model", "none", "--solutions", write(tmp_path / "solutions.jsonl", [SOLUTION]), "--out", tmp_path]
+    foreign = {"step_verdicts": [True], "solution_sha256": None}
+    for change, message in ((foreign, "1 step_verdicts for the 2 steps"), ({}, "p/0 was another solution when it was")):
+        write(tmp_path / "verifications.jsonl", [VERIFICATION | change])
+        with pytest.raises(InputError, match=message):
+            run_main(monkeypatch, verify, *flags)
+
+
+def test_ids_without_a_slash(tmp_path):
+    """Guards: all solutions of all problems taken for those of one, whose interval has no width."""
+    assert [records.problem_of(name) for name in ("a/b/0", "a/0", "a", "b")] == ["a/b", "a", "a", "b"]
+    answers = write(tmp_path / "answers.jsonl", [{"id": "a", "answer": 3}])
+    assert records.read_references(answers, [{"id": "a"}]) == {"a": "3"}
 
 
 def test_the_args_json_of_a_run(tmp_path, trained, monkeypatch):
@@ -374,7 +431,7 @@ def test_a_changed_tree_is_marked(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- metrics, memory
 
 
-@pytest.mark.parametrize("line", [b'{"step": 1', b'{"step": "1"}', b"\xff\xfe", b'{"step": 1, "a/b": null}', b"[]"])
+@pytest.mark.parametrize("line", [b'{"step": 1', b'{"step": "1"}', b"\xff\xfe", b'{"step": 1, "a/b": null}', b"[]", b'{"step": 1, "a/b": 1e308}'])
 def test_damaged_metrics(tmp_path, line):
     """Guards: tracebacks from a metrics.jsonl with a damaged line in the middle."""
     path = tmp_path / "metrics.jsonl"
@@ -394,6 +451,7 @@ def test_memory_of_many_records(tmp_path):
     with open(path, "w") as file:
         for i in range(1600):
             name = {"id": f"p/{i // 16}/{i % 16}", "solution_id": f"p/{i // 16}", "sample": i % 16}
+            name |= {"solution_sha256": verify.hash_solution(solutions[i // 16])}
             file.write(json.dumps(VERIFICATION | name | {"text": "x" * 7000 + f" {i}"}) + "\n")
     tracemalloc.start()
     try:

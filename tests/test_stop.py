@@ -169,3 +169,10 @@ def test_audit_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "audit/verifications.jsonl").read_bytes() == verifications
     with pytest.raises(InputError, match=r"no step_.* that --every 9 divides"):
         run(monkeypatch, audit.main, *arguments, "--every", 9)
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo/metrics.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"has a metrics\.jsonl"):
+        run(monkeypatch, audit.main, *arguments, "--out", tmp_path / "grpo")
+    (tmp_path / "rollouts/step_one.jsonl").touch()
+    with pytest.raises(InputError, match=r"step_one.jsonl: not named by its step"):
+        run(monkeypatch, audit.main, *arguments)

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -812,6 +813,21 @@ def test_a_method_that_does_not_vote_samples_one(tmp_path, world, monkeypatch):
     run("--critique_temperature", 0.6, "--num_verifications", 4)
     with pytest.raises(InputError, match=r"made with --critique_temperature 0\.0, this run has"):
         run("--method", "hybrid", "--critique_temperature", 0.6)
+    whole = (out / "critiques.jsonl").read_text()
+    (out / "critiques.jsonl").write_text(whole.replace('"judged_sha256": "', '"judged_sha256": "x'))
+    with pytest.raises(InputError, match=r"another text of p./0 was criticised"):  # the verifications are new, say
+        run("--method", "hybrid", "--num_verifications", 2, "--limit", 3)
+    (out / "critiques.jsonl").write_text(whole.replace('"judged_sha256"', '"unknown"'))  # an older run's
+    run("--method", "hybrid", "--num_verifications", 2, "--limit", 3)
+
+    # 4. Labels are made with the reference answers that were shown.
+    answers = out / "answers.jsonl"
+    for answer in ("1", "2"):
+        answers.write_text(json.dumps({"id": "p0", "answer": answer}) + "\n")
+        answers.write_text(answers.read_text() + json.dumps({"id": "p1", "answer": "2"}) + "\n")
+        flags = ["--method", "reference_guided", "--answers", answers, "--limit", 2]
+        with pytest.raises(InputError, match="--answers have changed") if answer == "2" else nullcontext():
+            run(*flags)
 
 
 def test_top_k_and_no_thinking_of_the_command_line(tmp_path, world, monkeypatch):
