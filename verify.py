@@ -344,14 +344,13 @@ def hash_solution(solution: dict) -> str:
 
 
 def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
-    """The solutions that lack some of their verifications. A collective. If there are any, raises InputError, before the
-    model is loaded, for verifications of other solutions."""
+    """The solutions that lack some of their verifications. A collective. Raises InputError as `read_verifications`."""
     # Without steps there is nothing to judge: no verifications, and the label is no_votes.
     with_steps = [solution for solution in solutions if solution["steps"]]
     keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
     unverified = [with_steps[i] for i in output.find_missing(keys)]
     if unverified and output.was_there and distributed.rank() == 0:
-        group_by_solution(solutions, read_verifications(output.path, solutions))
+        group_by_solution(solutions, read_verifications(output.path, solutions))  # raises before sampling
     return unverified
 
 
@@ -466,8 +465,7 @@ def make_verification(engine: Engine, solution: dict, prompt: list[int], sample:
 
 
 def read_verifications(path: str | Path, solutions: list[dict]) -> list[records.StoredVerification]:
-    """The verifications of these solutions, without their texts: those of a million would not fit in memory. Raises
-    InputError for one of another solution of the same id, where the solutions have their `problem`."""
+    """The verifications of these solutions, without texts. Raises InputError for one of another solution of their id."""
     num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
     digests = {solution["id"]: hash_solution(solution) for solution in solutions if "problem" in solution}
     optional = ("step_verdicts", "verdict", "tokens")
@@ -478,9 +476,9 @@ def read_verifications(path: str | Path, solutions: list[dict]) -> list[records.
         if solution_id in num_steps:  # not from before a smaller --limit
             judged = line.value.get("solution_sha256")  # None where another engine left it out
             if judged is not None and judged != digests.get(solution_id, judged):
-                raise InputError(f"{path}: {solution_id} was another solution when it was judged; remove the file")
+                raise InputError(f"{path}: {solution_id} was another solution when it was judged; judge it anew")
             record = complete_verification(line.value, num_steps[solution_id])
-            verifications.append(records.store_verification(record, line.start, shared))
+            verifications.append(records.store_verification(record, line.start, shared))  # texts wouldn't fit in memory
     return verifications
 
 
@@ -635,7 +633,7 @@ def improve_labels(
         for number in range(1, args.critique_rounds + 1):
             # 1. The texts of this round. A dropped label has none, so a merge that does not parse ends the rounds.
             todo = []
-            digests = {}
+            digests = {}  # solution id -> what is criticised
             for (solution, _), label in zip(mine, improved, strict=True):
                 if label.text is None:
                     continue
@@ -658,8 +656,8 @@ def improve_labels(
                 for solution_id, (critique, merge) in progress:
                     record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
                     record |= {"round": number, "critique": critique.text, "merged": merge.text}
-                    record |= {"judged_sha256": digests[solution_id]}
-                    output.append([record | {"tokens": critique.tokens + merge.tokens}])
+                    tokens = {"tokens": critique.tokens + merge.tokens}
+                    output.append([record | tokens | {"judged_sha256": digests[solution_id]}])
 
             # 3. The labels of the merges.
             for i, (solution, label) in enumerate(mine):
