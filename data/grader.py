@@ -280,7 +280,8 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\{:\}", ":"),  # 5{:}00
     (r"(?<=\d)(?: | ?\\text ?\{ ?)([aApP])\.?[mM]\.?(?: ?\})?(?![a-zA-Z])", r"\\text{\1m}"),  # 5 p.m.
     (WORD.pattern, write_word),
-    (r"(\\text ?\{[^{}]*\})|(?<![a-z\\])I(?![a-z])", lambda part: part[1] or "\\iota "),  # I is not the unit i
+    (r"(\\text ?\{(?! ?I ?\})[^{}]*\})|\\text ?\{ ?I ?\}|(?<![a-z\\])I(?![a-z])",
+        lambda part: part[1] or "\\iota "),  # I is not the unit i
     # dates
     (rf"\b{MONTH}(?:uary|ruary|ch|il|e|y|ust|tember|t|ober|ember)?( ?\}})?\.?(?![a-z])", r"\1\2"),  # october -> oct
     (rf"(?<!\d)(\d{{1,2}})(?:st|nd|rd|th)? ?(?:of )?\\text ?\{{ ?{MONTH} ?\}}", r"\\text{\2} \1"),  # 30 oct
