@@ -18,7 +18,7 @@ Decisions, where a grader could also decide otherwise:
 - Million and dozen are factors, not units. Of several quantities, such as 3 hours 20 minutes, all numbers count.
 - Opposite words (am and pm, north and south, profit and loss) contradict each other if both answers have one.
 - 1,1,2 is a list, not the set 1,2; 12,34,567 is three numbers. x=5 and a+b=5 are 5, but 2x+3y=5 is an equation.
-- Of a text only the last LONGEST_QUESTION characters count.
+- Of a predicted text, only the last LONGEST_QUESTION characters count.
 - A capital letter is another symbol than its small one (R and r), but words are compared in any case, and a choice is
   correct in any case: (b) for (B). A word is what stands in \text, any run of four letters, and "Tom", yes, no.
   e is Euler's number; E is accepted for it where it is the whole answer; i and \pi are constants, I and \Pi are not.
@@ -187,7 +187,7 @@ SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"</?(?:b|i|em|strong|u)>|\\tag ?\{[^{}]*\}|\\(?:begin|end) ?\{(?:align|equation|gather)(?:ed)?\*?\}", ""),
+    (r"</?(?:b|i|em|strong|u)>|\\(?:tag|[hv]?phantom) ?\{[^{}]*\}|\\(?:begin|end) ?\{(?:align|equation|gather)(?:ed)?\*?\}", ""),
     (r"\\(?:qed|blacksquare)$|(?: ?\\)+$", ""),  # a line break at the end
     (r"&[gl]t;", lambda sign: unescape(sign[0])),
     (r"(?<!\\)\\ |~", " "),  # ties and control spaces
@@ -198,7 +198,7 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),  # {\rm m}
     (r"\\mathrm ?(?=\{ ?(?:[A-Z][a-z]{2,}|[a-z]{4,}|[Nn]o|[Yy]es) ?\})", r"\\text"),  # \mathrm{Yes}
     (r"_ ?\\text ?\{([^{}]*)\}", r"_{\1}"),  # x_\text{max}
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\[dtc](?=frac|binom)", r"\\"),
     (r"\\(frac|binom) ?([a-zA-Z\d]) ?([a-zA-Z\d])", r"\\\1{\2}{\3}"),  # \frac ab
     (rf"\\var(?=(?:phi|epsilon|theta|rho|sigma|pi|kappa){END})", r"\\"),  # \varphi
     (rf"\\mathbb ?([A-Z])|\\([RNZQC]){END}", r"\\mathbb{\1\2}"),  # \mathbb R, \R
@@ -226,7 +226,7 @@ STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r" ?(?:\\text ?\{ ?)?(?<![a-zA-Z])(?:percent(?:age)?|pct)(?![a-zA-Z])(?: ?\})?|(?<!\\)%", r"\\%"),
     # names and brackets
     (r"(?<![\\a-zA-Z])(?<!name\{)(?<!rm\{)(?<!text\{)"
-        r"(pi|sqrt|exp|ln|log|(?:arc)?(?:sin|cos|tan))(?![a-zA-Z])", r"\\\1"),  # 2*pi
+        r"(pi|sqrt|exp|ln|log|(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h)(?![a-zA-Z])", r"\\\1"),  # 2*pi
     (r"(?<![\\a-zA-Z])(?:infinity|infty|oo)(?![a-zA-Z])", r"\\infty"),
     (r"\\operatorname ?\{ ?(sin|cos|tan|ln|log) ?\}", r"\\\1"),
     (r"(?<![\\a-zA-Z])abs ?\(([^()]*)\)", r"|\1|"),
@@ -333,7 +333,11 @@ BASED = re.compile(  # 2516_8, (2516)_{\text{eight}}; A1_{16}, but not the entry
     r"(?<![\w}])\(?(\d[0-9A-Fa-f.]*|[A-Fa-f][0-9A-Fa-f]*(?=\)? ?_ ?\{ ?16))\)? ?_ ?"
     r"(?:\{ ?(?:\\text ?\{)? ?(?:base )?(\w+) ?\}? ?\}|(\d+))"
 )
-OPPOSITES = [("left", "right"), ("more", "less|fewer"), ("above", "below"), ("incr", "decr"), ("loss", "profit|gain")]
+OPPOSITES = [
+    ("left", "right"), ("more", "less|fewer"), ("above", "below"), ("incr", "decr"), ("loss", "profit|gain"),
+    ("up", "down"), ("before", "after"), ("counterclock", "clock"), ("faster", "slower"), ("longer", "shorter"),
+    ("older", "younger"), ("heavier", "lighter"), ("taller", "smaller|shorter"), ("positive", "negative"),
+]  # fmt: skip
 # What both answers have must be the same. A group that only one of two opposite words sets tells them apart.
 CONTRADICTIONS = [
     MODULUS,
@@ -346,13 +350,13 @@ CONTRADICTIONS = [
     re.compile(r"(?<=\d) ?(?:(')|\^ ?\{? ?\\circ)"),  # 5' is not 5°
     re.compile(r"^ ?(?:\\text\{ ?)?\(?([A-E])[.)][ }]"),  # A. 5
 ]
-DROPPED_RELATION = re.compile(r"\\(gg|ll|gtrsim|lesssim|neg|lnot|nmid|notin|nless|ngtr|nsubset|nparallel)")
+DROPPED_RELATION = re.compile(r"\\(gg|ll|gtrsim|lesssim|neg|lnot|nmid|notin|nless|ngtr|nsubset|nparallel|propto|not)")
 LONE_NUMBER = re.compile(r"(?<![\w.^_{])\d{1,40}(?:\.\d{1,40})?(?![\d}])")
 QUANTITY = re.compile(
     rf"({LONE_NUMBER.pattern}) ?"
     r"(?:\\text ?\{ ?(?!and\b|or\b)|(?<= )(?=(?:ft|in|[cmk]m|k?g|lb|oz|hr|min|sec)\b))([a-z]+)"
 )
-LONGEST_QUESTION = 1000  # characters, the last ones of a text: math-verify's time grows with their square
+LONGEST_QUESTION = 2000  # characters at the end of a text: math-verify's time grows with their square
 DEEPEST_NESTING = 50
 
 
@@ -405,7 +409,9 @@ def compare(prediction: str, reference: str, timeout: float) -> bool | None:
         return same_number
     # 2. Choices, and marks of a number that must agree.
     if is_text(prediction) or is_text(reference):
-        return ask(prediction[-LONGEST_QUESTION:], reference[-LONGEST_QUESTION:], timeout)
+        if len(prediction) > LONGEST_QUESTION >= len(reference):
+            prediction = prediction[-LONGEST_QUESTION:].partition(" ")[2] or prediction
+        return ask(prediction, reference, timeout)
     verdict = compare_choices(prediction, reference)
     if verdict is None:
         verdict = contradict(prediction, reference)
