@@ -459,15 +459,17 @@ def contradict(prediction: str, reference: str) -> bool | None:
 
 
 def compare_quantities(prediction: str, reference: str) -> bool | None:
-    """True or False if one has several numbers with units and both have the same units; False if numbers differ; else
-    None: 3 boys and 4 girls are not 4 boys and 3 girls, nor 5."""
+    """False if one has several quantities and the other not the same numbers; True if they are equal and there are no
+    signs or brackets; else None: 3 boys and 4 girls are 4 girls and 3 boys, not 4 boys and 3 girls, nor 5."""
     pair = (prediction, reference)
     quantities = [sorted((unit, Fraction(number)) for number, unit in QUANTITY.findall(answer)) for answer in pair]
     if max(map(len, quantities)) < 2:
         return None
     units = [[unit for unit, _ in parts] for parts in quantities]
-    if units[0] == units[1]:
-        return quantities[0] == quantities[1]
+    if units[0] == units[1] and quantities[0] != quantities[1]:
+        return False
+    if quantities[0] == quantities[1] and not re.search(r"[-+*/^=<>(\[]|\\(?!text)", prediction + reference):
+        return True
     numbers = [sorted(map(Fraction, LONE_NUMBER.findall(answer))) for answer in pair]
     return None if numbers[0] == numbers[1] else False
 

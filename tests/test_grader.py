@@ -160,7 +160,7 @@ KINDS = {
             ("5 million", "5000000"), ("2 dozen", "24"), (r"1.5\text{ million}", "1500000"),
             ("3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}"),
             ("3 hours and 20 minutes", "3 hours, 20 minutes"), ("5 dollars", "5"), ("5 million dollars", "5000000"),
-            ("3 boys and 4 girls", "4 girls and 3 boys"),
+            ("3 boys and 4 girls", "4 girls and 3 boys"), (r"(3\text{ m}, 4\text{ m})", r"(3\text{ m},4\text{ m})"),
         ],
         [
             ("3 hours 20 minutes", "3 hours 21 minutes"),
@@ -172,6 +172,8 @@ KINDS = {
             ("3 million", "3 thousand"), ("1 km 200 m", "1 km 300 m"), ("2 red, 3 blue", "5"),
             ("1 week and 2 days", "1 week and 3 days"),
             ("2 red balls and 3 blue balls", "2 red balls and 4 blue balls"), (r"\$3.5\text{ billion}", "3.5"),
+            (r"-3\text{ m}, 4\text{ m}", r"3\text{ m}, 4\text{ m}"),
+            (r"(3\text{ m}, 4\text{ m})", r"(4\text{ m}, 3\text{ m})"),
         ],
     ),
     "opposite words": (
