@@ -229,7 +229,9 @@ def score_shared(judge: Judge, solutions: list[dict], seed: int, title: str) -> 
 def limit_metrics(limits: list[int | None], max_new_tokens: int) -> dict[str, Metric]:
     """The shares of prompts that are too long (None) and of those that get fewer new tokens; none for a share of 0."""
     n = len(limits)
-    counts = {"too_long": limits.count(None), "shortened": n - limits.count(None) - limits.count(max_new_tokens)}
+    too_long = limits.count(None)
+    shortened = n - too_long - limits.count(max_new_tokens)
+    counts = {"too_long": too_long, "shortened": shortened}
     return {name: Metric(count / n, n) for name, count in counts.items() if count}
 
 
@@ -254,7 +256,7 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
     if not REWARD_MODELS[kind].judges_steps:
         verdicts = [judgement.verdict for judgement in judgements]
         truths = [records.final_answer_correct(case, f"case {i}") for i, case in enumerate(cases)]
-        right = np.array([verdict == truth for verdict, truth in zip(verdicts, truths, strict=True)], dtype=float)
+        right = np.array(verdicts) == np.array(truths)  # (n,); None equals neither
         accuracy = Metric(float(right.mean()), n, bootstrap_interval(right, seed))
         return {"outcome_acc": accuracy, "unparsed": Metric(verdicts.count(None) / n, n)}
 
@@ -265,7 +267,7 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
     # F1 is no mean over cases: each resample of the cases has accuracies of its own, and F1 follows from them.
     is_wrong = np.array(labels) != -1
     groups = np.stack([is_wrong, ~is_wrong], axis=1).astype(float)  # (n, 2): in which group a case is
-    hits = np.array([label == prediction for label, prediction in zip(labels, predictions, strict=True)])  # (n,)
+    hits = np.array(labels) == np.array(predictions)  # (n,)
     error_acc, correct_acc = bootstrap(hits[:, None] * groups, seed, groups).T  # (RESAMPLES,) each
     f1 = 2 * error_acc * correct_acc / np.maximum(error_acc + correct_acc, 1e-12)
 

@@ -759,11 +759,11 @@ def fork_child() -> Child:
     os.dup2(2, 1)  # whatever the library prints is no reply
     with suppress(EOFError):  # the worker has ended
         while True:
-            prediction, reference, timeout = theirs.recv()
+            prediction, reference, timeout = json.loads(theirs.recv_bytes())
             set_alarms(timeout)
             verdict = judge(prediction, reference)
             set_alarms(0)
-            theirs.send(verdict)
+            theirs.send_bytes(json.dumps(verdict).encode())
     os._exit(0)
 
 
@@ -783,13 +783,13 @@ def serve() -> None:
         if os.waitpid(child.pid, os.WNOHANG) != (0, 0):  # killed from outside while it waited
             child = fork_child()
         try:
-            child.pipe.send(json.loads(question))
-            verdict = child.pipe.recv()
+            child.pipe.send_bytes(question.encode())
+            reply = child.pipe.recv_bytes().decode()
         except (EOFError, OSError):  # the question killed it
             os.waitpid(child.pid, 0)
             child = fork_child()
-            verdict = None
-        print(json.dumps(verdict), flush=True)
+            reply = "null"
+        print(reply, flush=True)
 
 
 if __name__ == "__main__":

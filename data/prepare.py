@@ -194,7 +194,9 @@ def fetch_from_github(repository: str, commit: str, file: str) -> Path:
     if not path.exists():
         url = f"https://raw.githubusercontent.com/{repository}/{commit}/{file}"
         with urllib.request.urlopen(url, timeout=60) as response:
-            records.write_text(path, response.read().decode())
+            content = response.read().decode()
+        with records.replace_file(path) as file:
+            file.write(content)
     return path
 
 

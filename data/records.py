@@ -47,25 +47,25 @@ class Type(NamedTuple):
 
     wanted: str  # for messages
     accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any] = lambda value: value
+    convert: Callable[[Any], Any] | None = None
 
 
 def list_of(item: Type, items: str) -> Type:
     """A list; items: the items' type in the plural."""
+
+    def convert(value: list) -> list:
+        return [item.convert(entry) for entry in value]
+
     return Type(
         f"a list of {items}",
         lambda value: isinstance(value, list) and all(map(item.accepts, value)),
-        lambda value: [item.convert(entry) for entry in value],
+        convert if item.convert is not None else None,  # a list that stays as it is costs nothing
     )
 
 
 def or_null(other: Type) -> Type:
-    """A value that may be null."""
-    return Type(
-        f"{other.wanted}, or null",
-        lambda value: value is None or other.accepts(value),
-        lambda value: None if value is None else other.convert(value),
-    )
+    """A value that may be null; `check_record` doesn't convert null."""
+    return Type(f"{other.wanted}, or null", lambda value: value is None or other.accepts(value), other.convert)
 
 
 STRING = Type("a string", lambda value: isinstance(value, str))
@@ -122,7 +122,8 @@ def check_record(record: object, fields: list[str], place: str, optional: tuple[
         if field_type is None or (value is None and is_dropped and field in NULL_IF_DROPPED):
             continue
         if field_type.accepts(value):
-            record[field] = field_type.convert(value)
+            if field_type.convert is not None and value is not None:
+                record[field] = field_type.convert(value)
         elif field in fields or field in optional:
             wrong = f"{field} must be {field_type.wanted}, not {str(value)[:60]}"
             raise InputError(f"{place}: {wrong}{advise(field, value)}")
@@ -227,13 +228,14 @@ def read(
     a missing or empty file, and, with its number, for a line that is not such a record or repeats one.
     """
     has_key = set(unique) <= set(fields)
+    key_of = itemgetter(*unique)  # a function: record -> its key
     records = []
     seen = set()
     shared: dict = {}  # the problem of many solutions is kept once
     for line in scan(path, fields, made_by, optional):
         record = line.value
         if has_key:
-            key = tuple(record[field] for field in unique)
+            key = key_of(record)
             if key in seen:
                 raise repeated(line, unique, key)
             seen.add(key)
@@ -245,10 +247,9 @@ def read(
     return records
 
 
-def repeated(line: Line, fields: tuple[str, ...], key: tuple) -> InputError:
+def repeated(line: Line, fields: tuple[str, ...], key: object) -> InputError:
     """The error of a line whose key, the values of these fields, stands in the file already."""
-    values = ", ".join(map(repr, key))
-    return InputError(f"{line.place}: {', '.join(fields)} {values} appears twice; ids must be unique")
+    return InputError(f"{line.place}: {', '.join(fields)} {key!r} appears twice; ids must be unique")
 
 
 def read_at(file: BinaryIO, start: int) -> dict:
@@ -892,7 +893,7 @@ class RecordFile:
             for line in lines:
                 key = self.key_of(line.value)
                 if key in self.done:
-                    raise repeated(line, self.key_fields, (key,))
+                    raise repeated(line, self.key_fields, key)
                 self._remember([line.value])
         except InputError as error:
             if is_ours:

@@ -266,7 +266,7 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
 
 
 def save_figure(figure, out: Path) -> None:
-    """Write a figure in the format of its name, one of FORMATS, whole or not at all."""
+    """Write a figure in the format of its name, one of `records.FORMATS`, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     figure.savefig(temporary, format=out.suffix.lower().removeprefix("."), dpi=120)

@@ -1,5 +1,6 @@
 """Tests of evaluate.py: the grader, the metrics, the commands."""
 
+import argparse
 import itertools
 import json
 import random
@@ -722,6 +723,26 @@ def test_a_killed_evaluation_resumes(checkpoint, tmp_path, monkeypatch, capsys):
         killed_at("")
         run(monkeypatch, *flags, *change, "--out", out)
         assert judged == ["a", "b", "c"]
+
+
+def test_a_results_file_keeps_what_an_earlier_run_measured(tmp_path):
+    """Guards: a second kill that loses rows which the first had left, because the file is written anew from its start."""
+    out = tmp_path / "out.jsonl"
+    args = argparse.Namespace(command="processbench", out=str(out))
+
+    def rows(subset):
+        metrics = {"f1": evaluate.Metric(0.5, 2, (0.0, 1.0))}
+        return records.result_rows("processbench", subset, metrics, {"model": "m"}, 1.0, 3)
+
+    results = records.ResultsFile(out, args, [])
+    results.add(rows("a"))
+    results.add(rows("b"))
+    results = records.ResultsFile(out, args, [])
+    results.add(results.earlier.pop(("m", "processbench", "a")))
+    assert [row["subset"] for row in read_lines(out)] == ["a", "b"]
+    results.add(results.earlier.pop(("m", "processbench", "b")) + rows("c"), complete=True)
+    assert [row["subset"] for row in read_lines(out)] == ["a", "b", "c"]
+    assert not records.ResultsFile(out, args, []).earlier
 
 
 def test_prompts_too_long_are_counted(checkpoint, tmp_path, monkeypatch, capsys):
