@@ -15,6 +15,10 @@ Decisions, where a grader could also decide otherwise:
 
 - A unit is dropped, not converted: 5 g, 5 kg, 5 km/h and 5 dollars are all 5, because most references have no unit.
 - A modulus, a base or a percent sign that only one side has is dropped too; if both have one, they must agree.
+- Million and dozen are factors, not units. Of several quantities, such as 3 hours 20 minutes, all numbers count.
+- Opposite words (am and pm, north and south, profit and loss) contradict each other if both answers have one.
+- 1,1,2 is a list, not the set 1,2; 12,34,567 is three numbers. x=5 and a+b=5 are 5, but 2x+3y=5 is an equation.
+- Of a predicted text, only the last LONGEST_QUESTION characters count.
 - A capital letter is another symbol than its small one (R and r), but words are compared in any case, and a choice is
   correct in any case: (b) for (B). A word is what stands in \text, any run of four letters, and "Tom", yes, no.
   e is Euler's number; E is accepted for it where it is the whole answer; i and \pi are constants, I and \Pi are not.
@@ -22,7 +26,7 @@ Decisions, where a grader could also decide otherwise:
 - A decimal number equals the number that it rounds if six significant digits agree: 0.333333 is 1/3, 0.333 is not.
 
 Out of reach without computer algebra of our own: identities that math-verify's simplification misses, the branches of
-roots and logarithms of quotients (taken as for positive numbers), converting units, one congruence under two moduli,
+roots and logarithms of quotients (taken as for positive numbers), equal angles or transposes with different names, converting units, one congruence under two moduli,
 degrees against radians outside a function, and plain text whose words math-verify takes for a number's unit.
 """
 
@@ -40,6 +44,7 @@ from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from html import unescape
 from inspect import signature
 from itertools import product
 from multiprocessing import Pipe
@@ -53,21 +58,26 @@ LONGEST_ANSWER = 400  # characters; what is longer is a text, as are four words 
 TEXT = re.compile(r"\\boxed|\n|\$.*\$|(?=.*\d)(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[^\\{}]*?){4}")
 
 SYMBOLS = {
-    "−": "-", "–": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "±": r"\pm ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∞": r"\infty ", "°": r"^\circ ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")", "∶": ":",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "′": "'",
-    "’": "'", "…": r"\ldots ", "€": "", "£": "", "¥": "", "₹": "", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
-    "δ": r"\delta ", "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "θ": r"\theta ", "κ": r"\kappa ",
-    "λ": r"\lambda ", "μ": r"\mu ", "ν": r"\nu ", "ξ": r"\xi ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ",
-    "τ": r"\tau ", "φ": r"\phi ", "ϕ": r"\phi ", "χ": r"\chi ", "ψ": r"\psi ", "ω": r"\omega ", "Γ": r"\Gamma ",
-    "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ω": r"\Omega ",
+    "−": "-", "–": "-", "‐": "-", "‒": "-", "—": "-", "•": r"\cdot ", "“": "", "”": "", "。": ".", "¢": "",
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ",
+    "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∞": r"\infty ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⟨": "(", "⟩": ")", "∶": ":", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "′": "'", "’": "'", "…": r"\ldots ",
+    "€": "", "£": "", "¥": "", "₹": "", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
+    "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "θ": r"\theta ", "κ": r"\kappa ", "λ": r"\lambda ", "μ": r"\mu ",
+    "ν": r"\nu ", "ξ": r"\xi ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ",
+    "ϕ": r"\phi ", "χ": r"\chi ", "ψ": r"\psi ", "ω": r"\omega ", "Γ": r"\Gamma ", "∠": r"\angle ", "∉": r"\notin ",
+    "→": r"\to ", "⊂": r"\subset ", "⊆": r"\subseteq ", "⊥": r"\perp ", "∥": r"\parallel ", "¬": r"\neg ",
+    "∣": r"\mid ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "√": r"\sqrt ",
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∆": r"\Delta ", "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ",
+    "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ω": r"\Omega ",
 }  # fmt: skip
-SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱˣ]+")
-SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉ₐₙₓ]+")
+FORMATS = {chr(code): unicodedata.decomposition(chr(code)) for code in range(0x80, 0x3000)}  # ² is "<super> 0032"
+SUPERSCRIPTS = re.compile("[" + "".join(one for one in FORMATS if FORMATS[one].startswith("<super>")) + "]+")
+SUBSCRIPTS = re.compile("[" + "".join(one for one in FORMATS if FORMATS[one].startswith("<sub>")) + "]+")
 VULGAR_FRACTIONS = re.compile("[¼½¾⅐-⅞]")  # one character each
-ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-RADICANDS = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[^\W\d_]))")
+ROOTS = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|[^\W\d_])")  # √10, where √(10) and √{10} keep their brackets
+OVERLINED = re.compile("(?:\\d\u0305)+")  # 3̅
 
 
 def from_unicode(text: str) -> str:
@@ -78,7 +88,8 @@ def from_unicode(text: str) -> str:
     text = SUPERSCRIPTS.sub(lambda run: "^{" + unicodedata.normalize("NFKC", run[0]) + "}", text)
     text = SUBSCRIPTS.sub(lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}", text)
     text = VULGAR_FRACTIONS.sub(write_fraction, text)
-    text = RADICANDS.sub(lambda root: ROOTS[root[1]] + "{" + (root[2] or root[3] or root[4] or "") + "}", text)
+    text = OVERLINED.sub(lambda run: "\\overline{" + run[0].replace("\u0305", "") + "}", text)
+    text = ROOTS.sub(r"\1{\2}", text)
     text = "".join(SYMBOLS.get(character, character) for character in text)
     text = "".join(SYMBOLS.get(character, character) for character in unicodedata.normalize("NFKC", text))
     return "".join(character for character in text if unicodedata.category(character) != "Cf")
@@ -91,9 +102,9 @@ def write_fraction(character: re.Match) -> str:
 
 
 MARK = re.compile(
-    r"\\(?:(?:textcolor|colorbox|color) ?(?:\[[^\]]*\])? ?\{[^{}]*\}|fcolorbox ?\{[^{}]*\} ?\{[^{}]*\}"
-    r"|uline|underline|underbar|underbrace|overbrace|emph|fbox|math(?:bf|it|sf|tt)|text(?:bf|it|sc|sl|tt|up|md)"
-    r"|boldsymbol|bm) ?(?=\{)|\\color ?(?:\[[^\]]*\])? ?\{[^{}]*\}"
+    r"\\(?:colorbox ?(?:\[[^\]]*\])? ?\{[^{}]*\}|fcolorbox ?\{[^{}]*\} ?\{[^{}]*\}|uline|underline|underbar"
+    r"|underbrace|overbrace|emph|f(?:rame)?box|hbox|mathop|bbox ?(?:\[[^\]]*\])?|math(?:bf|it|sf|tt)"
+    r"|text(?:bf|it|sc|sl|tt|up|md)|boldsymbol|bm) ?(?=\{)|\\(?:text)?color ?(?:\[[^\]]*\])? ?\{[^{}]*\} ?"
 )
 
 
@@ -137,10 +148,13 @@ def write_repeating(decimal: re.Match) -> str:
     return f"\\frac{{{numerator}}}{{{denominator}}}"
 
 
+DEGREES = r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))"
+
+
 def write_radians(call: re.Match) -> str:
     r"""math-verify ignores degrees, so in a function's argument they become radians: \sin 30^\circ ->
     \sin \frac{30\pi}{180}."""
-    return re.sub(r"([\d.]+|[a-zA-Z])\s*\^\s*\{?\s*\\circ\s*\}?", r"\\frac{\1\\pi}{180}", call[0])
+    return re.sub(rf"(?:\{{([\d.]+)\}}|([\d.]+|[a-zA-Z])){DEGREES}", r"\\frac{\1\2\\pi}{180}", call[0])
 
 
 WORD = re.compile(
@@ -165,57 +179,110 @@ def write_word(word: re.Match) -> str:
 
 
 NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
-THIN = r"(?:\\[,;:!]|\{,\}|,\\!)"  # what is typeset between thousands
+THIN = r"(?:\\[,;:!]|\{(?:,|\\[,;:!])\}|,\\!)"  # what is typeset between thousands
 END = r"(?![a-zA-Z])"  # of a command
 DIGITS = r"(?P<whole>\d{0,40})\.(?P<before>\d{0,40})"  # of a repeating decimal, before those that are repeated
-FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\})\s*)?"
-DEGREES = r"\s*\^\s*\{?\s*\\circ\s*\}?"
+FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\}))?(?:\s|\\,)*"
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 # A step is what is found and what is put in its place, in this order: later steps rely on earlier ones.
 STEPS: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"</?(?:b|i|em|strong|u)>|\\(?:tag|[hv]?phantom) ?\{[^{}]*\}|\\(?:begin|end) ?\{(?:align|equation|gather)(?:ed)?\*?\}", ""),
+    (r"\\(?:qed|blacksquare)$|(?: ?\\)+$", ""),  # a line break at the end
+    (r"&[gl]t;", lambda sign: unescape(sign[0])),
     (r"(?<!\\)\\ |~", " "),  # ties and control spaces
     (r"(?: |\\[,;:!])+$", ""),  # blanks at the end
+    (r"\\(?:left|right) ?\.", ""),  # no bracket
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|it|large|Large){END}(?: ?\.(?!\d))?", ""),
     (r"\\(?:text(?:normal|rm|sf)|mbox) ?(?=\{)", r"\\text"),
     (r"\{ ?\\rm ([^{}]*)\}", r"\\text{\1}"),  # {\rm m}
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\mathrm ?(?=\{ ?(?:[A-Z][a-z]{2,}|[a-z]{4,}|[Nn]o|[Yy]es) ?\})", r"\\text"),  # \mathrm{Yes}
+    (r"_ ?\\text ?\{([^{}]*)\}", r"_{\1}"),  # x_\text{max}
+    (r"\\[dtc](?=frac|binom)", r"\\"),
+    (r"\\(frac|binom) ?([a-zA-Z\d]) ?([a-zA-Z\d])", r"\\\1{\2}{\3}"),  # \frac ab
+    (rf"\\var(?=(?:phi|epsilon|theta|rho|sigma|pi|kappa){END})", r"\\"),  # \varphi
+    (rf"\\mathbb ?([A-Z])|\\([RNZQC]){END}", r"\\mathbb{\1\2}"),  # \mathbb R, \R
+    (rf"\\(?:c?dots[cbm]?){END}|\.\.\.", r"\\ldots "),
+    (r"\\(?:(lbrace)|rbrace) ?", lambda brace: r"\{" if brace[1] else r"\}"),
     # numbers
+    (r"(?<![\w.])0(?:x[\da-fA-F]{1,40}|b[01]{1,40})(?!\w)", lambda number: str(int(number[0], 0))),  # 0xFF
+    (r"(?<=\d)_(?=\d{3}(?!\d))", ""),  # 1_000
+    (r"\{ ?(\\overline ?\{[\d ]+\}) ?\}", r"\1"),  # 0.{\overline{3}}
+    (r"(?<=\d)\{,\}(?=\\overline)", "."),  # 0{,}\overline{3}
     (rf"(?<![\d.])\d{{1,3}}(?:(?:{THIN} ?| )\d{{3}})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 1 000
-    (r"(?<=\.)\d{3}(?:\\,\d{1,3})+", lambda number: re.sub(r"\D", "", number[0])),  # 3.141\,592
+    (r"(?<=\.)\d{3}(?:\\,\d{1,3}| \d{3})+(?!\d)", lambda number: re.sub(r"\D", "", number[0])),  # 3.141\,592
     (DIGITS + r"(?P<repeated>\\dot ?\{?\d\}?\d{0,40}\\dot ?\{?\d\}?)", write_repeating),  # 0.\dot{1}4285\dot{7}
-    (DIGITS + r"\\(?:overline|bar|dot) ?(?P<repeated>\d|\{\d{1,40}\})", write_repeating),  # 0.1\overline{6}
+    (DIGITS + r"\\(?:overline|bar|dot) ?(?P<repeated>\d|\{ ?\d{1,40} ?\})", write_repeating),  # 0.1\overline{6}
     (DIGITS + r"\((?P<repeated>\d{1,40})\)(?! ?[\w(^])", write_repeating),  # 0.1(6)
+    (r"(?P<whole>\d{0,40})\.(?P<before>\d{0,9}?)(?P<repeated>\d{1,9}?)(?P=repeated){2,40} ?\\ldots", write_repeating),
     (r"(?<![\d.^_/{])(\d+) (\d+)/(\d+)(?!\d)", r"(\1+\\frac{\2}{\3})"),  # 3 1/2
     (r" ?\*\* ?", "^"),  # 2**3
-    (r"\^ ?([-+] ?(?:\d+(?:\.\d+)?|[a-zA-Z]))", r"^{\1}"),  # 10^-2
+    (r"\^ ?([-+] ?(?:\d+(?:\.\d+)?|[a-zA-Z]|\\(?:pi|theta|alpha|beta|lambda)))", r"^{\1}"),  # 10^-2
+    (r"\^ ?(\{)?(\d{1,9}\.\d{1,9})(?(1)\})", lambda exponent: f"^{{{Fraction(exponent[2])}}}"),  # 2^0.5
+    (r"(?<=[\d}]) ?(\\text ?\{ ?)?(hundred|thousand|million|billion|trillion|dozen)s?(?![a-zA-Z])",
+        lambda scale: f"\\times {SCALES[scale[2]]}" + (scale[1] or "")),  # 5\text{ million kg} -> 5\times 1000000\text{ kg}
+    (r"(?<=\d)\^ ?\{ ?(?:\\text ?\{ ?)?(?:st|nd|rd|th) ?\}+", ""),  # 5^{th}
+    (r"(?<![a-zA-Z])sq\. ?", "square "),
     (r" ?(?:\\text ?\{ ?)?(?<![a-zA-Z])(?:percent(?:age)?|pct)(?![a-zA-Z])(?: ?\})?|(?<!\\)%", r"\\%"),
     # names and brackets
-    (r"(?<![\\a-zA-Z])(?<!name\{)(?<!rm\{)(?<!text\{)(pi|sqrt|exp|ln|log|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),  # 2*pi
-    (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
-    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),  # \sqrt(5)
+    (r"(?<![\\a-zA-Z])(?<!name\{)(?<!rm\{)(?<!text\{)"
+        r"(pi|sqrt|exp|ln|log|(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h)(?![a-zA-Z])", r"\\\1"),  # 2*pi
+    (r"(?<![\\a-zA-Z])(?:infinity|infty|oo)(?![a-zA-Z])", r"\\infty"),
+    (r"\\operatorname ?\{ ?(sin|cos|tan|ln|log) ?\}", r"\\\1"),
+    (r"(?<![\\a-zA-Z])abs ?\(([^()]*)\)", r"|\1|"),
+    (r"(?<![\\a-zA-Z])cbrt(?= ?\()", r"\\sqrt[3]"),
+    (r"(\\sqrt(?:\[\d+\])?) ?\(([^()]*)\)", r"\1{\2}"),  # \sqrt(5)
+    (r"(\\sqrt(?:\[\d+\])?) ?\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}"),  # \sqrt(2(3+1))
+    (r"m?\\angle ?([A-Z]{3})(?![A-Za-z])",
+        lambda angle: f"\\text{{angle {min(angle[1], angle[1][::-1])}}}"),  # CBA is ABC
+    (r"(?<=[A-Za-df-z])\^ ?(?:\{ ?(?:T|\\top) ?\}|T|\\top)(?![a-zA-Z])", r"^{\\tau}"),  # A^T
+    (r"\^ ?(?:\{ ?((?:\\prime ?)+)\}|(\\prime))", lambda primes: "'" * primes[0].count("prime")),
+    (r"(?<=[a-zA-Z])'+(?![st]\b)", lambda primes: "_{" + "p" * len(primes[0]) + "}"),  # f'' -> f_{pp}
+    (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
+    (r"^([\[(][^\[\]();,]*);([^\[\]();,]*[\])])$", r"\1,\2"),  # [1;2]
+    (r"^\(([^()]*)\\pm([^()]*)\)$", r"(\1+\2), (\1-\2)"),  # (\pm 1,0)
+    (r"^((?:[a-z] ?= ?)?)(\\frac\{[^,{}]*)\\pm([^,]*)$", r"\1\2+\3, \1\2-\3"),
     (r"\\exp ?\(([^()]*)\)", r"e^{\1}"),  # \exp(3)
     (rf"\\degree{END}", r"^\\circ "),
     (rf"\\lg{END}", r"\\log "),
     (rf"\\langle{END}", "("),
     (rf"\\rangle{END}", ")"),
     (rf"\\varnothing{END}|\\\{{ ?\\\}}", r"\\emptyset"),  # \{\}
-    (rf"{FUNCTION}(?:\([^()]*\)|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:{NUMBER}|[a-zA-Z]){DEGREES})", write_radians),
+    (r"(?<=[\d}]) ?(?:\\text ?\{ ?degrees? ?\}|degrees?(?![a-zA-Z]))", r"^\\circ "),  # 30 degrees
+    (rf"(?<=\d)\^ ?(?:\{{ ?(?:\\(?:text|mathrm) ?\{{ ?)?o ?\}}+|o{END})", r"^\\circ "),  # 60^{\text{o}}
+    (rf"{FUNCTION}(?:-? ?(?:{NUMBER}|[a-zA-Z]|\{{{NUMBER}\}}){DEGREES}"
+        r"|\([^()]*\)|\{(?:[^{}]|\{[^{}]*\})*\})", write_radians),
     # relations, moduli and bases
     (r"(?<=[\d)])!=", "! ="),  # 5!=120
-    (rf"\\(?:neq|not ?=){END}|(?<= )!=", r"\\ne "),
+    (rf"\\(?:neq|not ?=){END}|(?<= )!=|<>", r"\\ne "),
+    (r"(?<=\\ne )[^,=]*,[^=]*$", lambda list_: ", ".join(sorted(re.split(" ?, ?", list_[0].strip())))),  # x\ne 4,3
     (rf"\\(?:leq|leqslant){END}|<=", r"\\le "),
     (rf"\\(?:geq|geqslant){END}|>=", r"\\ge "),
     (rf"\\lt{END}", "<"),
     (rf"\\gt{END}", ">"),
+    (r"\\equiv ?_ ?(?:\{ ?(\d+) ?\}|(\d)) ?(.*)$", r"=\3 \\pmod{\1\2}"),
+    (r"^([a-z]) ?\\% ?(\d+) ?= ?(\d+)$", r"\1=\3 \\pmod{\2}"),
     (rf"\\equiv{END}", "="),
-    (rf"^ ?(?:=|\\approx{END})", ""),  # = 5
+    (rf"^ ?(?:=>?|\\(?:implies|Rightarrow|to){END}|\\approx{END})", ""),  # = 5
     (rf"^(-?{NUMBER}|-?\\frac\{{\d+\}}\{{\d+\}}) ?= ?([a-zA-Z])$", r"\2=\1"),  # 5=x
     (r"\\text ?\{ ?(\(? ?mod(?:ulo)?(?![a-z])[^{}]*)\}", r"\1"),  # \text{(mod 7)}
     (r" ?(\()? ?(?:\\(?:operatorname|mathrm) ?\{ ?mod ?\}|\\[pb]?mod|(?<![a-zA-Z])mod(?:ulo)?)(?![a-zA-Z])"
         r"(?: |\\,)*(?:\{([^{}]*)\}|([\w^*+-]+)) ?(?(1)\))", r" \\pmod{\2\3}"),
-    (r"(?<=[\dA-Z)])(?: |\\,)*(?:\\text ?\{ ?(?:in )?base ?\}|(?:in )?base) ?(\d+|[a-z]+)$", r"_{\1}"),  # 2516 base 8
+    (r"(?<=[\dA-Z)])(?: |\\,)*\(?(?:\\text ?\{ ?(?:in )?base ?\}|(?:in )?base) ?(\d+|[a-z]+)\)?$",
+        r"_{\1}"),  # 2516 base 8
+    (r"(?<=[\dA-F])(?: |\\,)*\(?(?:\\text ?\{ ?)?(?:in )?(binary|octal|decimal|hexadecimal)(?: ?\})?\)?$", r"_{\1}"),
+    (r"\\text ?\{ ?([0-9A-Fa-f]+) ?\}(?= ?_)", r"\1"),  # \text{FF}_{16}
     # words
     (rf"^(-?{NUMBER}) ?(?:km|cm|mi|miles|m|ft|feet) ?/ ?(?:hour|hr|h|second|sec|s|min)(?:\^\{{?2\}}?)?$", r"\1"),
+    (r"\{:\}", ":"),  # 5{:}00
+    (r"(?<=\d)(?: | ?\\text ?\{ ?)([aApP])\.?[mM]\.?(?: ?\})?(?![a-zA-Z])", r"\\text{\1m}"),  # 5 p.m.
     (WORD.pattern, write_word),
+    (r"(\\text ?\{(?! ?I ?\})[^{}]*\})|\\text ?\{ ?I ?\}|(?<![a-zI\\])I(?![a-zI])",
+        lambda part: part[1] or "\\iota "),  # math-verify would read the unit i
+    # dates
+    (rf"\b{MONTH}(?:uary|ruary|ch|il|e|y|ust|tember|t|ober|ember)?( ?\}})?\.?(?![a-z])", r"\1\2"),  # october -> oct
+    (rf"(?<!\d)(\d{{1,2}})(?:st|nd|rd|th)? ?(?:of )?\\text ?\{{ ?{MONTH} ?\}}", r"\\text{\2} \1"),  # 30 oct
+    (rf"({MONTH} ?\}}? ?\d{{1,2}}), ?(\d{{4}})(?!\d)", r"\1 \3"),  # july 4, 1776
 ]  # fmt: skip
 COMPILED_STEPS = [(re.compile(pattern), replacement) for pattern, replacement in STEPS]
 
@@ -229,7 +296,7 @@ def normalise(answer: str) -> str:
     """The answer in one typesetting: without surrounding white space, marks and the full stop of a sentence. A text
     stays as it is, but for its box."""
     answer = re.sub(r"[^\S\n]+", " ", answer.strip())  # math-verify takes seconds for a long run of blanks
-    answer = re.sub(r"^(\*\*?|__|`|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
+    answer = re.sub(r"^(\*{1,3}|__|`|\$\$?)([^$\n]+)\1$", r"\2", from_box(answer))
     if is_text(answer):
         return answer
     answer = remove_marks(from_unicode(answer))
@@ -249,20 +316,59 @@ _idle: list[subprocess.Popen] = []
 # references leave a percent sign out.
 READINGS = [
     (re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)e([+-]?\d{1,3})(?!\w)", re.IGNORECASE), r"\1 \\times 10^{\2}"),  # 4.5e33
+    (re.compile(r"(\d+) ?\\frac ?\{(\d+)\}\{(\d+)\} ?\\%"), r"\\frac{\1+\\frac{\2}{\3}}{100}"),  # 33\frac13\%
     (re.compile(r" ?\\%"), ""),
+    (re.compile(r"(?<=\d)(?: ?\\(?:text|mathrm) ?\{ ?| )(?:[kcdm]?m|in|ft|yd|mi) ?\}? ?\^ ?\{?[23]\}?$"), ""),  # 5 cm^2
 ]
+EXACT_NUMBER = re.compile(
+    r"(-?) ?(?:\\frac ?(?:\{(-?\d{1,400})\} ?\{(\d{1,400})\}|(\d)(\d))|(\d{0,400}(?:\.\d{0,400})?)(?: ?/ ?(\d{1,400}))?)"
+    r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))?"
+)
+ROUNDING = Fraction(1, 10**5)  # relative; numbers that differ by more do not round each other
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 CHOICE = re.compile(r"(?:\\text ?\{ ?)?(\(?)([A-Ea-e])\)? ?\}?")
 LEADING_SIGN = re.compile(r" ?(?:<|>|\\[nlg]e(?![a-zA-Z]))")
 MODULUS = re.compile(r" ?\\pmod\{([^{}]*)\}")
 BASED = re.compile(  # 2516_8, (2516)_{\text{eight}}; A1_{16}, but not the entry A_{12} of a matrix
-    r"(?<![\w}])\(?(\d[0-9A-Fa-f.]*|[A-F][0-9A-F]*(?=\)? ?_ ?\{ ?16))\)? ?_ ?"
+    r"(?<![\w}])\(?(\d[0-9A-Fa-f.]*|[A-Fa-f][0-9A-Fa-f]*(?=\)? ?_ ?\{ ?16))\)? ?_ ?"
     r"(?:\{ ?(?:\\text ?\{)? ?(?:base )?(\w+) ?\}? ?\}|(\d+))"
 )
-DATE = re.compile("(?<![a-z])(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*")
+OPPOSITES = [
+    ("left", "right"), ("more", "less|fewer"), ("above", "below"), ("incr", "decr"), ("loss", "profit|gain"),
+    ("up", "down"), ("before", "after"), ("counterclock", "clock"), ("faster", "slower"), ("longer", "shorter"),
+    ("older", "younger"), ("heavier", "lighter"), ("taller", "smaller|shorter"), ("positive", "negative"),
+]  # fmt: skip
+# What both answers have must be the same. A group that only one of two opposite words sets tells them apart.
+CONTRADICTIONS = [
+    MODULUS,
+    re.compile("(?<![a-z])(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*"),
+    re.compile(r"(?<![a-zA-Z])(?:([aA])|[pP])\.?[mM](?![a-zA-Z])"),  # 5 am, 5 p.m.
+    re.compile(r"_\{(p+)\}"),  # f'' and f'
+    re.compile(r"(north|south|east|west)(?:ern)?( of)?"),
+    *(re.compile(rf"\b(?:({one})|{other})") for one, other in OPPOSITES),
+    re.compile(r"^[^=<>\d]*?\b(?:(and)|or)\b(?=[^=<>\d]*$)"),  # p and q, but not the roots 1 and 2
+    re.compile(r"(?<=\d) ?(?:(')|\^ ?\{? ?\\circ)"),  # 5' is not 5°
+    re.compile(r"^ ?(?:\\text\{ ?)?\(?([A-E])[.)][ }]"),  # A. 5
+]
+DROPPED_RELATION = re.compile(r"\\(gg|ll|gtrsim|lesssim|neg|lnot|nmid|notin|nless|ngtr|nsubset|nparallel|propto|not)")
+LONE_NUMBER = re.compile(r"(?<![\w.^_{])\d{1,40}(?:\.\d{1,40})?(?![\d}])")
+QUANTITY = re.compile(
+    rf"({LONE_NUMBER.pattern}) ?"
+    r"(?:\\text ?\{ ?(?!and\b|or\b)|(?<= )(?=(?:ft|in|[cmk]m|k?g|lb|oz|hr|min|sec)\b))([a-z]+)"
+)
+LONGEST_QUESTION = 2000  # characters at the end of a text: math-verify's time grows with their square
+DEEPEST_NESTING = 50
+
+
+def is_balanced(text: str) -> bool:
+    """Are nearly all brackets closed? [0, 1) and A) pass; math-verify takes many seconds for dozens of open ones."""
+    return abs(sum(map(text.count, "([{")) - sum(map(text.count, ")]}"))) < DEEPEST_NESTING
+
+
 BASES = {
     "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
     "eleven": "11", "twelve": "12", "sixteen": "16",
+    "binary": "2", "octal": "8", "decimal": "10", "hexadecimal": "16",
 }  # fmt: skip
 
 
@@ -296,8 +402,15 @@ def compare(prediction: str, reference: str, timeout: float) -> bool | None:
         return True
     if INTEGER.fullmatch(prediction) and INTEGER.fullmatch(reference):
         return int(prediction) == int(reference)
+    if not is_balanced(prediction + reference):
+        return False
+    same_number = compare_numbers(prediction, reference)
+    if same_number is not None:
+        return same_number
     # 2. Choices, and marks of a number that must agree.
     if is_text(prediction) or is_text(reference):
+        if len(prediction) > LONGEST_QUESTION >= len(reference):
+            prediction = prediction[-LONGEST_QUESTION:].partition(" ")[2] or prediction
         return ask(prediction, reference, timeout)
     verdict = compare_choices(prediction, reference)
     if verdict is None:
@@ -328,14 +441,63 @@ def compare_choices(prediction: str, reference: str) -> bool | None:
 
 
 def contradict(prediction: str, reference: str) -> bool | None:
-    r"""False if both have moduli, or numerals like 2516_8, or dates, and these differ; else None."""
-    moduli = [sorted(MODULUS.findall(answer)) for answer in (prediction, reference)]
-    numerals = [sorted(map(read_numeral, BASED.finditer(answer))) for answer in (prediction, reference)]
-    days = [sorted(DATE.findall(answer)) for answer in (prediction, reference)]  # 30 October: not a unit
-    for one, other in (moduli, numerals, days):
-        if one and other and one != other:
-            return False
-    return None
+    r"""False if both have marks of one kind, such as moduli, numerals like 2516_8 or dates, and these differ, or if they
+    have other quantities, as in 3 hours 20 minutes; else None."""
+    pair = (prediction, reference)
+    numerals = [sorted(map(read_numeral, BASED.finditer(answer))) for answer in pair]
+    marks = [numerals] + [[sorted(pattern.findall(answer)) for answer in pair] for pattern in CONTRADICTIONS]
+    if any(one and other and one != other for one, other in marks):
+        return False
+    relations = [sorted(DROPPED_RELATION.findall(answer)) for answer in pair]
+    if relations[0] != relations[1]:
+        return False
+    lists = [sorted(re.split(" ?, ?", answer)) for answer in pair]
+    is_plain = not re.search(r"[(\[]|\\\{", prediction + reference)
+    if is_plain and set(lists[0]) == set(lists[1]) and lists[0] != lists[1]:
+        return False  # 1,1,2 is not 1,2, where \{1,1,2\} is \{1,2\}
+    return compare_quantities(prediction, reference)
+
+
+def compare_quantities(prediction: str, reference: str) -> bool | None:
+    """False if one has several quantities and the other not the same numbers; True if they are equal and there are no
+    signs or brackets; else None: 3 boys and 4 girls are 4 girls and 3 boys, not 4 boys and 3 girls, nor 5."""
+    pair = (prediction, reference)
+    quantities = [sorted((unit, Fraction(number)) for number, unit in QUANTITY.findall(answer)) for answer in pair]
+    if max(map(len, quantities)) < 2:
+        return None
+    units = [[unit for unit, _ in parts] for parts in quantities]
+    if units[0] == units[1] and quantities[0] != quantities[1]:
+        return False
+    if quantities[0] == quantities[1] and not re.search(r"[-+*/^=<>(\[]|\\(?!text)", prediction + reference):
+        return True
+    numbers = [sorted(map(Fraction, LONE_NUMBER.findall(answer))) for answer in pair]
+    return None if numbers[0] == numbers[1] else False
+
+
+def compare_numbers(prediction: str, reference: str) -> bool | None:
+    """Compare two plain numbers as fractions. None if one is something else, or a decimal that may round the other."""
+    one, other = read_number(prediction), read_number(reference)
+    if one is None or other is None:
+        return None
+    if one == other:
+        return True
+    if "." in prediction + reference and abs(one - other) <= ROUNDING * max(abs(one), abs(other)):
+        return None
+    return False
+
+
+def read_number(answer: str) -> Fraction | None:
+    r"""An integer, a decimal, a fraction (a/b, \frac{a}{b}) or one of these times a power of ten; else None."""
+    match = EXACT_NUMBER.fullmatch(answer)
+    if match is None:
+        return None
+    sign, above, below, above_digit, below_digit, number, divisor, exponent, exponent_digit = match.groups()
+    numerator = above or above_digit or number
+    denominator = Fraction(below or below_digit or divisor or 1)
+    if numerator in ("", ".") or denominator == 0:
+        return None
+    value = Fraction(numerator) / denominator * Fraction(10) ** int(exponent or exponent_digit or 0)
+    return -value if sign else value
 
 
 def read_numeral(numeral: re.Match) -> tuple[str, str]:
@@ -421,27 +583,18 @@ def start_worker() -> subprocess.Popen:
 # not an import. The alarm counts CPU time (with a clock behind it), so a busy machine doesn't change verdicts.
 # math-verify's own time limits are off, because they return False rather than "unknown".
 
-EXACT_NUMBER = re.compile(
-    r"(-?) ?(?:\\frac ?(?:\{(-?\d{1,400})\} ?\{(\d{1,400})\}|(\d)(\d))|(\d{0,400}(?:\.\d{0,400})?)(?: ?/ ?(\d{1,400}))?)"
-    r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))?"
-)
-ROUNDING = Fraction(1, 10**5)  # relative; numbers that differ by more do not round each other
 DECIMAL_PLACES = 6  # to which decimals are compared; for numbers below 0.1, significant digits
 EXACT_PLACES = 15  # likewise, for numbers that are not decimals
 
 
 def judge(prediction: str, reference: str) -> bool | None:
-    """Is the prediction equal to the reference? Numbers are compared as fractions, and anything else as math-verify
-    reads it. None if memory or stack ran out.
+    """Is the prediction equal to the reference, as math-verify reads them? None if memory or stack ran out.
 
     Any other exception from a comparison means that the two can't be compared, such as a number and the 1/0 that 2:00
     is read as. So they are not equal.
     """
     from math_verify import parse  # only the worker has it
 
-    same_number = compare_numbers(prediction, reference)
-    if same_number is not None:
-        return same_number
     # math-verify looks for a box first, and gives all readings of the string.
     answers = [text if "\\boxed" in text else "\\boxed{" + text + "}" for text in (reference, prediction)]
     readings = [parse(answer, parsing_timeout=None) for answer in answers]
@@ -455,32 +608,6 @@ def judge(prediction: str, reference: str) -> bool | None:
         except Exception:
             continue
     return None if exhausted else False
-
-
-def compare_numbers(prediction: str, reference: str) -> bool | None:
-    """Compare two plain numbers as fractions. None if one is something else, or a decimal that may round the other."""
-    one, other = read_number(prediction), read_number(reference)
-    if one is None or other is None:
-        return None
-    if one == other:
-        return True
-    if "." in prediction + reference and abs(one - other) <= ROUNDING * max(abs(one), abs(other)):
-        return None
-    return False
-
-
-def read_number(answer: str) -> Fraction | None:
-    r"""An integer, a decimal, a fraction (a/b, \frac{a}{b}) or one of these times a power of ten; else None."""
-    match = EXACT_NUMBER.fullmatch(answer)
-    if match is None:
-        return None
-    sign, above, below, above_digit, below_digit, number, divisor, exponent, exponent_digit = match.groups()
-    numerator = above or above_digit or number
-    denominator = Fraction(below or below_digit or divisor or 1)
-    if numerator in ("", ".") or denominator == 0:
-        return None
-    value = Fraction(numerator) / denominator * Fraction(10) ** int(exponent or exponent_digit or 0)
-    return -value if sign else value
 
 
 def same_value(gold: object, answer: object) -> bool:
@@ -497,17 +624,42 @@ def same_value(gold: object, answer: object) -> bool:
     gold, answer = value_of(gold), value_of(answer)
     if gold is None or answer is None:
         return False
+    for one, other in ((gold, answer), (answer, gold)):
+        if is_equation(one) and isinstance(other, sympy.Expr):
+            return False
     # Its places are behind the decimal point, so all numbers below 10^-15 would be equal.
     zeros = max(leading_zeros(gold), leading_zeros(answer))
     places = {"float_rounding": DECIMAL_PLACES + zeros, "numeric_precision": EXACT_PLACES + zeros}
-    if math_verify.verify(gold, answer, **places, timeout_seconds=None, raise_on_error=True):
+    options = {**places, "allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
+    if math_verify.verify(gold, answer, **options):
         return True
     if not isinstance(gold, sympy.Basic) or not isinstance(answer, sympy.Basic):
         return False
-    split = (split_quotients(gold), split_quotients(answer))
-    if split == (gold, answer):
+    for rewrite in (split_quotients, write_imaginary):
+        pair = (rewrite(gold), rewrite(answer))
+        if pair != (gold, answer) and math_verify.verify(*pair, **options):
+            return True
+    return False
+
+
+def is_equation(reading) -> bool:
+    """Is it an equation such as 2x+3y=5, which is not 5? x=5, f(2)=5 and a+b=5 only name a value."""
+    from math_verify.parser import sympy
+
+    if not isinstance(reading, sympy.Eq) or isinstance(reading.lhs, sympy.Function):
         return False
-    return math_verify.verify(*split, **places, timeout_seconds=None, raise_on_error=True)
+    return bool(reading.lhs.atoms(sympy.Integer) - {sympy.S.NegativeOne})
+
+
+def write_imaginary(reading):
+    """(1+i)^2 -> 2i: math-verify reads i as a symbol."""
+    from math_verify.parser import sympy
+
+    reading = reading.subs({symbol: sympy.I for symbol in reading.free_symbols if symbol.name == "i"})
+    if not reading.has(sympy.I):
+        return reading
+    reading = reading.doit()
+    return sympy.expand_complex(reading) if reading.is_number else reading
 
 
 def value_of(reading):
@@ -518,16 +670,19 @@ def value_of(reading):
     equations = [reading]
     if isinstance(reading, sympy.And):  # a = b = c is read as two equations
         equations = getattr(reading, "_unsorted_args", reading.args)
+    is_of_numbers = True
     for equation in equations:
-        if not isinstance(equation, sympy.Eq) or not equation.lhs.is_number or not equation.rhs.is_number:
+        if not isinstance(equation, sympy.Eq):
             return reading
-    for equation in equations:
+        if not equation.lhs.is_number or not equation.rhs.is_number:
+            is_of_numbers = False
+            continue
         left = equation.lhs.evalf()
         right = equation.rhs.evalf()
         tolerance = 1e-2 if equation.has(sympy.Float) else 1e-12
         if abs(left - right) > tolerance * abs(right):
             return None
-    return equations[-1].rhs
+    return equations[-1].rhs if is_of_numbers else reading
 
 
 def leading_zeros(reading: object) -> int:

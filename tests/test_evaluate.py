@@ -132,6 +132,7 @@ def fresh_workers(monkeypatch):
         (None, "5", False),
         ("I don't know", "5", False),
         ("{" * 30, "5", False),
+        ("(" * 5000, "5", False),
         ("\\frac{1", "5", False),
         ("\x00\n", "5", False),
     ],
@@ -141,14 +142,14 @@ def test_grade(prediction, reference, verdict):
     assert grade(prediction, reference) is verdict
 
 
-@pytest.mark.parametrize("hang", [r"2^{2^{2^{2^{2^{2}}}}}", "9^{9^{9^{9}}}", "(" * 5000])
+@pytest.mark.parametrize("hang", [r"2^{2^{2^{2^{2^{2}}}}}", "9^{9^{9^{9}}}", "9^{9^{9^{8}}}"])
 def test_a_hanging_answer_costs_its_deadline_and_is_unknown(hang):
     """Guards against a hang inside C code that no exception ends, and against counting it as wrong."""
     grade("x", "1/2")  # a worker is running
     started = time.time()
     assert grade(hang, "5", timeout=0.5) is None
     assert time.time() - started < 10
-    assert grade("1/2", "0.5") is True
+    assert grade("x/2", "0.5x") is True
 
 
 def test_hangs_stay_alone_in_a_batch():
@@ -174,13 +175,13 @@ def test_a_crash_is_unknown_and_a_missing_grader_is_an_error(fresh_workers, monk
         (tmp_path / f"{name}.py").write_text(program.replace(old, new))
     with monkeypatch.context() as patch:
         patch.setattr(grader, "WORKER", tmp_path / "dies.py")
-        assert [grade("1/2", "0.5"), grade("1/3", "0.5")] == [None, None]
+        assert [grade("x/2", "0.5x"), grade("x/3", "0.5x")] == [None, None]
     grader._idle.clear()
     monkeypatch.setattr(grader, "WORKER", tmp_path / "lacks.py")
     with pytest.raises(InputError, match="math-verify"):
-        grade("1/2", "0.5")
+        grade("x/2", "0.5x")
     with pytest.raises(ValueError, match="positive"):
-        grade("1/2", "0.5", timeout=0)
+        grade("x/2", "0.5x", timeout=0)
 
 
 def test_the_worker_sees_nothing_of_the_current_directory(fresh_workers, monkeypatch, tmp_path):
@@ -189,12 +190,12 @@ def test_the_worker_sees_nothing_of_the_current_directory(fresh_workers, monkeyp
     for name in ("math_verify", "sympy", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
-    assert grade("1/2", "0.5") is True
+    assert grade("x/2", "0.5x") is True
     grader._idle.clear()
     (tmp_path / "worker.py").write_text(grader.WORKER.read_text())
     (tmp_path / "json.py").unlink()  # of the standard library, which the worker itself begins with
     monkeypatch.setattr(grader, "WORKER", tmp_path / "worker.py")
-    assert grade("1/2", "0.5") is True
+    assert grade("x/2", "0.5x") is True
 
 
 @pytest.mark.parametrize(
