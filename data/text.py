@@ -8,6 +8,7 @@ needs to know `split_steps` and `extract_answer`, and nothing else of it. No tok
 
 import re
 import unicodedata
+from itertools import accumulate
 
 # The tags of this format. A tokenizer may call some of them special tokens; here they are always text.
 TAGS = ("<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>")
@@ -18,25 +19,40 @@ TAGS = ("<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>")
 STEP_TAG = re.compile(r"<step(?:\s[^<>]*)?>((?:(?!<step\b).)*?)</step>", re.DOTALL)
 # "<answer>5</answer>", or cut off
 ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+# What stands before and behind the word of a heading: signs, a list's number, and commands of LaTeX and HTML, as in
+# "✅ **Step", "1. \textbf{Step", "<b>Step"; "**:", "}:", "</b>:".
+OPENING = r"(?:\\[a-z]+\*?[{ ]|</?[a-z]+\d?>|[^\w\n]|_)*"
+OPENING = rf"{OPENING}(?:\d+[.)]{OPENING})?"
+CLOSING = r"(?:[^\S\n]|[*_\]}]|</[a-z]+\d?>)*"
 # "Step 2: ", "**Step 2:** ", "Step #2) ", "> Step 2 of 3 - ", "### Step 2" alone on its line, and the "Step 2" of
-# "Step 2 (add): ", whose title belongs to the text. "Step 2.1: " is part of a step, and "Step 2.5 m" is a number.
+# "Step 2 (add): ", whose title belongs to the text. "Step 2.1: " is part of a step, "Step 2.5 m" and "Step 2 - 1 = 1"
+# are numbers.
 STEP_HEADING = re.compile(
-    r"""^[ \t#*_>`•+-]* Step [ \t*_\#№-]* (\d+) (?:[ \t]*(?:of|/)[ \t]*\d+)?
-    (?: [ \t*_]* (?:[:：)）\]、]|[.．](?!\d)) [*_]* [ \t]*
-      | [ \t]+ [–—-] [ \t]+
-      | (?= [ \t]* \([^()\n]*\) [ \t*_]* [:：] )
-      | [ \t*_\#\r]* $ )""",
+    rf"""^{OPENING} Step (?:[^\w\n.,:;!?]|_)* (?:No\.?[^\S\n]*)? (\d+) (?:[ \t]*(?:of|/)[ \t]*\d+)?
+    (?: {CLOSING} (?:[:：)）\]、]|[.．](?!\d)) (?:[*_:\]}}]|</[a-z]+\d?>)* [ \t]*
+      | [ \t]+ (?: — | [–-] (?=[ \t]+[^\W\d_]|[ \t]+[*_$]) ) [ \t]+
+      | (?= [ \t]* \([^()\n]*\) {CLOSING} (?:[:：]|$) )
+      | {CLOSING} \#* $ )""",
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
-# "Answer: 5", "**Final answer:** 5", "- Answer: 5", and "### Answer" alone on its line
+# "Answer: 5", "**Final answer:** 5", "1. The answer: 5", "(Answer: 5)", and "### Answer" alone on its line. Not "the
+# answer: 5", which is the end of a sentence.
 ANSWER_LINE = re.compile(
-    r"^[ \t#*_>`•+-]*(?:final[ \t]+)?answer[ \t*_#\r]*(?:[:：](.*))?$", re.MULTILINE | re.IGNORECASE
+    rf"^{OPENING}(?:(?-i:The)[ \t]+)?(?:final[^\S\n]+)?answer{CLOSING}#*(?:[:：](.*))?$", re.MULTILINE | re.IGNORECASE
 )
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 # "---" below a blank line, where it isn't part of a long addition
-RULE = re.compile(r"(\A|\n[^\S\n]*\n)[ \t]*([-*_])(?:[ \t]*\2){2,}[ \t]*(?=\n|\Z)")
-# "**" or "__" at the beginning or the end of a word, but not in 2**3
-EMPHASIS = re.compile(r"(?<!\S)(?:\*\*|__)(?=\S)|(?<=\S)(?:\*\*|__)(?=[\s.,;:!?]|$)")
+RULE = re.compile(
+    r"(\A|\n[^\S\n]*\n)[ \t]*(?:([-*_=~—–─━═])(?:[ \t]*\2){2,}|(?:\\noindent)?\\h?(?:rule|line)\b.*|<hr ?/?>)[ \t]*(?=\n|\Z)"
+)
+# "**" or "__" at the beginning or the end of a word, but not in 2**3; and tags of HTML
+EMPHASIS = re.compile(
+    r"(?<!\S)(?:\*\*|__)(?=\S)|(?<=\S)(?:\*\*|__)(?=[\s.,;:!?%°)\]}]|$)|</?(?:b|i|u|em|strong|p|h\d)>", re.IGNORECASE
+)
+# A line that an answer is not on: nothing, or the opening of a formula.
+NO_VALUE = re.compile(r"(?:\$\$?|\\[\[(]|\\begin\{[a-z]+\*?\})?")
+# How other reasoning generators tag their thoughts
+THOUGHT_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 
 def tagged_steps(text: str) -> list[str]:
@@ -54,6 +70,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
     or with the text where it was cut off: then it is nothing but drafts. Not a thought is what stands before a bare
     `<answer>`: a policy that reasons inside `<think>` without `<step>` tags has no other steps.
     """
+    text = THOUGHT_TAG.sub(r"<\1think>", text)
     if "</think>" in text.partition("<think>")[0]:
         text = "<think>" + text
     thoughts, solution = "", ""
@@ -72,18 +89,24 @@ def find_answer_line(text: str) -> re.Match | None:
     top = len(text) - len(text.lstrip())
     last = None
     for match in ANSWER_LINE.finditer(text):
-        introduces = match.start() <= top and not read_value(match.group(1)) and "\n" in text[match.end() :].strip()
-        if not introduces:
+        introduces = match.start() <= top and not read_value(match.group(1))
+        if not introduces or len(re.findall(r"\w.*", text[match.end() :])) < 2:
             last = match
     return last
 
 
 def read_value(rest_of_line: str | None) -> str:
-    """What an answer line says: "**5**." -> "5."."""
+    """What an answer line says: "**5**." -> "5.", "} 5" -> "5"."""
     value = EMPHASIS.sub("", rest_of_line or "").strip("*_` \t\r")
+    stop = ""
     if value.endswith((".", ",", ";")):  # "*5*." is "5*." by now
-        return value[:-1].rstrip("*_` ") + value[-1]
-    return value
+        stop = value[-1]
+        value = value[:-1].rstrip("*_` ")
+    # What "\textbf{Answer:} 5" and "(Answer: 5)" opened is closed here. A half-open interval stays.
+    for opening, closing in ("{}", "()"):
+        if value.count(closing) > value.count(opening) and not re.search(r"[\[\]]", value):
+            value = value[1:] if value[0] == closing else value.removesuffix(closing)
+    return value.strip() + stop
 
 
 def cut_answer(text: str) -> str:
@@ -169,7 +192,7 @@ def unwrap_boxes(text: str) -> str:
     return "".join(kept)
 
 
-STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>")
+STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>|^\s*<steps>|</steps>", re.IGNORECASE)
 
 
 def unwrap_step(step: str) -> str:
@@ -198,36 +221,59 @@ def extract_answer(text: str) -> str | None:
     if line is None:
         return None
     value = read_value(line.group(1))
-    if not value:
-        below = text[line.end() :].lstrip().partition("\n")[0]
-        if not STEP_HEADING.match(below):
-            value = read_value(below)
-    return value or None
+    below = iter(text[line.end() :].split("\n"))
+    while NO_VALUE.fullmatch(value):
+        next_line = next(below, None)
+        if next_line is None or STEP_HEADING.match(next_line):
+            return None
+        value = read_value(next_line)
+    return value
 
 
-# Commands and characters that set nothing: spaces of TeX, and commands around text.
+# Commands and characters that set nothing: spaces of TeX, what has a length, a colour or an invisible argument, and
+# commands around text.
 INVISIBLE = re.compile(
-    r"\\(?:text|math|mbox|hbox|fbox|boxed|operatorname|quad|qquad|[hv]?phantom)[a-z]*|\\[,;:! ]|[{}$~]"
+    r"\\(?:[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?:[hv]space\*?|(?:text)?color|colorbox)\s*\{[^{}]*\}"
+    r"|(?:left|right|[bB]igg?[lrm]?)\s*\.|[hv]?phantom|(?:text|math|mbox|hbox|fbox|boxed|operatorname)[a-z]*"
+    r"|(?:emph|underline|bf|it|rm|q?quad|(?:display|script|scriptscript)style|(?:neg)?(?:thin|med|thick)space"
+    r"|ensp(?:ace)|enskip|space|nobreakspace|strut|null|relax|hfill)(?![a-zA-Z])|[,;:!> ])|[{}$~]"
 )
+# Letters and symbols without ink: Braille's blank, Hangul's fillers
+INKLESS = "\u2800\u3164\u115f\u1160\uffa0"
+
+
+def visible(text: str) -> str:
+    """The text with a blank in place of each character that shows nothing."""
+    text = INVISIBLE.sub(lambda match: " " * len(match[0]), text)
+    # Categories C, M and Z: control and format characters, marks (which stand on what is visible), separators.
+    return "".join(" " if unicodedata.category(c)[0] in "CMZ" or c in INKLESS else c for c in text)
+
+
+def states_value(answer: str | None) -> bool:
+    r"""Whether an answer states anything: a letter, digit or symbol, or `\{\}`. "?", "..." and what is invisible don't."""
+    return any(unicodedata.category(character)[0] in "LNS" or character == "\\" for character in visible(answer or ""))
 
 
 def count_empty_boxes(response: str) -> int:
     r"""How many closed boxes show nothing, as `\boxed{}`, `\boxed{\text{ }}`, or one with a zero-width space. Under
     `paper` such a response is valid, as in the paper."""
-    count = 0
-    for start, end in find_boxes(response):
-        visible = INVISIBLE.sub("", response[start:end])
-        # Categories C and Z: control and format characters, separators.
-        count += all(unicodedata.category(character)[0] in "CZ" for character in visible)
-    return count
+    shown_before = [0, *accumulate(character != " " for character in visible(response))]  # each index
+    return sum(shown_before[start] == shown_before[end] for start, end in find_boxes(response))
+
+
+# What else of a judge's prompt and of its reply begins a line
+JUDGE_LINE = re.compile(
+    rf"{OPENING}(?:student\W+solution\W*:|(?:final\W+)?verification\W*is\s+the\s+answer\s+correct)", re.IGNORECASE
+)
 
 
 def has_layout_line(step: str) -> bool:
-    """Whether a line of a step begins as a line of `render_steps` does: "Step 3:" or "Answer:". The judge would take it
-    for one. Lines end wherever a reader may see them end, at a carriage return or U+2028, too."""
-    for line in step.splitlines():
-        words = re.sub(r"^\W+", "", line)
-        if STEP_HEADING.match(words) or ANSWER_LINE.match(words):
+    """Whether a line of a step begins as a line of `render_steps` does, "Step 3:" or "Answer:", or as the judge's own.
+    The judge would take it for one. Lines end wherever a reader may see them end, at a carriage return or U+2028, too;
+    letters are what they look like, full-width ones and those with a zero-width space between them, too."""
+    shown = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", unicodedata.normalize("NFKC", step))
+    for line in shown.splitlines():
+        if STEP_HEADING.match(line) or ANSWER_LINE.match(line) or JUDGE_LINE.match(line):
             return True
     return False
 
