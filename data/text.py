@@ -51,6 +51,8 @@ EMPHASIS = re.compile(
 )
 # A line that an answer is not on: nothing, or the opening of a formula.
 NO_VALUE = re.compile(r"(?:\$\$?|\\[\[(]|\\begin\{[a-z]+\*?\})?")
+# A line that shows something
+LINE = re.compile(r"^(?!\\(?:begin|end)\b).*\w", re.MULTILINE)
 # How other reasoning generators tag their thoughts
 THOUGHT_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
@@ -90,7 +92,7 @@ def find_answer_line(text: str) -> re.Match | None:
     last = None
     for match in ANSWER_LINE.finditer(text):
         introduces = match.start() <= top and not read_value(match.group(1))
-        if not introduces or len(re.findall(r"\w.*", text[match.end() :])) < 2:
+        if not introduces or len(LINE.findall(text, match.end())) < 2:
             last = match
     return last
 
@@ -233,10 +235,10 @@ def extract_answer(text: str) -> str | None:
 # Commands and characters that set nothing: spaces of TeX, what has a length, a colour or an invisible argument, and
 # commands around text.
 INVISIBLE = re.compile(
-    r"\\(?:[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?:[hv]space\*?|(?:text)?color|colorbox)\s*\{[^{}]*\}"
+    r"\\(?:[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?:[hv]space\*?|(?:text)?color|colorbox)\s*(?:\[[^\[\]]*\])?\{[^{}]*\}"
     r"|(?:left|right|[bB]igg?[lrm]?)\s*\.|[hv]?phantom|(?:text|math|mbox|hbox|fbox|boxed|operatorname)[a-z]*"
-    r"|(?:emph|underline|bf|it|rm|q?quad|(?:display|script|scriptscript)style|(?:neg)?(?:thin|med|thick)space"
-    r"|ensp(?:ace)|enskip|space|nobreakspace|strut|null|relax|hfill)(?![a-zA-Z])|[,;:!> ])|[{}$~]"
+    r"|hskip ?[\d.]+ ?[a-z]{2}|(?:emph|(?:und|ov)erline|boldsymbol|bm|smash|[lL]arge|small|bf|it|rm|q?quad|(?:display|script|scriptscript)style|(?:neg)?(?:thin|med|thick)space"
+    r"|ensp(?:ace)|enskip|space|nobreakspace|strut|null|relax|hfill)(?![a-zA-Z])|[,;:!> \\-])|[{}$~]|&nbsp;"
 )
 # Letters and symbols without ink: Braille's blank, Hangul's fillers
 INKLESS = "\u2800\u3164\u115f\u1160\uffa0"
@@ -310,17 +312,27 @@ def describe_format(response: str) -> dict[str, float]:
 
 # --------------------------------------------------------------------------- judgements
 
-# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
-HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
-BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
-# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
+# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a", "1-3" or "1/2".
+HEADING = re.compile(r"[^\w\n#]*(?:\d+[.)][^\w\n#]*)?#[^\w\n]*step(?:[^\S\n]|[#№*])+(\d{1,6})([a-z\d]|[.,–-]\d|/\d+)?")
+# What stands before a step number that is bold in Markdown, LaTeX or HTML: "- **", "1. __", "> \textbf{", "✅ <b>"
+BOLD = r"(?:\*\*|__|\\textbf\{|<(?:b|strong)>)"
+BOLD_HEADING = re.compile(
+    rf"^(?=[^a-z\n]*{BOLD})(?:{BOLD}|[^\w\n])*(?:\d+[.)](?:{BOLD}|[^\w\n])*)?(?=step\b)", re.MULTILINE
+)
+# In Markdown, LaTeX and HTML, with comments; `\boxed{No}` is an emphasised No, too.
 VERDICT_EMPHASIS = re.compile(
-    r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>"
+    r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|\\(?=[()/])|</?(?:b|em|i|strong|u)>"
+    r"|<!--(?s:.*?)(?:-->|\Z)"
 )
-# Line breaks within the Verification line: before its question, and before a lone yes or no.
+# The Verification line, with line breaks within its question and before each lone yes or no that follows.
 LATE_VERDICT = re.compile(
-    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
+    r"verification\W*\bis\s+the\s+answer\s+correct[\s?]*\(\s*yes\s*/\s*no\s*\)(?:[^\w\n]*(?:yes|no)\b)?[^\w\n]*"
+    r"(?:\n\W*(?:yes|no)[^\w\n]*(?=\n|\Z))*"
 )
+FULL_WIDTH = str.maketrans("（）？／：", "()?/:")
+# A verdict that is ticked or crossed out must say the same.
+CROSS = "❌✗✘✖☒🚫👎"
+TICK = "✅✓✔☑👍"
 
 
 def without_thinking(text: str) -> str:
@@ -330,7 +342,7 @@ def without_thinking(text: str) -> str:
     The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
     judgement that is lost does less harm than a draft that votes.
     """
-    after_thought = text.rpartition("</think>")[2]
+    after_thought = THOUGHT_TAG.sub(r"<\1think>", text).rpartition("</think>")[2]
     if "<think>" in after_thought:
         return ""
     return after_thought.strip()
@@ -340,12 +352,13 @@ def readable_lines(text: str) -> list[str]:
     """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
     blanks, and with the Verification line in one piece."""
     # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
-    text = without_thinking(text).lower()
+    text = without_thinking(text).lower().translate(FULL_WIDTH)
     # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
     if not any(HEADING.match(line) for line in text.split("\n")):
         text = BOLD_HEADING.sub("# ", text)
-    lines = [" ".join(line.split()) for line in VERDICT_EMPHASIS.sub("", text).split("\n")]
-    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
+    text = VERDICT_EMPHASIS.sub("", text)
+    text = LATE_VERDICT.sub(lambda verdict: verdict[0].replace("\n", " "), text)
+    return [" ".join(line.split()) for line in text.split("\n")]
 
 
 # Two verifications as `verify.VERIFY_PROMPT` asks for them, to be shown in the prompt.
