@@ -941,7 +941,7 @@ def test_where_samples_end(tmp_path, files, stops):
         ({"tokenizer_config": {"eos_token": None, "chat_template": "{{ messages[0].content }}"}}, "no end token"),
         ({"tokenizer_config": {"chat_template": "Hello"}}, "drops or changes the user's text"),
         ({"tokenizer_config": {"chat_template": "{{ messages[0].content|upper }}"}}, "drops or changes the user's text"),
-        ({"tokenizer_config": {"chat_template": TEMPLATE + "{{ range(9999999)|random }}"}}, "another prompt each time"),
+        ({"tokenizer_config": {"chat_template": TEMPLATE + "{{ range(99999)|random }}"}}, "another prompt each time"),
         ({"generation_config": "{"}, "generation_config.json: not a JSON object"),
         ({"generation_config": "[1]"}, "generation_config.json: not a JSON object"),
         ({"generation_config": b"\xff\xfe"}, "generation_config.json: not a JSON object"),

@@ -377,6 +377,7 @@ def test_balance(tmp_path, monkeypatch, capsys):
     for change, message in (
         ((paths[1], gold[1:]), r"gold\.jsonl: no answer for the problem of solution a/0"),
         ((paths[1], [*gold[:2], {"id": "c", "answer": None}]), "'c' has no answer"),
+        ((paths[1], [*gold[:2], {"id": "c", "answer": "\\text{\u200b}"}]), "'c' has an answer that shows nothing"),
         ((paths[0], solutions[5:]), "no problem has both correct and incorrect"),
         ((paths[0], [{**solutions[0], "steps": "s"}]), "steps must be a list"),
         ((paths[0], [{"id": "a/0", "steps": ["s"], "answer": "1"}]), "no field 'problem_id'"),
