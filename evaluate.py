@@ -27,7 +27,7 @@ from typing import NamedTuple
 from data import grader, records, report
 from data.chat import check_model, find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, name_files, read_cases, require_answers
-from data.text import extract_answer
+from data.text import extract_answer, states_value
 from generate import SOLVE_PROMPT, Engine, find_incomplete, fit_prompts, generate_solutions, open_engine
 from kernels import distributed
 from kernels.distributed import InputError
@@ -136,10 +136,10 @@ def cluster_answers(answers: tuple[str | None, ...]) -> tuple[str | None, ...]:
     """Each answer's cluster, named by its first answer: ("5", "7", "5.0", None) -> ("5", "7", "5", None).
 
     Each distinct string joins the first cluster whose first answer it equals by `grade`, or begins a new one. An answer
-    that is None or blank has no cluster.
+    that states no value, as None and "?", has no cluster.
     """
     cluster_of = {}
-    unclustered = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
+    unclustered = [answer for answer in dict.fromkeys(answers) if states_value(answer)]
     while unclustered:
         first, *others = unclustered
         cluster_of[first] = first

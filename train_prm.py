@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from data import chat, records
 from data.records import COUNT, POSITIVE, SEED, real
-from data.text import unwrap_step
+from data.text import CROSS, TICK, extract_answer, split_steps, unwrap_step
 from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
 from kernels import distributed
 from kernels.distributed import InputError, RunError
@@ -84,7 +84,10 @@ def parse_orm(text: str, num_steps: int) -> Verification:
 # PRM: every step and the outcome, without reasons.
 
 PRM_PROMPT = "Problem: {problem}\n\nStudent Solution: {solution}\n\nLet's verify step by step."
-PRM_LINE = re.compile(r"[# ]*step (\d{1,6}): (correct|incorrect)[ .]*")
+PRM_LINE = re.compile(
+    rf"(?=[^{CROSS}]*$|.*incorrect)(?=[^{TICK}]*$|.*\bcorrect)"
+    r"[^\w~?]*(?:\d+[.)] ?)?step[ #]*(\d{1,6})[^\w~?]+(correct|incorrect)[^\w~?]*"
+)
 
 
 def write_prm_target(label: dict) -> str:
@@ -284,9 +287,11 @@ def write_policy_target(label: dict) -> str | None:
     if not label["outcome"] or label["answer"] is None:
         return None
     steps = [unwrap_step(step) for step in label["steps"]]
-    response = render_response([step for step in steps if step], label["answer"])
-    # A policy isn't taught what GRPO would give nothing for.
-    return response if format_valid(response, "strict") else None
+    steps = [step for step in steps if step]
+    response = render_response(steps, label["answer"])
+    # A policy isn't taught what GRPO would give nothing for, or what reads back as another solution.
+    unchanged = split_steps(response) == steps and extract_answer(response) == label["answer"].strip()
+    return response if unchanged and format_valid(response, "strict") else None
 
 
 def encode_example(kind: str, label: dict, tokenizer, end_id: int) -> Example | None:

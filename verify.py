@@ -36,7 +36,7 @@ from typing import BinaryIO, NamedTuple
 from data import records
 from data.chat import find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE, group_by_solution
-from data.text import HEADING, WORKED_EXAMPLES, readable_lines, without_thinking
+from data.text import CROSS, HEADING, TICK, WORKED_EXAMPLES, readable_lines, without_thinking
 from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.distributed import InputError
@@ -102,10 +102,13 @@ def verification_prompt(solution: dict, worked_examples: int, reference: str | N
     )
 
 
-# A verdict is a whole line; what is struck through (~) or put as a question is none.
-STEP_VERDICT = re.compile(r"[^\w~?？]*this step is:? (correct|incorrect)[^\w~?？]*")
+# A verdict is a whole line; what is struck through (~), put as a question, or crossed out though "correct", is none.
+STEP_VERDICT = re.compile(
+    rf"(?=[^{CROSS}]*$|.* incorrect)(?=[^{TICK}]*$|.* correct)[^\w~?]*this step is:? (correct|incorrect)[^\w~?]*"
+)
 VERDICT = re.compile(
-    r"[^\w~]*(?:final )?verification[^\w~]*is the answer correct[ ?]*\(yes ?/ ?no\)[^\w~]*(yes|no)[^\w~?？]*"
+    rf"(?=[^{CROSS}]*$|.*\bno\W*$)(?=[^{TICK}]*$|.*\byes\W*$)[^\w~]*(?:final )?verification[^\w~]*"
+    r"is the answer correct[ ?]*\( ?yes ?/ ?no ?\)[^\w~]*(yes|no)[^\w~?]*"
 )
 
 
@@ -127,7 +130,7 @@ def parse_verification(text: str, num_steps: int) -> Verification:
         is_last = number == len(lines)
         if match := HEADING.match(line):
             step = int(match.group(1))
-            if match.group(2):
+            if match.group(2) not in (None, f"/{num_steps}"):
                 step = 0  # no step has this number, so a verdict here leaves all steps unparsed
             in_analysis = True
         elif match := STEP_VERDICT.fullmatch(line):

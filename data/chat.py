@@ -215,8 +215,15 @@ def open_tokenizer(path: Path, flag: str = "--model"):
     if decoded.strip() != given:
         raise InputError(f"{flag} {path}: its tokenizer makes {decoded!r} of {given!r}; is tokenizer.json missing?")
 
-    # 2. Where samples end.
-    render_chat(tokenizer, given)
+    # 2. The chat template: it must show a turn as it is, and the same each time.
+    given += '\n\nIs "a" < B & c?'
+    prompt = render_chat(tokenizer, given)
+    if given not in prompt:
+        raise InputError(f"{flag} {path}: its chat template drops or changes the user's text; use another model")
+    if render_chat(tokenizer, given) != prompt:
+        raise InputError(f"{flag} {path}: its chat template writes another prompt each time; use another model")
+
+    # 3. Where samples end.
     stop_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     for name in ("config.json", "generation_config.json"):
         stop_ids |= read_end_tokens(path / name)

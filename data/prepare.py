@@ -20,10 +20,13 @@ not solved: "025" and 27.0 become integers, dollar signs go, degrees stay. The f
 
 import argparse
 import hashlib
+import html
 import json
+import math
 import random
 import re
 import tempfile
+import unicodedata
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
+from data.grader import from_unicode
 from data.text import find_boxes
 from evaluate import grade_all
 from kernels import distributed
@@ -49,13 +53,15 @@ def problem_of(row: dict) -> str:
 
 def clean_answer(value: object) -> str:
     r"""LaTeX on its own: several answers are joined, dollar signs go (not the currency, `\$`), and Minerva's 4.5e33 and
-    np.arcsin become `4.5 \times 10^{33}` and `\arcsin`; "" for None. Raises ValueError for an object or a truth value."""
+    np.arcsin become `4.5 \times 10^{33}` and `\arcsin`; "" for what is missing, None or parquet's NaN. Raises ValueError
+    for an object or a truth value."""
     if isinstance(value, list):
-        return ", ".join(map(clean_answer, value))
+        return ", ".join(filter(None, map(clean_answer, value)))
     if isinstance(value, (bool, dict)):
         raise ValueError(f"answer {value!r} is no number, string or list of these")
-    answer = "" if value is None else re.sub(r"(?<!\\)\$", "", str(value)).strip()
-    answer = re.sub(r"^(-?[0-9.]+)e([+-]?)0*([0-9]+)$", write_power_of_ten, answer)
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    answer = "" if missing else re.sub(r"(?<!\\)\$", "", str(value)).strip()
+    answer = re.sub(r"^(-?[0-9.]+)[eE]([+-]?)0*([0-9]+)$", write_power_of_ten, answer)
     return re.sub(r"\bnp\.(?=[a-z])", r"\\", answer)
 
 
@@ -73,8 +79,11 @@ def integer_answer(row: dict) -> str:
 
 
 def gsm8k_answer(row: dict) -> str:
-    """What follows ####, without thousands separators."""
-    return row["answer"].rsplit("####", 1)[1].replace(",", "")
+    """What follows ####, without thousands separators. Raises ValueError if there is no ####."""
+    _, marker, answer = row["answer"].rpartition("####")
+    if not marker:
+        raise ValueError("its answer has no ####")
+    return answer.replace(",", "")
 
 
 def boxed_answer(row: dict) -> str | None:
@@ -279,15 +288,54 @@ def normalise(problem: str) -> str:
     return re.sub(r"[\W_]+", "", problem.lower())
 
 
+# What a problem looks like and doesn't say: figures in Asymptote, HTML, and commands with an environment, a length or a
+# colour. The other commands are the last alternative, with the name in a group.
+TYPESETTING = re.compile(
+    r"""\[asy\].*?(?:\[/asy\]|\Z) | </?(?:p|br|b|i|u|em|strong|sub|sup|div|span)\b[^<>]*>
+    | \\(?:begin|end|[hv]space|label|tag|(?:text)?color|colorbox|[hv]?phantom) \*? [ ]? \{[^{}]*\}
+      (?:\[[a-z]\])? (?:\{[clr|@! .\d]*\})?
+    | \\\\ \*? [ ]? (?:\[ [^\[\]\n]{0,20} \])? | \\[hk](?:skip|ern) [ ]? -?[\d.]+ [ ]? [a-z]{2}
+    | \\([a-zA-Z]+) """,
+    re.VERBOSE | re.DOTALL,
+)
+# Commands that print a word, which others write without a command. \pmod and \bmod print "mod".
+PRINTED = re.compile(
+    r"[pb]?(mod)|([CNQRZ]|arc(?:sin|cos|tan)|(?:sin|cos|tan|cot|sec|csc)h?|sqrt|log|ln|lg|exp|gcd|lcm|min|max|lim|det)"
+)
+
+
+def write_command(command: re.Match) -> str:
+    """What is left of it in `words`."""
+    printed = PRINTED.fullmatch(command[1] or "")
+    return printed[1] or printed[2] if printed else ""
+
+
+def words(problem: str) -> str:
+    r"""The letters and digits of a problem, for comparing Unicode with LaTeX: `x²≤π` and `$x^2 \le \pi$` are both "x2".
+
+    Commands go, but for those that print a word; so do Greek letters, most of which are commands. Accents go, and
+    ligatures and full-width digits become plain ones."""
+    problem = TYPESETTING.sub(write_command, from_unicode(html.unescape(problem)))
+    return re.sub(r"[\W_\u0370-\u03ff]+", "", unicodedata.normalize("NFKD", problem).casefold())
+
+
+def keys(problem: str) -> frozenset[str]:
+    """What a problem is known by: two problems are the same if they share a key. `words` is blind to relations and
+    `normalise` to Unicode."""
+    return frozenset({normalise(problem), words(problem)} - {""})
+
+
 def report_overlap(args: argparse.Namespace) -> None:
     """Which benchmark problems are in the training file, as a whole; --out: the training file without them."""
-    train = [(normalise(record["problem"]), record) for record in records.read(args.train, ["id", "problem"])]
-    texts, found = {text for text, _ in train}, set()
+    train = [(keys(record["problem"]), record) for record in records.read(args.train, ["id", "problem"])]
+    known = frozenset().union(*(own for own, _ in train))
+    found: set[str] = set()
     for path in args.benchmarks:
-        problems = {normalise(record["problem"]) for record in records.read(path, ["id", "problem"])}
-        print(f"{path}: {len(problems & texts)} of {len(problems)} different problems are in {args.train}")
-        found |= problems & texts
-    kept = [record for text, record in train if text not in found]
+        problems = {keys(record["problem"]) for record in records.read(path, ["id", "problem"])}
+        shared = [problem for problem in problems if problem & known]
+        print(f"{path}: {len(shared)} of {len(problems)} different problems are in {args.train}")
+        found.update(*shared)
+    kept = [record for own, record in train if not own & found]
     print(f"{args.train}: {len(train) - len(kept)} of {len(train)} problems are in a benchmark")
     if args.out is not None:
         records.write_records(Path(args.out), kept, args)

@@ -24,6 +24,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
+from data.text import visible
 from kernels import distributed
 from kernels.distributed import InputError
 
@@ -344,7 +345,8 @@ def is_object(path: Path, start: int) -> bool:
 
 
 def read_answers(paths: list[str]) -> dict[str, str]:
-    """id -> reference answer from gold files. Raises InputError for an answer that is null, and if two disagree."""
+    """id -> reference answer from gold files. Raises InputError for an answer that is null or shows nothing, and if two
+    disagree."""
     gold: dict[str, str] = {}
     for path in paths:
         for record in read(path, ["id", "answer"], "python -m data.make_tiny problems"):
@@ -352,6 +354,8 @@ def read_answers(paths: list[str]) -> dict[str, str]:
             answer = record["answer"]
             if answer is None:
                 raise InputError(f"{path}: {name!r} has no answer (null); remove it or write one")
+            if not visible(answer).strip():
+                raise InputError(f"{path}: {name!r} has an answer that shows nothing, {answer!r}; remove it or write one")
             if name in gold and gold[name] != answer:
                 answers = f"{gold[name]!r} and {answer!r}"
                 raise InputError(f"{path}: {name!r} has two different answers, {answers}; rename one id")

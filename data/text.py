@@ -8,6 +8,7 @@ needs to know `split_steps` and `extract_answer`, and nothing else of it. No tok
 
 import re
 import unicodedata
+from itertools import accumulate
 
 # The tags of this format. A tokenizer may call some of them special tokens; here they are always text.
 TAGS = ("<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>")
@@ -18,25 +19,42 @@ TAGS = ("<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>")
 STEP_TAG = re.compile(r"<step(?:\s[^<>]*)?>((?:(?!<step\b).)*?)</step>", re.DOTALL)
 # "<answer>5</answer>", or cut off
 ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+# What stands before and behind the word of a heading: signs, a list's number, and commands of LaTeX and HTML, as in
+# "✅ **Step", "1. \textbf{Step", "<b>Step"; "**:", "}:", "</b>:".
+OPENING = r"(?:\\[a-z]+\*?[{ ]|</?[a-z]+\d?>|[^\w\n]|_)*"
+OPENING = rf"{OPENING}(?:\d+[.)]{OPENING})?"
+CLOSING = r"(?:[^\S\n]|[*_\]}]|</[a-z]+\d?>)*"
 # "Step 2: ", "**Step 2:** ", "Step #2) ", "> Step 2 of 3 - ", "### Step 2" alone on its line, and the "Step 2" of
-# "Step 2 (add): ", whose title belongs to the text. "Step 2.1: " is part of a step, and "Step 2.5 m" is a number.
+# "Step 2 (add): ", whose title belongs to the text. "Step 2.1: " is part of a step, "Step 2.5 m" and "Step 2 - 1 = 1"
+# are numbers.
 STEP_HEADING = re.compile(
-    r"""^[ \t#*_>`•+-]* Step [ \t*_\#№-]* (\d+) (?:[ \t]*(?:of|/)[ \t]*\d+)?
-    (?: [ \t*_]* (?:[:：)）\]、]|[.．](?!\d)) [*_]* [ \t]*
-      | [ \t]+ [–—-] [ \t]+
-      | (?= [ \t]* \([^()\n]*\) [ \t*_]* [:：] )
-      | [ \t*_\#\r]* $ )""",
+    rf"""^{OPENING} Step (?:[^\w\n.,:;!?]|_)* (?:No\.?[^\S\n]*)? (\d+) (?:[ \t]*(?:of|/)[ \t]*\d+)?
+    (?: {CLOSING} (?:[:：)）\]、]|[.．](?!\d)) (?:[*_:\]}}]|</[a-z]+\d?>)* [ \t]*
+      | [ \t]+ (?: — | [–-] (?=[ \t]+[^\W\d_]|[ \t]+[*_$]) ) [ \t]+
+      | (?= [ \t]* \([^()\n]*\) {CLOSING} (?:[:：]|$) )
+      | {CLOSING} \#* $ )""",
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
-# "Answer: 5", "**Final answer:** 5", "- Answer: 5", and "### Answer" alone on its line
+# "Answer: 5", "**Final answer:** 5", "1. The answer: 5", "(Answer: 5)", and "### Answer" alone on its line. Not "the
+# answer: 5", which is the end of a sentence.
 ANSWER_LINE = re.compile(
-    r"^[ \t#*_>`•+-]*(?:final[ \t]+)?answer[ \t*_#\r]*(?:[:：](.*))?$", re.MULTILINE | re.IGNORECASE
+    rf"^{OPENING}(?:(?-i:The)[ \t]+)?(?:final[^\S\n]+)?answer{CLOSING}#*(?:[:：](.*))?$", re.MULTILINE | re.IGNORECASE
 )
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 # "---" below a blank line, where it isn't part of a long addition
-RULE = re.compile(r"(\A|\n[^\S\n]*\n)[ \t]*([-*_])(?:[ \t]*\2){2,}[ \t]*(?=\n|\Z)")
-# "**" or "__" at the beginning or the end of a word, but not in 2**3
-EMPHASIS = re.compile(r"(?<!\S)(?:\*\*|__)(?=\S)|(?<=\S)(?:\*\*|__)(?=[\s.,;:!?]|$)")
+RULE = re.compile(
+    r"(\A|\n[^\S\n]*\n)[ \t]*(?:([-*_=~—–─━═])(?:[ \t]*\2){2,}|(?:\\noindent)?\\h?(?:rule|line)\b.*|<hr ?/?>)[ \t]*(?=\n|\Z)"
+)
+# "**" or "__" at the beginning or the end of a word, but not in 2**3; and tags of HTML
+EMPHASIS = re.compile(
+    r"(?<!\S)(?:\*\*|__)(?=\S)|(?<=\S)(?:\*\*|__)(?=[\s.,;:!?%°)\]}]|$)|</?(?:b|i|u|em|strong|p|h\d)>", re.IGNORECASE
+)
+# A line that an answer is not on: nothing, or the opening of a formula.
+NO_VALUE = re.compile(r"(?:\$\$?|\\[\[(]|\\begin\{[a-z]+\*?\})?")
+# A line that shows something
+LINE = re.compile(r"^(?!\\(?:begin|end)\b).*\w", re.MULTILINE)
+# How other reasoning generators tag their thoughts
+THOUGHT_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 
 def tagged_steps(text: str) -> list[str]:
@@ -54,6 +72,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
     or with the text where it was cut off: then it is nothing but drafts. Not a thought is what stands before a bare
     `<answer>`: a policy that reasons inside `<think>` without `<step>` tags has no other steps.
     """
+    text = THOUGHT_TAG.sub(r"<\1think>", text)
     if "</think>" in text.partition("<think>")[0]:
         text = "<think>" + text
     thoughts, solution = "", ""
@@ -72,18 +91,24 @@ def find_answer_line(text: str) -> re.Match | None:
     top = len(text) - len(text.lstrip())
     last = None
     for match in ANSWER_LINE.finditer(text):
-        introduces = match.start() <= top and not read_value(match.group(1)) and "\n" in text[match.end() :].strip()
-        if not introduces:
+        introduces = match.start() <= top and not read_value(match.group(1))
+        if not introduces or len(LINE.findall(text, match.end())) < 2:
             last = match
     return last
 
 
 def read_value(rest_of_line: str | None) -> str:
-    """What an answer line says: "**5**." -> "5."."""
+    """What an answer line says: "**5**." -> "5.", "} 5" -> "5"."""
     value = EMPHASIS.sub("", rest_of_line or "").strip("*_` \t\r")
+    stop = ""
     if value.endswith((".", ",", ";")):  # "*5*." is "5*." by now
-        return value[:-1].rstrip("*_` ") + value[-1]
-    return value
+        stop = value[-1]
+        value = value[:-1].rstrip("*_` ")
+    # What "\textbf{Answer:} 5" and "(Answer: 5)" opened is closed here. A half-open interval stays.
+    for opening, closing in ("{}", "()"):
+        if value.count(closing) > value.count(opening) and not re.search(r"[\[\]]", value):
+            value = value[1:] if value[0] == closing else value.removesuffix(closing)
+    return value.strip() + stop
 
 
 def cut_answer(text: str) -> str:
@@ -169,7 +194,7 @@ def unwrap_boxes(text: str) -> str:
     return "".join(kept)
 
 
-STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>")
+STRAY_TAG = re.compile(r"</?(?:step|think)\b[^<>]*>|^\s*<steps>|</steps>", re.IGNORECASE)
 
 
 def unwrap_step(step: str) -> str:
@@ -198,36 +223,59 @@ def extract_answer(text: str) -> str | None:
     if line is None:
         return None
     value = read_value(line.group(1))
-    if not value:
-        below = text[line.end() :].lstrip().partition("\n")[0]
-        if not STEP_HEADING.match(below):
-            value = read_value(below)
-    return value or None
+    below = iter(text[line.end() :].split("\n"))
+    while NO_VALUE.fullmatch(value):
+        next_line = next(below, None)
+        if next_line is None or STEP_HEADING.match(next_line):
+            return None
+        value = read_value(next_line)
+    return value
 
 
-# Commands and characters that set nothing: spaces of TeX, and commands around text.
+# Commands and characters that set nothing: spaces of TeX, what has a length, a colour or an invisible argument, and
+# commands around text.
 INVISIBLE = re.compile(
-    r"\\(?:text|math|mbox|hbox|fbox|boxed|operatorname|quad|qquad|[hv]?phantom)[a-z]*|\\[,;:! ]|[{}$~]"
+    r"\\(?:[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?:[hv]space\*?|(?:text)?color|colorbox)\s*(?:\[[^\[\]]*\])?\{[^{}]*\}"
+    r"|(?:left|right|[bB]igg?[lrm]?)\s*\.|[hv]?phantom|(?:text|math|mbox|hbox|fbox|boxed|operatorname)[a-z]*"
+    r"|hskip ?[\d.]+ ?[a-z]{2}|(?:emph|(?:und|ov)erline|boldsymbol|bm|smash|[lL]arge|small|bf|it|rm|q?quad|(?:display|script|scriptscript)style|(?:neg)?(?:thin|med|thick)space"
+    r"|ensp(?:ace)|enskip|space|nobreakspace|strut|null|relax|hfill)(?![a-zA-Z])|[,;:!> \\-])|[{}$~]|&nbsp;"
 )
+# Letters and symbols without ink: Braille's blank, Hangul's fillers
+INKLESS = "\u2800\u3164\u115f\u1160\uffa0"
+
+
+def visible(text: str) -> str:
+    """The text with a blank in place of each character that shows nothing."""
+    text = INVISIBLE.sub(lambda match: " " * len(match[0]), text)
+    # Categories C, M and Z: control and format characters, marks (which stand on what is visible), separators.
+    return "".join(" " if unicodedata.category(c)[0] in "CMZ" or c in INKLESS else c for c in text)
+
+
+def states_value(answer: str | None) -> bool:
+    r"""Whether an answer states anything: a letter, digit or symbol, or `\{\}`. "?", "..." and what is invisible don't."""
+    return any(unicodedata.category(character)[0] in "LNS" or character == "\\" for character in visible(answer or ""))
 
 
 def count_empty_boxes(response: str) -> int:
     r"""How many closed boxes show nothing, as `\boxed{}`, `\boxed{\text{ }}`, or one with a zero-width space. Under
     `paper` such a response is valid, as in the paper."""
-    count = 0
-    for start, end in find_boxes(response):
-        visible = INVISIBLE.sub("", response[start:end])
-        # Categories C and Z: control and format characters, separators.
-        count += all(unicodedata.category(character)[0] in "CZ" for character in visible)
-    return count
+    shown_before = [0, *accumulate(character != " " for character in visible(response))]  # each index
+    return sum(shown_before[start] == shown_before[end] for start, end in find_boxes(response))
+
+
+# What else of a judge's prompt and of its reply begins a line
+JUDGE_LINE = re.compile(
+    rf"{OPENING}(?:student\W+solution\W*:|(?:final\W+)?verification\W*is\s+the\s+answer\s+correct)", re.IGNORECASE
+)
 
 
 def has_layout_line(step: str) -> bool:
-    """Whether a line of a step begins as a line of `render_steps` does: "Step 3:" or "Answer:". The judge would take it
-    for one. Lines end wherever a reader may see them end, at a carriage return or U+2028, too."""
-    for line in step.splitlines():
-        words = re.sub(r"^\W+", "", line)
-        if STEP_HEADING.match(words) or ANSWER_LINE.match(words):
+    """Whether a line of a step begins as a line of `render_steps` does, "Step 3:" or "Answer:", or as the judge's own.
+    The judge would take it for one. Lines end wherever a reader may see them end, at a carriage return or U+2028, too;
+    letters are what they look like, full-width ones and those with a zero-width space between them, too."""
+    shown = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", unicodedata.normalize("NFKC", step))
+    for line in shown.splitlines():
+        if STEP_HEADING.match(line) or ANSWER_LINE.match(line) or JUDGE_LINE.match(line):
             return True
     return False
 
@@ -264,17 +312,27 @@ def describe_format(response: str) -> dict[str, float]:
 
 # --------------------------------------------------------------------------- judgements
 
-# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a" or "1-3".
-HEADING = re.compile(r"[ \t]*#+[ \t*]*step[^\S\n]+(\d{1,6})([a-z\d]|[.,/–-]\d)?")
-BOLD_HEADING = re.compile(r"^[ \t]*\*\*[ \t]*(?=step\b)", re.MULTILINE)
-# In Markdown, LaTeX and HTML; `\boxed{No}` is an emphasised No, too.
+# "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a", "1-3" or "1/2".
+HEADING = re.compile(r"[^\w\n#]*(?:\d+[.)][^\w\n#]*)?#[^\w\n]*step(?:[^\S\n]|[#№*])+(\d{1,6})([a-z\d]|[.,–-]\d|/\d+)?")
+# What stands before a step number that is bold in Markdown, LaTeX or HTML: "- **", "1. __", "> \textbf{", "✅ <b>"
+BOLD = r"(?:\*\*|__|\\textbf\{|<(?:b|strong)>)"
+BOLD_HEADING = re.compile(
+    rf"^(?=[^a-z\n]*{BOLD})(?:{BOLD}|[^\w\n])*(?:\d+[.)](?:{BOLD}|[^\w\n])*)?(?=step\b)", re.MULTILINE
+)
+# In Markdown, LaTeX and HTML, with comments; `\boxed{No}` is an emphasised No, too.
 VERDICT_EMPHASIS = re.compile(
-    r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|</?(?:b|em|i|strong|u)>"
+    r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|\\(?=[()/])|</?(?:b|em|i|strong|u)>"
+    r"|<!--(?s:.*?)(?:-->|\Z)"
 )
-# Line breaks within the Verification line: before its question, and before a lone yes or no.
+# The Verification line, with line breaks within its question and before each lone yes or no that follows.
 LATE_VERDICT = re.compile(
-    r"((?:verification|\(yes ?/ ?no\))[^\w\n]*)\n\s*(?=[^\w\n]*(?:is the answer|(?:yes|no)[^\w\n]*$))", re.MULTILINE
+    r"verification\W*\bis\s+the\s+answer\s+correct[\s?]*\(\s*yes\s*/\s*no\s*\)(?:[^\w\n]*(?:yes|no)\b)?[^\w\n]*"
+    r"(?:\n\W*(?:yes|no)[^\w\n]*(?=\n|\Z))*"
 )
+FULL_WIDTH = str.maketrans("（）？／：", "()?/:")
+# A verdict that is ticked or crossed out must say the same.
+CROSS = "❌✗✘✖☒🚫👎"
+TICK = "✅✓✔☑👍"
 
 
 def without_thinking(text: str) -> str:
@@ -284,7 +342,7 @@ def without_thinking(text: str) -> str:
     The last of all `<think>` and `</think>` decides, even if it is a quotation: that can't be told from the text, and a
     judgement that is lost does less harm than a draft that votes.
     """
-    after_thought = text.rpartition("</think>")[2]
+    after_thought = THOUGHT_TAG.sub(r"<\1think>", text).rpartition("</think>")[2]
     if "<think>" in after_thought:
         return ""
     return after_thought.strip()
@@ -294,12 +352,13 @@ def readable_lines(text: str) -> list[str]:
     """The lines of a judgement as every parser reads them: without thinking and emphasis, in lower case, with single
     blanks, and with the Verification line in one piece."""
     # Lower case instead of re.IGNORECASE, which takes the long s, "ſ", for an s: "Yeſ" would match.
-    text = without_thinking(text).lower()
+    text = without_thinking(text).lower().translate(FULL_WIDTH)
     # Bold step numbers are headings only where there are no "#" headings: otherwise they may stand in an analysis.
     if not any(HEADING.match(line) for line in text.split("\n")):
         text = BOLD_HEADING.sub("# ", text)
-    lines = [" ".join(line.split()) for line in VERDICT_EMPHASIS.sub("", text).split("\n")]
-    return LATE_VERDICT.sub(r"\1 ", "\n".join(lines)).split("\n")
+    text = VERDICT_EMPHASIS.sub("", text)
+    text = LATE_VERDICT.sub(lambda verdict: verdict[0].replace("\n", " "), text)
+    return [" ".join(line.split()) for line in text.split("\n")]
 
 
 # Two verifications as `verify.VERIFY_PROMPT` asks for them, to be shown in the prompt.

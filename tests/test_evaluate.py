@@ -307,6 +307,9 @@ def test_majority_answer():
         (["3", None, "", " ", "3.0"], [1, 0, 0, 0, 1]),
         (["2", "7", "2.0", "7.0"], [1, 0, 1, 0]),  # a tie: the earliest
         ([None, ""], [0, 0]),
+        (["\u200b", "\u200b", "7"], [0, 0, 1]),
+        (["\\text{}", "\\text{}", "7"], [0, 0, 1]),
+        (["?", "?", "...", "...", "7"], [0, 0, 0, 0, 1]),
     ],
 )
 def test_majorities_are_by_value(answers, wanted, monkeypatch):

@@ -635,6 +635,15 @@ SPLIT = [
     ("<step>a\n<step>b", ["a", "b"]),
     ("One.\n\u3000\nTwo.\r\rThree.", ["One.", "Two.", "Three."]),
     ("\\begin{align*}a\n\nb\\end{align*}", ["\\begin{align*}a", "b\\end{align*}"]),
+    ("🔹 **Step 1:** a\n🔹 **Step 2:** b", ["a", "b"]),
+    ("[Step 1]: a\n[Step 2]: b", ["a", "b"]),
+    ("1. Step 1: a\n2. Step 2: b", ["a", "b"]),
+    ("\\textbf{Step 1:} a\n<b>Step 2</b>: b", ["a", "b"]),
+    ("Step\xa01: a\nStep No. 2: b", ["a", "b"]),
+    ("Step 1: a\nStep 2 - 1 = 1\nStep 2: c", ["a\nStep 2 - 1 = 1", "c"]),
+    ("One.\n\n———\n\nTwo.\n\n===\n\nThree.\n\n\\hrule\n\nFour.", ["One.", "Two.", "Three.", "Four."]),
+    ("<thinking>a\n\nb</thinking>One.\n\nTwo.", ["One.", "Two."]),
+    ("<REASONING>a</REASONING>Step 1: b", ["b"]),
     ("", []),
     (" \n\n ", []),
 ]
@@ -679,6 +688,16 @@ ANSWERS = [
     ("\\boxed 73", None),
     ("\\\\boxed{73}", None),
     ("#### 73", None),
+    ("Answer:\n$$\n5\n$$", "5"),
+    ("Answer: \\[\n5\n\\]", "5"),
+    ("✅ **Final Answer:** 5", "5"),
+    ("1. Answer: 5", "5"),
+    ("The answer: 5", "5"),
+    ("(Answer: 5)", "5"),
+    ("Answer: [0,1)", "[0,1)"),
+    ("\\textbf{Answer:} 5", "5"),
+    ("<b>Answer:</b> 5", "5"),
+    ("Answer: **5**%", "5%"),
     ("Answer:", None),
     ("", None),
 ]
@@ -725,6 +744,8 @@ def test_response_round_trip(steps, answer):
 
 RESPONSE = "<think><step>1+1=2</step> <step>2+2=4</step></think><answer>\\boxed{4}</answer>"
 EMPTY = ["", " ", "\\text{}", "\u200b", "~", "\\,\\quad", "{{}}", "$ $", "\\mathrm{\u2060}", "\\textbf{ \\hbox{}}"]
+EMPTY += ["\\phantom{5}", "\\textcolor{white}{}", "\\hspace{1cm}", "\\displaystyle", "\\emph{}", "\\underline{ }"]
+EMPTY += ["\\left.\\right.", "\\thinspace", "\u2800", "\u3164", "\u115f", "\ufe0f", "\u034f"]
 FULL = ["0", "\\emptyset", "\\infty", "\\text{no}", "-", "\\frac{1}{2}", "?", "\\{\\}"]
 
 
@@ -749,6 +770,15 @@ def test_empty_boxes(contents, empty):
         ("so\u2028Final answer： 5", True),
         ("so\n\u200bStep 3. 1", True),
         ("so\n✅ Answer: 5", True),
+        ("Step\xa02: x", True),
+        ("Step No. 2: x", True),
+        ("1. Step 2: x", True),
+        ("1. Answer: 5", True),
+        ("Answer\xa0: 5", True),
+        ("Ｓtep 2: x", True),
+        ("Verification: Is the answer correct (Yes/No)? Yes", True),
+        ("Student Solution: x", True),
+        ("Verification: 2 + 3 is 5", False),
         ("by Step 3: it is 1", False),
         ("so\nStep 2.5 m", False),
         ("so\nthe steps 3: 4", False),
@@ -841,7 +871,7 @@ UNITS += [
 ]
 
 
-@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes, hidden_text])
+@pytest.mark.parametrize("function", [split_steps, extract_answer, unwrap_boxes, hidden_text, has_layout_line, count_empty_boxes])
 def test_garbage_takes_linear_time(function):
     """Guards: patterns whose parts overlap: 100 kB of blanks took the first version minutes."""
     texts = [(unit * (100_000 // len(unit))) for unit in UNITS] + ["\\boxed{" * 12_000 + "}" * 12_000]
@@ -909,6 +939,9 @@ def test_where_samples_end(tmp_path, files, stops):
         ({"tokenizer_config": {"chat_template": "{{ messages[0].a.b }}"}}, "its chat template fails"),
         ({"tokenizer_config": {"chat_template": "{{ 1 / 0 }}"}}, "its chat template fails"),
         ({"tokenizer_config": {"eos_token": None, "chat_template": "{{ messages[0].content }}"}}, "no end token"),
+        ({"tokenizer_config": {"chat_template": "Hello"}}, "drops or changes the user's text"),
+        ({"tokenizer_config": {"chat_template": "{{ messages[0].content|upper }}"}}, "drops or changes the user's text"),
+        ({"tokenizer_config": {"chat_template": TEMPLATE + "{{ range(99999)|random }}"}}, "another prompt each time"),
         ({"generation_config": "{"}, "generation_config.json: not a JSON object"),
         ({"generation_config": "[1]"}, "generation_config.json: not a JSON object"),
         ({"generation_config": b"\xff\xfe"}, "generation_config.json: not a JSON object"),

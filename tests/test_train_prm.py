@@ -195,10 +195,11 @@ def test_tags_that_steps_brought_along_are_not_taught():
         (['<step id="1">2+3=5</step>'], ["2+3=5"]),
         (["<think>2+3=5", "</step>", "10</think>"], ["2+3=5", "10"]),
         (["2 < 3 <steps> 4"], ["2 < 3 <steps> 4"]),
+        (["<Step>a</Step>", "<steps>b</steps>"], ["a", "b"]),
     ):
         _, response = train_prm.training_texts("policy", make_label(1, steps=steps))
         assert response == render_response(kept, make_label(1)["answer"]) and format_valid(response, "strict")
-    for steps in (["<step>", "</step>"], ["a </answer>"]):
+    for steps in (["<step>", "</step>"], ["a </answer>"], ["..."]):
         assert train_prm.training_texts("policy", make_label(1, steps=steps)) is None
 
 

@@ -190,7 +190,11 @@ SENTENCES = {  # written in place of the sentence that VERIFY_PROMPT asks for ->
     "This step is ~~correct~~ **incorrect**.": None,
     "This \u017ftep is correct.": None,
     "This step is not **correct**.": None,
+    "❌ This step is correct.": None,
+    "✅ This step is correct.": True,
 }
+HEADINGS = ["- **Step {}: t**", "* **Step {}**", "1. **Step {}**", "***Step {}: t***", "__Step {}: t__", "> ## Step {}",
+            "## Step #{}", "## ✅ Step {}", "### Step {}/2"]  # fmt: skip
 CHOICES = {  # written in place of the Verification line
     "**Verification: Is the answer correct (Yes/No)?**\n**No**": False,
     "Verification: Is the answer correct (Yes/No)?\n\n_Yes._": True,
@@ -206,6 +210,13 @@ CHOICES = {  # written in place of the Verification line
     "Verification: Is the answer correct (Yes/No)?\nNo, because of Step 2.": None,
     "Verification: Is the answer correct (Yes/No)? Yes/No": None,
     r"\boxed{No}": None,
+    "Verification: Is the answer correct （Yes/No）？ No": False,
+    r"Verification: Is the answer correct (Yes\/No)? No": False,
+    r"Verification: Is the answer correct \(Yes/No\)? No": False,
+    "Verification: Is the answer\ncorrect (Yes/No)? No": False,
+    "Verification: Is the answer correct (Yes/No)? \nNo\nYes": None,
+    "Verification: Is the answer correct (Yes/No)? <!-- No -->": None,
+    "Verification: Is the answer correct (Yes/No)? ❌ Yes": None,
 }
 NUMBERS = {  # of the second heading -> is it Step 2?
     "2": True, "2.": True, "**2**": True, "2 - 3 apples": True, "2. 3 apples": True, "2—three": True,
@@ -223,6 +234,9 @@ def test_a_sentence_in_other_dress_is_read_or_not_at_all():
     for line, verdict in CHOICES.items():
         assert parse_verification(GOOD.replace(NO, line), 2) == Verification([True, False], verdict), line
         assert parse_verification(GOOD.replace(NO, f"{line}\nThat was all."), 2).verdict is verdict, line
+    for heading in HEADINGS:
+        text = GOOD.replace("## Step 1: title", heading.format(1)).replace("## Step 2: title", heading.format(2))
+        assert parse_verification(text, 2) == Verification([True, False], False), heading
     for bold in (False, True):
         for number, is_step in NUMBERS.items():
             text = GOOD.replace("Step 2", f"Step {number}")
@@ -355,6 +369,9 @@ def test_reward_model_targets_round_trip(labels, verdict):
         (parse_orm, "Yes No", (None, None)),
         (parse_orm, "", (None, None)),
         (parse_prm, f"Step 1: Incorrect\nStep 2: correct.\n{NO}", ([False, True], False)),
+        (parse_prm, f"- Step 1: Correct\n- Step 2:Incorrect\n{NO}", ([True, False], False)),
+        (parse_prm, f"Step 1: Correct ✅\nStep 2：Incorrect\n{NO}", ([True, False], False)),
+        (parse_prm, f"Step 1: Correct ❌\nStep 2: Incorrect\n{NO}", (None, False)),
         (parse_prm, f"Step 1: Correct\nStep 1: Correct\n{NO}", (None, False)),
         (parse_prm, "Step 1: Correct\nStep 2: Incorr", (None, None)),
         (parse_prm, f"Step 1: Correct\nStep 2: Correctly\n{YES}\n{YES}", (None, None)),
