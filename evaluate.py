@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import grader, records, report
-from data.chat import check_model, find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, name_files, read_cases, require_answers
-from data.text import extract_answer, states_value
-from generate import SOLVE_PROMPT, Engine, find_incomplete, fit_prompts, generate_solutions, open_engine
+from generate import SOLVE_PROMPT, Engine, check_model, find_incomplete, fit_prompts, generate_solutions, open_engine
 from kernels import distributed
+from kernels.chat import find_model
 from kernels.distributed import InputError
+from kernels.text import extract_answer, states_value
 from train_prm import REWARD_MODELS, Judge, Judgement, check_votes, judge_prompt, score_solutions
 from verify import AGGREGATES, METHODS, group_by_solution, keep_parsed, label_solutions, read_verifications, single
 

@@ -13,20 +13,24 @@ with its tokenizer and sampler.
 import argparse
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data import records
-from data.chat import decode, encode_chat, find_model, open_model, opens_thought
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE
-from data.text import TAGS, count_empty_boxes, extract_answer, find_boxes, has_layout_line, split_steps
 from kernels import distributed
+from kernels.chat import check_tokenizer, decode, encode_chat, find_model, find_stop_ids, opens_thought
 from kernels.distributed import InputError
 from kernels.sampler import Sample, Sampler, with_progress
+from kernels.text import TAGS, count_empty_boxes, extract_answer, find_boxes, has_layout_line, split_steps
+from kernels.transformer import load_model, open_weights, read_config, weight_files
 
 import torch
+from transformers import AutoTokenizer
 
 # Used when no --model is given; an explicit flag wins.
 TINY = {
@@ -151,6 +155,51 @@ def fit_prompts(
     limits = [output_limit(len(prompt), max_new_tokens, context) for prompt in prompts]
     check_limits(name, limits, max_new_tokens)
     return prompts, limits
+
+
+def open_tokenizer(path: Path, flag: str = "--model"):
+    """(tokenizer, stop ids) of a model's directory. Raises InputError if they can't be used. Code that came with the
+    tokenizer doesn't run, and sequences of any length are encoded without a warning."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, model_max_length=sys.maxsize)
+    except Exception as error:  # the tokenizers library raises just that for a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{flag} {path}: no tokenizer that can be loaded ({reason})") from None
+    check_tokenizer(tokenizer, path, flag)
+    return tokenizer, find_stop_ids(tokenizer, path, flag)
+
+
+def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
+    """(model, tokenizer, stop ids) of a Hugging Face directory or hub name. Raises InputError if it can't be used."""
+    path = find_model(name, flag)
+    tokenizer, stop_ids = open_tokenizer(path, flag)  # first: it takes less time to fail
+    try:
+        model = load_model(path, device, dtype)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > model.vocabulary:
+        raise InputError(f"{flag} {name}: its tokenizer has {tokens} tokens, its embedding {model.vocabulary}; they "
+                         "belong to different models")  # fmt: skip
+    model.vocabulary = tokens  # embeddings are padded to more rows than there are tokens; those must not be sampled
+    return model, tokenizer, stop_ids
+
+
+def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
+    """(tokenizer, context) of a model that is loaded later. Raises InputError if there is no such model, or if its
+    directory lacks something."""
+    path = find_model(name, flag)
+    tokenizer, _ = open_tokenizer(path, flag)
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
+    try:
+        config = read_config(path)
+        for file in weight_files(path):
+            with open_weights(file):  # only its header is read
+                pass
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{flag} {name}: {error}") from None
+    return tokenizer, config.max_positions
 
 
 @dataclass

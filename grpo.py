@@ -34,16 +34,16 @@ from itertools import groupby
 from pathlib import Path
 
 from data import records, report
-from data.chat import find_model, locate_steps, open_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
-from data.text import describe_format, extract_answer, shown_solution, split_steps
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, name_files, require_answers
-from generate import SOLVE_PROMPT, Engine, fit_prompts, format_valid, open_engine
+from generate import SOLVE_PROMPT, Engine, fit_prompts, format_valid, open_engine, open_model
 from kernels import distributed
+from kernels.chat import find_model, locate_steps
 from kernels.distributed import InputError, RunError
 from kernels.sampler import Sampler
+from kernels.text import describe_format, extract_answer, shown_solution, split_steps
 from kernels.transformer import Transformer
 from train_prm import NO_TARGET, REWARD_MODELS, Judge, Judgement, check_votes, clip_and_step, score_solutions
 

@@ -28,13 +28,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from data import chat, records
+from data import records
 from data.records import COUNT, POSITIVE, SEED, real
-from data.text import CROSS, TICK, extract_answer, split_steps, unwrap_step
-from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
-from kernels import distributed
+from generate import SOLVE_PROMPT, Engine, format_valid, open_model, render_response, render_steps
+from kernels import chat, distributed
 from kernels.distributed import InputError, RunError
 from kernels.sampler import with_progress
+from kernels.text import CROSS, TICK, extract_answer, split_steps, unwrap_step
 from kernels.transformer import Transformer
 from verify import VERDICT, Verification, exactly_once, majority, parse_verification, readable_lines, without_thinking
 
@@ -484,7 +484,7 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     args.model_sha256 = records.hash_model(chat.find_model(args.model))
 
     # 2. The model, with fp32 weights.
-    model, tokenizer, stop_ids = chat.open_model(args.model, device, torch.float32)
+    model, tokenizer, stop_ids = open_model(args.model, device, torch.float32)
     model = distributed.prepare_training(model, args.activation_checkpointing)
     end_id = tokenizer.eos_token_id
     if end_id is None:

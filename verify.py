@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data import records
-from data.chat import find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE, group_by_solution
-from data.text import CROSS, HEADING, TICK, WORKED_EXAMPLES, readable_lines, without_thinking
 from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
 from kernels import distributed
+from kernels.chat import find_model
 from kernels.distributed import InputError
 from kernels.sampler import CPU_SLOTS, Sample, with_progress
+from kernels.text import CROSS, HEADING, TICK, WORKED_EXAMPLES, readable_lines, without_thinking
 
 import torch
 

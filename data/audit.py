@@ -28,12 +28,12 @@ from pathlib import Path
 
 import verify
 from data import records, report
-from data.chat import find_model
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P
 from evaluate import bootstrap, interval95
 from generate import open_engine
 from grpo import shown_solution
 from kernels import distributed
+from kernels.chat import find_model
 from kernels.distributed import InputError
 
 import numpy as np

@@ -601,12 +601,13 @@ def judge(prediction: str, reference: str) -> bool | None:
     exhausted = False
     for gold, answer in product(*readings):
         try:
-            if same_value(gold, answer):
-                return True
+            equal = same_value(gold, answer)
         except (MemoryError, RecursionError):
-            exhausted = True
-        except Exception:
-            continue
+            equal, exhausted = False, True
+        except Exception:  # of SymPy: what can't be compared isn't equal
+            equal = False
+        if equal:
+            return True
     return None if exhausted else False
 
 

@@ -25,9 +25,8 @@ from itertools import permutations
 from pathlib import Path
 
 from data import records
-from data.chat import open_model
 from data.make_tiny import SEED, TINY, Problem, draw_from, make_case, make_judgement, make_unsure, train
-from generate import SOLVE_PROMPT, render_response
+from generate import SOLVE_PROMPT, open_model, render_response
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.transformer import save_model

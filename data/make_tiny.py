@@ -40,13 +40,13 @@ from pathlib import Path
 
 import verify
 from data import records
-from data.chat import encode_chat, open_model
 from data.records import gold_labels
-from data.text import extract_answer, split_steps
 from evaluate import first_error
-from generate import SOLVE_PROMPT, Engine, format_valid, render_response, render_steps
+from generate import SOLVE_PROMPT, Engine, format_valid, open_model, render_response, render_steps
 from kernels import distributed
+from kernels.chat import encode_chat
 from kernels.sampler import Sampler
+from kernels.text import extract_answer, split_steps
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import ORM_PROMPT, PRM_PROMPT, pack, targets_after_prompt, write_prm_target
 

@@ -36,10 +36,10 @@ from typing import NamedTuple
 
 from data import records
 from data.grader import from_unicode
-from data.text import find_boxes
 from evaluate import grade_all
 from kernels import distributed
 from kernels.distributed import InputError
+from kernels.text import find_boxes
 
 # --------------------------------------------------------------------------- a row's problem and answer
 

@@ -24,9 +24,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
-from data.text import visible
 from kernels import distributed
 from kernels.distributed import InputError
+from kernels.text import visible
 
 # --------------------------------------------------------------------------- types of fields
 
@@ -1036,13 +1036,6 @@ LARGEST = 1e30  # for numbers that have to be finite, and need no other bound
 
 ROOT = Path(__file__).parents[1]  # where the default paths of the tiny world begin
 
-# Checkpoints of the tiny world, and the scripts that create them.
-MADE_BY = {
-    "data/tiny/policy": "-m data.make_tiny",
-    "data/tiny/verifier": "-m data.make_tiny",
-    "runs/tiny/prm_cot": "train_prm.py",
-    "runs/tiny/grpo": "grpo.py",
-}
 
 
 def new_parser(description: str | None = None) -> argparse.ArgumentParser:

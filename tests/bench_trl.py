@@ -31,10 +31,10 @@ from argparse import Namespace
 from statistics import NormalDist
 
 from data import records
-from data.chat import open_model, render_chat
-from generate import SOLVE_PROMPT, Engine
+from generate import SOLVE_PROMPT, Engine, open_model
 from grpo import MAX_GRAD_NORM, group_advantages, rollout_metrics, sample_rollouts, spread_advantages, update_policy
 from kernels import distributed
+from kernels.chat import render_chat
 from kernels.sampler import Sampler
 from kernels.transformer import load_model
 

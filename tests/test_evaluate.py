@@ -14,7 +14,6 @@ from pathlib import Path
 import evaluate
 import grpo
 from data import grader, records, report
-from data.chat import check_model, open_model, open_tokenizer
 from data.records import RecordFile, gold_labels
 from evaluate import (
     Graded,
@@ -31,7 +30,7 @@ from evaluate import (
     read_cases,
     vote_report,
 )
-from generate import Engine
+from generate import Engine, check_model, open_model, open_tokenizer
 from kernels import distributed
 from kernels.distributed import InputError
 from kernels.sampler import Sampler

@@ -24,8 +24,13 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import generate
-from data import chat, records, report
-from data.text import (
+from data import records, report
+from generate import render_response, render_steps
+from kernels import chat, decode, distributed, sampler
+from kernels.decode import SlotCache, ragged_attention, visible_keys
+from kernels.distributed import InputError
+from kernels.sampler import Sampler, choose_tokens
+from kernels.text import (
     TAGS,
     count_empty_boxes,
     extract_answer,
@@ -35,11 +40,6 @@ from data.text import (
     split_steps,
     unwrap_boxes,
 )
-from generate import render_response, render_steps
-from kernels import decode, distributed, sampler
-from kernels.decode import SlotCache, ragged_attention, visible_keys
-from kernels.distributed import InputError
-from kernels.sampler import Sampler, choose_tokens
 from kernels.transformer import Config, Transformer, load_model, save_model
 
 import huggingface_hub
@@ -919,7 +919,7 @@ def copy_tokenizer(path: Path, **files) -> Path:
 def test_where_samples_end(tmp_path, files, stops):
     """Guards: end tokens of config.json that are ignored, and the end of a turn where it isn't the end token: samples
     then go on with a next turn; an empty bos or pad token, which made an IndexError of each prompt."""
-    tokenizer, found = chat.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
+    tokenizer, found = generate.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
     assert found == stops
     assert chat.render_chat(tokenizer, "<|im_end|>").startswith("<|im_start|>user\n< |im_end|><|im_end|>")
 
@@ -955,14 +955,14 @@ def test_a_tokenizer_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, file
     directory that asks on stdin whether it may run."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(InputError, match=message):
-        chat.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
+        generate.open_tokenizer(copy_tokenizer(tmp_path / "m", **files))
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
     """Guards: token ids that have no row in the embedding."""
     path = make_model(tmp_path / "model", vocab_size=480)
     with pytest.raises(InputError, match="its tokenizer has 506 tokens, its embedding 480"):
-        chat.open_model(str(path), torch.device("cpu"), torch.float32)
+        generate.open_model(str(path), torch.device("cpu"), torch.float32)
 
 
 def test_tags_that_a_tokenizer_calls_special(tmp_path):
@@ -971,7 +971,7 @@ def test_tags_that_a_tokenizer_calls_special(tmp_path):
     raw = json.loads(text)
     for token in raw["added_tokens"]:
         token["special"] |= token["content"] in TAGS
-    tokenizer, _ = chat.open_tokenizer(copy_tokenizer(tmp_path / "m", tokenizer=json.dumps(raw)))
+    tokenizer, _ = generate.open_tokenizer(copy_tokenizer(tmp_path / "m", tokenizer=json.dumps(raw)))
     assert "<think>" in tokenizer.convert_ids_to_tokens(chat.encode_chat(tokenizer, generate.SOLVE_PROMPT))
     thought = "<think><step>a</step>"
     ids = tokenizer(f"{thought}<|im_end|>", add_special_tokens=False).input_ids
@@ -985,7 +985,7 @@ def test_no_template_knows_the_day(tmp_path):
     """Guards: prompts of two days that vote together."""
     template = "{% set f = '%Y' %}{{ strftime_now('%d %b ') }}{{ strftime_now(f) }}\n" + TEMPLATE
     path = copy_tokenizer(tmp_path / "m", tokenizer_config={"chat_template": template})
-    tokenizer, _ = chat.open_tokenizer(path)
+    tokenizer, _ = generate.open_tokenizer(path)
     assert chat.render_chat(tokenizer, "x").startswith("26 Jul 2024\n<|im_start|>user\nx")
 
 

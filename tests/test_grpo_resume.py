@@ -18,9 +18,9 @@ from pathlib import Path
 import evaluate
 import grpo
 from data import records, report
-from data.chat import render_chat
 from generate import SOLVE_PROMPT, format_valid, open_engine
 from kernels import distributed
+from kernels.chat import render_chat
 from kernels.transformer import load_model
 from train_prm import Judge, score_solutions
 

@@ -18,10 +18,10 @@ import evaluate
 import generate
 import verify
 from data import make_sorting, make_tiny, records
-from data.chat import encode_chat
 from data.results import claims, noise
 from generate import SOLVE_PROMPT
 from kernels import distributed
+from kernels.chat import encode_chat
 from kernels.distributed import InputError
 from train_prm import ORM_PROMPT, PRM_PROMPT
 
@@ -53,14 +53,14 @@ LADDER = {
     "kernels/transformer": "torch safetensors",
     "kernels/decode": "torch",
     "kernels/distributed": "torch",
+    "kernels/text": "",
+    "kernels/chat": "jinja2 huggingface_hub",
     "kernels/sampler": "torch tqdm",
     "data/__init__": "",
     "data/records": "torch",
     "data/grader": "math_verify",
     "data/report": "numpy matplotlib",
-    "data/text": "",
-    "data/chat": "torch jinja2 transformers huggingface_hub",
-    "generate": "torch tqdm",
+    "generate": "torch tqdm transformers",
     "verify": "torch numpy tqdm",
     "train_prm": "torch numpy tqdm",
     "evaluate": "torch numpy tqdm",

@@ -9,8 +9,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from data.chat import encode_chat, escape_special_tokens, open_tokenizer
-from generate import SOLVE_PROMPT, render_response, render_steps
+from generate import SOLVE_PROMPT, open_tokenizer, render_response, render_steps
+from kernels.chat import encode_chat, escape_special_tokens
 from kernels.transformer import Config, Transformer, save_model
 from train_prm import ORM_PROMPT, PRM_PROMPT, step_end_positions, yes_no_ids
 from verify import critique_prompt, verification_prompt

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import train_prm
 from data import records
-from data.chat import encode_chat, escape_special_tokens, render_chat
 from generate import Engine, format_valid, render_response, render_steps
 from kernels import distributed
+from kernels.chat import encode_chat, escape_special_tokens, render_chat
 from kernels.distributed import InputError, RunError
 from kernels.transformer import Config, Transformer, load_model, save_model
 from train_prm import REWARD_MODELS, step_end_positions, yes_no_ids
@@ -518,7 +518,7 @@ def test_ranks_of_a_cpu_stay_on_the_cpu(world, monkeypatch):
     (or meet on one GPU) wherever pip has installed a CUDA build, as it does on Linux."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)  # a single one isn't sharded
-    model = train_prm.chat.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]
+    model = train_prm.open_model(str(world[0] / "model"), torch.device("cpu"), torch.float32)[0]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         sharded = distributed.prepare_training(model, False)

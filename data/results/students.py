@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from data import make_tiny, records
-from data.chat import open_model
 from data.results.claims import find_seeds, over_seeds, read_results, replace_seeds
+from generate import open_model
 from kernels import distributed
 from kernels.transformer import save_model
 

@@ -1,26 +1,20 @@
 """A model's directory seen from outside: where it is found, its tokenizer and chat template, and where its turns end.
 
 Others wrote these files, so each is checked when it is opened, and what is wrong with it is said in one line. Whoever
-reads the stages needs to know `encode_chat` (a user turn as token ids), `decode` (the way back) and `open_model`.
+reads the stages needs to know `encode_chat` (a user turn as token ids), `decode` (the way back) and `find_model`.
 """
 
 import json
-import sys
 from bisect import bisect_left
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from data import records
-from data.text import STEP_TAG, TAGS
 from kernels import distributed
 from kernels.distributed import InputError
-from kernels.transformer import load_model, open_weights, read_config, weight_files
+from kernels.text import STEP_TAG, TAGS
 
-import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 
 @cache  # GRPO decodes every response many times
@@ -155,6 +149,13 @@ def end_of_turn(tokenizer) -> int | None:
     return None
 
 
+# Checkpoints of the tiny world, and the scripts that create them.
+MADE_BY = {
+    "data/tiny/policy": "-m data.make_tiny",
+    "data/tiny/verifier": "-m data.make_tiny",
+    "runs/tiny/prm_cot": "train_prm.py",
+    "runs/tiny/grpo": "grpo.py",
+}
 HUB_TIMEOUT = 10  # seconds that the hub has for an answer
 
 
@@ -166,8 +167,8 @@ def find_model(name: str, flag: str = "--model") -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if name in records.MADE_BY:
-        raise InputError(f"{flag} {name}: no such directory; create it with: python {records.MADE_BY[name]}")
+    if name in MADE_BY:
+        raise InputError(f"{flag} {name}: no such directory; create it with: python {MADE_BY[name]}")
     first, *others = name.split("/")
     if len(others) != 1 or not others[0] or first in ("", ".", "..", "~", "runs", "data") or Path(first).exists():
         raise InputError(f"{flag} {name}: neither a directory nor a hub name (organisation/name)")
@@ -194,45 +195,6 @@ def fetch_model(name: str, flag: str) -> Path:
         raise InputError(f"{flag} {name}: neither a directory nor a hub model that can be loaded ({reason})") from None
 
 
-def open_tokenizer(path: Path, flag: str = "--model"):
-    """(tokenizer, stop ids) of a model's directory. A sample ends at any of the stop ids: the tokenizer's
-    end-of-sequence token, those of config.json and generation_config.json, and what the chat template writes behind an
-    assistant's turn.
-
-    Raises InputError without a chat template that can be used (one that takes no notice of add_generation_prompt can),
-    without a stop id, and for a tokenizer that doesn't give back a text: one whose file is missing is empty.
-    """
-    # 1. The tokenizer. Code that came with it doesn't run, and sequences of any length are encoded without a warning.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, model_max_length=sys.maxsize)
-    except Exception as error:  # the tokenizers library raises just that for a damaged file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{flag} {path}: no tokenizer that can be loaded ({reason})") from None
-    if not tokenizer.chat_template:
-        raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
-    given = "What is 3 + 4?"
-    decoded = decode(tokenizer, tokenizer(given, add_special_tokens=False).input_ids)
-    if decoded.strip() != given:
-        raise InputError(f"{flag} {path}: its tokenizer makes {decoded!r} of {given!r}; is tokenizer.json missing?")
-
-    # 2. The chat template: it must show a turn as it is, and the same each time.
-    given += '\n\nIs "a" < B & c?'
-    prompt = render_chat(tokenizer, given)
-    if given not in prompt:
-        raise InputError(f"{flag} {path}: its chat template drops or changes the user's text; use another model")
-    if render_chat(tokenizer, given) != prompt:
-        raise InputError(f"{flag} {path}: its chat template writes another prompt each time; use another model")
-
-    # 3. Where samples end.
-    stop_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    for name in ("config.json", "generation_config.json"):
-        stop_ids |= read_end_tokens(path / name)
-    stop_ids.discard(None)
-    if not stop_ids:
-        raise InputError(f"{flag} {path}: no end token, so no sample would end; set eos_token in tokenizer_config.json")
-    return tokenizer, sorted(stop_ids)
-
-
 def read_end_tokens(path: Path) -> set[int]:
     """The end tokens that a configuration lists; none if there is no such file. Raises InputError if it is damaged."""
     if not path.is_file():
@@ -251,34 +213,31 @@ def read_end_tokens(path: Path) -> set[int]:
     return set(listed)
 
 
-def open_model(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model"):
-    """(model, tokenizer, stop ids) of a Hugging Face directory or hub name. Raises InputError if it can't be used."""
-    path = find_model(name, flag)
-    tokenizer, stop_ids = open_tokenizer(path, flag)  # first: it takes less time to fail
-    try:
-        model = load_model(path, device, dtype)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"{flag} {name}: {error}") from None
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    if tokens > model.vocabulary:
-        raise InputError(f"{flag} {name}: its tokenizer has {tokens} tokens, its embedding {model.vocabulary}; they "
-                         "belong to different models")  # fmt: skip
-    model.vocabulary = tokens  # embeddings are padded to more rows than there are tokens; those must not be sampled
-    return model, tokenizer, stop_ids
+def check_tokenizer(tokenizer, path: Path, flag: str) -> None:
+    """Raise InputError for a tokenizer that doesn't give back a text (one whose file is missing is empty), and without a
+    chat template that shows a turn as it is and the same each time."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
+    given = "What is 3 + 4?"
+    decoded = decode(tokenizer, tokenizer(given, add_special_tokens=False).input_ids)
+    if decoded.strip() != given:
+        raise InputError(f"{flag} {path}: its tokenizer makes {decoded!r} of {given!r}; is tokenizer.json missing?")
+    given += '\n\nIs "a" < B & c?'
+    prompt = render_chat(tokenizer, given)
+    if given not in prompt:
+        raise InputError(f"{flag} {path}: its chat template drops or changes the user's text; use another model")
+    if render_chat(tokenizer, given) != prompt:
+        raise InputError(f"{flag} {path}: its chat template writes another prompt each time; use another model")
 
 
-def check_model(name: str, flag: str = "--model") -> tuple[Any, int]:
-    """(tokenizer, context) of a model that is loaded later. Raises InputError if there is no such model, or if its
-    directory lacks something."""
-    path = find_model(name, flag)
-    tokenizer, _ = open_tokenizer(path, flag)
-    if not any(path.glob("*.safetensors")):
-        raise InputError(f"{flag} {name}: no weights (*.safetensors); fetch it again")
-    try:
-        config = read_config(path)
-        for file in weight_files(path):
-            with open_weights(file):  # only its header is read
-                pass
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"{flag} {name}: {error}") from None
-    return tokenizer, config.max_positions
+def find_stop_ids(tokenizer, path: Path, flag: str) -> list[int]:
+    """A sample ends at any of these: the tokenizer's end-of-sequence token, those of config.json and
+    generation_config.json, and what the chat template writes behind an assistant's turn. Raises InputError if there is
+    none."""
+    stop_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    for name in ("config.json", "generation_config.json"):
+        stop_ids |= read_end_tokens(path / name)
+    stop_ids.discard(None)
+    if not stop_ids:
+        raise InputError(f"{flag} {path}: no end token, so no sample would end; set eos_token in tokenizer_config.json")
+    return sorted(stop_ids)
