@@ -250,8 +250,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_
 
 
 def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgement], seed: int) -> dict[str, Metric]:
-    """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names no
-    step; its verdict is compared with final_answer_correct."""
+    """The metrics of one subset. A PRM's prediction is the first step that it judges incorrect, else -1. An ORM names
+    no step; its verdict is compared with final_answer_correct."""
     n = len(cases)
     if not REWARD_MODELS[kind].judges_steps:
         verdicts = [judgement.verdict for judgement in judgements]

@@ -290,8 +290,9 @@ def generate_solutions(
     """Sample the solutions that `output` lacks and append them, one problem at a time. top_k: see `choose_tokens`.
 
     args: num_samples, temperature, top_p, max_new_tokens, seed, and model, the name to write into the records. `output`
-    must have remembered_field="problem". Under torchrun the ranks share the problems, and each appends its own. Problems
-    that are too long for the context are left out, see `output_limit`; raises InputError if nothing else is left.
+    must have remembered_field="problem". Under torchrun the ranks share the problems, and each appends its own.
+    Problems that are too long for the context are left out, see `output_limit`; raises InputError if nothing else is
+    left.
     """
     # 1. The prompts that leave space for a solution.
     incomplete = []

@@ -20,8 +20,8 @@ penalty towards the initial policy. In this order they stand here, then `train`,
 
 V: the format is valid; y: the reward model's verdict; k of n steps judged correct.
 
-Left out of PPO: the critic (the group's mean is the baseline), GAE (there is one reward, at the end), and the pass of an
-old policy (with one update per batch it is the current one: the loss is nearly 0, its gradient isn't).
+Left out of PPO: the critic (the group's mean is the baseline), GAE (there is one reward, at the end), and the pass of
+an old policy (with one update per batch it is the current one: the loss is nearly 0, its gradient isn't).
 """
 
 import argparse
@@ -229,8 +229,8 @@ def groups_of(rollouts: list[Rollout], group_size: int) -> list[Group]:
 def score_rollouts(
     rollouts: list[Rollout], judge: Callable | None, tokenizer, gold: dict[str, str], args, step: int, clock=nullcontext
 ):
-    """Set `valid`, `judgement` and `reward` of each rollout. In the step designs too few or too many steps earn nothing,
-    before the group's mean and std are taken."""
+    """Set `valid`, `judgement` and `reward` of each rollout. In the step designs too few or too many steps earn
+    nothing, before the group's mean and std are taken."""
     reward = REWARDS[args.reward]
     seed = f"{args.seed}/{step}"
     for r in rollouts:
@@ -372,8 +372,8 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
 
 
 def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[Group]:
-    """The groups of one rank: responses that follow each other and have one prompt, which is packed and run once for all
-    of them. Dealt out by size, so that ranks have similar work."""
+    """The groups of one rank: responses that follow each other and have one prompt, which is packed and run once for
+    all of them. Dealt out by size, so that ranks have similar work."""
     groups = [list(group) for _, group in groupby(rollouts, key=lambda r: r.prompt)]
     groups.sort(key=lambda group: len(group[0].prompt) + sum(len(r.ids) for r in group))
     return groups[rank::ranks]
@@ -621,8 +621,8 @@ def spread_selective(group: Group, advantages: Tensor, args) -> list[Tensor]:
 
 
 def spread_global(group: Group, advantages: Tensor, args) -> list[Tensor]:
-    """0.8 A + 0.2 A_step, where a correct one of n steps is worth 1/n and an incorrect one -1/n. Responses without judged
-    steps keep A."""
+    """0.8 A + 0.2 A_step, where a correct one of n steps is worth 1/n and an incorrect one -1/n. Responses without
+    judged steps keep A."""
     step_rewards, step_ends = [], []
     for r in group:
         steps = r.judged_steps
@@ -698,7 +698,8 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 
 
 def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str, float]:
-    """`measure_heldout`: its mean over files as heldout/accuracy and so on; of several, each as heldout/<name>/accuracy."""
+    """`measure_heldout`: its mean over files as heldout/accuracy and so on; of several, each as
+    heldout/<name>/accuracy."""
     files = {name: measure_heldout(run, problems, args, step) for name, problems in run.heldout.items()}
     metrics = {}
     for key in next(iter(files.values())):

@@ -516,8 +516,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
 
 
 def batch_for_step(step: int, examples: list[Example], batch_size: int, seed: int) -> list[Example]:
-    """The global batch of a step: every epoch a new order, and its last batch may be smaller. A function of (step, seed),
-    so a resumed run sees what an uninterrupted one would have."""
+    """The global batch of a step: every epoch a new order, and its last batch may be smaller. A function of (step,
+    seed), so a resumed run sees what an uninterrupted one would have."""
     steps_per_epoch = math.ceil(len(examples) / batch_size)
     epoch = step // steps_per_epoch
     order = list(range(len(examples)))

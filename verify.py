@@ -115,9 +115,9 @@ VERDICT = re.compile(
 def parse_verification(text: str, num_steps: int) -> Verification:
     """Read the step verdicts and the final verdict of a verification of a solution that has num_steps steps.
 
-    The sentences are those of FORM, with any emphasis and blanks, and some variants of the last one (`\\boxed{No}`). Other
-    wording is not read: a verdict is never a guess. A field that isn't found exactly once is None, see `exactly_once`;
-    so a verification that stops at the first error has no step verdicts. Linear in len(text).
+    The sentences are those of FORM, with any emphasis and blanks, and some variants of the last one (`\\boxed{No}`).
+    Other wording is not read: a verdict is never a guess. A field that isn't found exactly once is None, see
+    `exactly_once`; so a verification that stops at the first error has no step verdicts. Linear in len(text).
     """
     # A heading opens the section of its step, and with it the analysis; the step's verdict closes the analysis.
     step = None  # whose section it is
@@ -300,9 +300,10 @@ def vote_of(verification: dict) -> Vote:
 def fewest_to_settle(votes: list[Vote], total: int) -> int:
     """How many further votes, at least, until the `total` votes of a solution can no longer change a label; 0: now.
 
-    A column is a step, or the outcome. Of its votes c say correct, w incorrect, and R are left. It is settled as correct
-    if c > w + R and as incorrect if w >= c + R, since a tie is incorrect. m further votes that agree also reduce R by m,
-    which makes 2m > w + R - c, or 2m >= c + R - w. With c = 6, w = 2, R = 8: 3, since 9 > 2 + 5, but not 8 > 2 + 6.
+    A column is a step, or the outcome. Of its votes c say correct, w incorrect, and R are left. It is settled as
+    correct if c > w + R and as incorrect if w >= c + R, since a tie is incorrect. m further votes that agree also
+    reduce R by m, which makes 2m > w + R - c, or 2m >= c + R - w. With c = 6, w = 2, R = 8: 3, since 9 > 2 + 5, but not
+    8 > 2 + 6.
     """
     left = total - len(votes)
     parsed = [vote for vote in votes if vote is not None]
@@ -319,7 +320,8 @@ def fewest_to_settle(votes: list[Vote], total: int) -> int:
 
 
 def fewest_to_lead(votes: list[Vote], total: int, lead: int) -> int:
-    """The same for `--stop lead`: after 4, 6, 8, ... votes, stop if every column is ahead by `lead`. That may be wrong."""
+    """The same for `--stop lead`: after 4, 6, 8, ... votes, stop if every column is ahead by `lead`. That may be
+    wrong."""
     parsed = [vote for vote in votes if vote is not None]
     looked_at = len(votes) >= 4 and len(votes) % 2 == 0
     margins = [abs(2 * sum(column) - len(column)) for column in zip(*parsed, strict=True)]
@@ -468,7 +470,8 @@ def make_verification(engine: Engine, solution: dict, prompt: list[int], sample:
 
 
 def read_verifications(path: str | Path, solutions: list[dict]) -> list[records.StoredVerification]:
-    """The verifications of these solutions, without texts. Raises InputError for one of another solution of their id."""
+    """The verifications of these solutions, without texts. Raises InputError for one of another solution of their
+    id."""
     num_steps = {solution["id"]: len(solution["steps"]) for solution in solutions}
     digests = {solution["id"]: hash_solution(solution) for solution in solutions if "problem" in solution}
     optional = ("step_verdicts", "verdict", "tokens")
@@ -615,8 +618,8 @@ def improve_labels(
     engine: Engine | None,
     device: torch.device,
 ) -> list[Label]:
-    """The labels that the merges give after --critique_rounds, each a critique of what the round before left of a label's
-    text, and a merge. What critiques.jsonl lacks is sampled, by each rank its share. A collective.
+    """The labels that the merges give after --critique_rounds, each a critique of what the round before left of a
+    label's text, and a merge. What critiques.jsonl lacks is sampled, by each rank its share. A collective.
 
     verifications: the file that has the texts. engine: opened if it is None and needed.
     """

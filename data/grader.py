@@ -26,8 +26,9 @@ Decisions, where a grader could also decide otherwise:
 - A decimal number equals the number that it rounds if six significant digits agree: 0.333333 is 1/3, 0.333 is not.
 
 Out of reach without computer algebra of our own: identities that math-verify's simplification misses, the branches of
-roots and logarithms of quotients (taken as for positive numbers), equal angles or transposes with different names, converting units, one congruence under two moduli,
-degrees against radians outside a function, and plain text whose words math-verify takes for a number's unit.
+roots and logarithms of quotients (taken as for positive numbers), equal angles or transposes with different names,
+converting units, one congruence under two moduli, degrees against radians outside a function, and plain text whose
+words math-verify takes for a number's unit.
 """
 
 import json
@@ -441,8 +442,8 @@ def compare_choices(prediction: str, reference: str) -> bool | None:
 
 
 def contradict(prediction: str, reference: str) -> bool | None:
-    r"""False if both have marks of one kind, such as moduli, numerals like 2516_8 or dates, and these differ, or if they
-    have other quantities, as in 3 hours 20 minutes; else None."""
+    r"""False if both have marks of one kind, such as moduli, numerals like 2516_8 or dates, and these differ, or if
+    they have other quantities, as in 3 hours 20 minutes; else None."""
     pair = (prediction, reference)
     numerals = [sorted(map(read_numeral, BASED.finditer(answer))) for answer in pair]
     marks = [numerals] + [[sorted(pattern.findall(answer)) for answer in pair] for pattern in CONTRADICTIONS]
@@ -536,8 +537,9 @@ def add_left_side(answer: str, other: str) -> str:
 
 
 def ask(prediction: str, reference: str, timeout: float) -> bool | None:
-    """The verdict of an idle worker, or of a new one if all are busy. A worker that was killed from outside is replaced;
-    if that happens twice, the question may be why (the system ran out of memory), and the verdict is unknown."""
+    """The verdict of an idle worker, or of a new one if all are busy. A worker that was killed from outside is
+    replaced; if that happens twice, the question may be why (the system ran out of memory), and the verdict is
+    unknown."""
     question = json.dumps([prediction, reference, timeout])
     try:
         worker = _idle.pop()  # atomic: threads that ask at the same time get different workers

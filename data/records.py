@@ -120,8 +120,9 @@ FOREIGN_VERDICTS = (1, 0, -1, "+", "-")
 
 
 def check_record(record: object, fields: list[str], place: str, optional: tuple[str, ...] = ()) -> None:
-    """Convert a record's values by FIELD_TYPES. Raises InputError, beginning with `place`, if one of `fields` is missing,
-    or if one of them or of the `optional` fields has another type or length. Any other field may be anything."""
+    """Convert a record's values by FIELD_TYPES. Raises InputError, beginning with `place`, if one of `fields` is
+    missing, or if one of them or of the `optional` fields has another type or length. Any other field may be
+    anything."""
     if not isinstance(record, dict):
         record = {}  # a value that is no object has none of the fields
     for field in fields:
@@ -318,8 +319,8 @@ def group_by_solution(solutions: list[dict], verifications: list[dict]) -> dict[
 
 
 def torn_line(path: str | Path) -> int | None:
-    """Where the last line begins, in bytes, if it lacks its newline, because a killed run has left it or a running one is
-    writing it; otherwise None. Only the end of the file is read."""
+    """Where the last line begins, in bytes, if it lacks its newline, because a killed run has left it or a running one
+    is writing it; otherwise None. Only the end of the file is read."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         end = size
@@ -725,7 +726,8 @@ def check_place(out: Path) -> None:
 
 def check_output(out: str | Path, args: argparse.Namespace, signature: bytes | None = None) -> None:
     """Raise InputError for an --out that is one of the inputs, a model directory that no run with an args.json has
-    made, the output of another stage, or a device or pipe. Nothing is written; RecordFile and `lock_run` ask before they lock.
+    made, the output of another stage, or a device or pipe. Nothing is written; RecordFile and `lock_run` ask before
+    they lock.
 
     A file with an args.json may be replaced, as may one that begins with `signature`; any other existing file is
     somebody's. For an output that is appended to, give b"": its records will be looked at.
@@ -803,8 +805,8 @@ class RecordFile:
     may_change: the arguments that may differ from those of the run that made the file, as they don't change records.
     key_fields: what identifies a record. other_fields: what else its records have; without them a file that has no
     args.json is somebody's. After entry, `done` maps the key of each record that is there, an id, or a tuple if there
-    are several key fields, to its remembered field (None without one), a tuple for several: a million records are too large to keep more.
-    Only rank 0 has them, unless is_mine says which records this rank must know.
+    are several key fields, to its remembered field (None without one), a tuple for several: a million records are too
+    large to keep more. Only rank 0 has them, unless is_mine says which records this rank must know.
 
     Under torchrun rank 0 locks, checks, repairs and reads the file; every rank appends whole lines. Only the lock is
     written before the first record, so a run that fails early leaves nothing behind.

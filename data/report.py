@@ -296,8 +296,8 @@ def paint(text: str, right: bool | None) -> str:
 
 
 def read_problem(name: str | None, labels: str, rollouts: str | None) -> tuple[list[dict], list[tuple[int, dict]]]:
-    """(its labels, its responses of GRPO) of the problem or solution of this name; None: of the first problem. labels: a
-    file of verify.py; rollouts: see `read_rollouts`. Raises InputError if neither has anything."""
+    """(its labels, its responses of GRPO) of the problem or solution of this name; None: of the first problem. labels:
+    a file of verify.py; rollouts: see `read_rollouts`. Raises InputError if neither has anything."""
     fields = ["id", "problem", "steps", "answer", "method", "step_labels", "outcome", "text", "votes", "dropped"]
     everything = records.read(labels, fields, "python verify.py")
     name = name or records.problem_of(everything[0]["id"])

@@ -119,7 +119,8 @@ def encode_chat(tokenizer, user: str, thinking: bool = True) -> list[int]:
 
 
 def encode_to_ends(tokenizer, text: str, ends: list[int]) -> tuple[list[int], list[int]]:
-    """(token ids, for each end the position of the last token that begins before it). Ends count characters of the text.
+    """(token ids, for each end the position of the last token that begins before it). Ends count characters of the
+    text.
 
     For the text "ab.cd.":
 
@@ -214,8 +215,8 @@ def read_end_tokens(path: Path) -> set[int]:
 
 
 def check_tokenizer(tokenizer, path: Path, flag: str) -> None:
-    """Raise InputError for a tokenizer that doesn't give back a text (one whose file is missing is empty), and without a
-    chat template that shows a turn as it is and the same each time."""
+    """Raise InputError for a tokenizer that doesn't give back a text (one whose file is missing is empty), and without
+    a chat template that shows a turn as it is and the same each time."""
     if not tokenizer.chat_template:
         raise InputError(f"{flag} {path}: its tokenizer has no chat template; use an instruct model")
     given = "What is 3 + 4?"

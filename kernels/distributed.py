@@ -1,7 +1,8 @@
 """What a reader may skip who thinks of a single process: errors and signals, ranks and their collectives, FSDP2.
 
-Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals) and how fast it runs; the processes that torchrun started,
-their numbers, their shares of the work and collectives; a model's weights across them: sharding, checkpoints, copies.
+Here belong: how a stage ends (`InputError`, `RunError`, `run_stage`, signals) and how fast it runs; the processes that
+torchrun started, their numbers, their shares of the work and collectives; a model's weights across them: sharding,
+checkpoints, copies.
 """
 
 import io
@@ -387,13 +388,15 @@ def prepare_training(model: Transformer, checkpointing: bool) -> Transformer:
 
 
 def load_reference(model: Transformer, source: Path) -> Transformer:
-    """A frozen copy of the model as it was in its directory, for the KL term: sharded, in bf16 on GPUs. A collective."""
+    """A frozen copy of the model as it was in its directory, for the KL term: sharded, in bf16 on GPUs. A
+    collective."""
     reference = _load_copy(model, source).requires_grad_(False)
     return prepare_training(reference, False)
 
 
 def load_inference(model: Transformer, source: Path) -> Transformer:
-    """A whole copy of the model for the sampler, in bf16 on GPUs. A single CPU process samples with the model itself."""
+    """A whole copy of the model for the sampler, in bf16 on GPUs. A single CPU process samples with the model
+    itself."""
     if model.device.type == "cpu" and world_size() == 1:
         return model
     return _load_copy(model, source)

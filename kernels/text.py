@@ -207,8 +207,9 @@ def extract_answer(text: str) -> str | None:
     r"""The final answer: the last closed `\boxed{…}`, else the contents of the last `<answer>` tag, else the last
     "Answer: …" line or the line below such a heading; None if missing or empty. Thoughts aren't read.
 
-    The last box counts even if it is empty or only mentioned: an answer that can be chosen isn't final. TeX's `\boxed 73`
-    boxes a single digit, `\\boxed{73}` is a line break and a word, and "#### 73" is a heading: none of them is read.
+    The last box counts even if it is empty or only mentioned: an answer that can be chosen isn't final. TeX's `\boxed
+    73` boxes a single digit, `\\boxed{73}` is a line break and a word, and "#### 73" is a heading: none of them is
+    read.
     """
     if not tagged_steps(text):
         _, text = split_thoughts(text)
@@ -252,7 +253,8 @@ def visible(text: str) -> str:
 
 
 def states_value(answer: str | None) -> bool:
-    r"""Whether an answer states anything: a letter, digit or symbol, or `\{\}`. "?", "..." and what is invisible don't."""
+    r"""Whether an answer states anything: a letter, digit or symbol, or `\{\}`. "?", "..." and what is invisible
+    don't."""
     return any(unicodedata.category(character)[0] in "LNS" or character == "\\" for character in visible(answer or ""))
 
 
@@ -291,8 +293,9 @@ def hidden_text(response: str) -> str:
 
 
 def shown_solution(response: str) -> tuple[list[str], str | None]:
-    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`. Under the constraint
-    `none` that includes whatever was appended to a first solution; otherwise appending couldn't be studied."""
+    """(steps, answer) that the reward model is shown: those of the text up to the last `</answer>`. Under the
+    constraint `none` that includes whatever was appended to a first solution; otherwise appending couldn't be
+    studied."""
     if "</answer>" in response:
         response = response[: response.rindex("</answer>") + len("</answer>")]
     return split_steps(response), extract_answer(response)
