@@ -317,11 +317,11 @@ def describe_format(response: str) -> dict[str, float]:
 
 # "## step 2: pythagoras". The second group is there if the number is not that of one step: "1.2", "1a", "1-3" or "1/2".
 HEADING = re.compile(r"[^\w\n#]*(?:\d+[.)][^\w\n#]*)?#[^\w\n]*step(?:[^\S\n]|[#№*])+(\d{1,6})([a-z\d]|[.,–-]\d|/\d+)?")
-# What stands before a step number that is bold in Markdown, LaTeX or HTML: "- **", "1. __", "> \textbf{", "✅ <b>"
+# A line whose step number is bold in Markdown, LaTeX or HTML: "- **step 1", "1. __step 1", "> \textbf{step 1", or
+# "✅ <b>step 1". Each piece of the prefix begins with a character of its own, so a long one is never read in two ways.
 BOLD = r"(?:\*\*|__|\\textbf\{|<(?:b|strong)>)"
-BOLD_HEADING = re.compile(
-    rf"^(?=[^a-z\n]*{BOLD})(?:{BOLD}|[^\w\n])*(?:\d+[.)](?:{BOLD}|[^\w\n])*)?(?=step\b)", re.MULTILINE
-)
+PREFIX = r"(?:[^\w\n]|_|textbf\{|b>|strong>)*"
+BOLD_HEADING = re.compile(rf"^(?=[^a-z\n]*{BOLD}){PREFIX}(?:\d+[.)]{PREFIX})?(?=step\b)", re.MULTILINE)
 # In Markdown, LaTeX and HTML, with comments; `\boxed{No}` is an emphasised No, too.
 VERDICT_EMPHASIS = re.compile(
     r"[*_`${}]|\\(?:boxed|emph|mathbf|text|textbf|textit|underline)\b|\\(?=[()/])|</?(?:b|em|i|strong|u)>"
