@@ -369,7 +369,7 @@ def heldout_accuracy(
     """
     require_answers([problem["id"] for problem in problems], gold)
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
-    prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, max_new_tokens, "held-out problems")
+    prompts, limits = engine.fit_prompts(turns, max_new_tokens, "held-out problems")
     mine = distributed.my_part([i for i, limit in enumerate(limits) if limit is not None])
     groups = engine.sample(
         [prompts[i] for i in mine],

@@ -133,27 +133,28 @@ def output_limit(prompt_tokens: int, max_new_tokens: int, context: int) -> int |
     return min(left, max_new_tokens)
 
 
-def check_limits(title: str, limits: list[int | None], max_new_tokens: int, resumed: bool = False) -> None:
-    """Say how many of some prompts are left out, and how many get a lower limit. Raises InputError if all are left out,
-    unless a run is resumed that has sampled others before."""
+def fit_prompts(
+    tokenizer,
+    context: int,
+    turns: list[str],
+    max_new_tokens: int,
+    name: str,
+    resumed: bool = False,
+    thinking: bool = True,
+) -> tuple[list[list[int]], list[int | None]]:
+    """(token ids, `output_limit`) of a prompt for each user turn; says how many are left out, and how many get a lower
+    limit. Raises InputError, beginning with the name of them all, if all are left out, unless a run is resumed that has
+    sampled others before."""
+    prompts = [encode_chat(tokenizer, turn, thinking) for turn in turns]
+    limits = [output_limit(len(prompt), max_new_tokens, context) for prompt in prompts]
     too_long = limits.count(None)
     shortened = sum(limit is not None and limit < max_new_tokens for limit in limits)
     if limits and too_long == len(limits) and not resumed:
-        raise InputError(f"{title}: no prompt leaves an eighth of --max_new_tokens {max_new_tokens} in the model's "
+        raise InputError(f"{name}: no prompt leaves an eighth of --max_new_tokens {max_new_tokens} in the model's "
                          "context; lower it")  # fmt: skip
     if too_long or shortened:
-        distributed.log(f"{title}: of {len(limits)} prompts, {too_long} are too long for the model's context and left "
+        distributed.log(f"{name}: of {len(limits)} prompts, {too_long} are too long for the model's context and left "
                         f"out, {shortened} leave less than --max_new_tokens {max_new_tokens}")  # fmt: skip
-
-
-def fit_prompts(
-    tokenizer, context: int, turns: list[str], max_new_tokens: int, name: str
-) -> tuple[list[list[int]], list[int | None]]:
-    """(token ids, `output_limit`) of a prompt for each user turn. Raises InputError, beginning with the name of them
-    all, if all are too long."""
-    prompts = [encode_chat(tokenizer, turn) for turn in turns]
-    limits = [output_limit(len(prompt), max_new_tokens, context) for prompt in prompts]
-    check_limits(name, limits, max_new_tokens)
     return prompts, limits
 
 
@@ -232,6 +233,12 @@ class Engine:
         """`output_limit` of a prompt in this model's context."""
         return output_limit(len(prompt), max_new_tokens, self.context)
 
+    def fit_prompts(
+        self, turns: list[str], max_new_tokens: int, name: str, resumed: bool = False
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """`fit_prompts` of this model."""
+        return fit_prompts(self.tokenizer, self.context, turns, max_new_tokens, name, resumed, self.thinking)
+
     def text(self, ids: list[int], prompt: list[int] | None = None) -> str:
         """The text of token ids, without special tokens. Given their prompt, with the `<think>` that may stand at its
         end: without it, a thought that is cut off would pass for the solution."""
@@ -295,33 +302,27 @@ def generate_solutions(
     left.
     """
     # 1. The prompts that leave space for a solution.
-    incomplete = []
-    prompts = []
-    limits = []
-    for problem in find_incomplete(problems, output, args.num_samples):
-        prompt = engine.encode(SOLVE_PROMPT.format(problem=problem["problem"]))
-        limit = engine.output_limit(prompt, args.max_new_tokens)
-        limits.append(limit)
-        if limit is not None:
-            incomplete.append(problem)
-            prompts.append(prompt)
-    check_limits(str(output.path), limits, args.max_new_tokens, resumed=output.was_there)
+    incomplete = find_incomplete(problems, output, args.num_samples)
+    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in incomplete]
+    prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, str(output.path), resumed=output.was_there)
+    fitting = [i for i, limit in enumerate(limits) if limit is not None]
 
     # 2. The samples.
     stream = sample_from_queue(
         engine,
-        prompts,
+        [prompts[i] for i in fitting],
         "generate",
         f"solutions of {output.path}",  # a benchmark fills several files in one run
-        keys=[problem["id"] for problem in incomplete],
+        keys=[incomplete[i]["id"] for i in fitting],
         num_samples=args.num_samples,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=top_k,
-        max_new_tokens=[limit for limit in limits if limit is not None],
+        max_new_tokens=[limits[i] for i in fitting],
         seed=args.seed,
     )
-    for i, samples in stream:
+    for place, samples in stream:
+        i = fitting[place]
         problem = incomplete[i]
         solutions = []
         for k, sample in enumerate(samples):

@@ -38,7 +38,7 @@ from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
 from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, name_files, require_answers
-from generate import SOLVE_PROMPT, Engine, fit_prompts, format_valid, open_engine, open_model
+from generate import SOLVE_PROMPT, Engine, format_valid, open_engine, open_model
 from kernels import distributed
 from kernels.chat import find_model, locate_steps
 from kernels.distributed import InputError, RunError
@@ -865,7 +865,7 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
 def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
     """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new tokens."""
     turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
-    prompts, limits = fit_prompts(engine.tokenizer, engine.context, turns, args.max_new_tokens, args.problems)
+    prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, args.problems)
     fitting = []
     for problem, prompt, limit in zip(problems, prompts, limits, strict=True):
         if limit is not None and len(prompt) <= args.max_prompt_tokens:

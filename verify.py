@@ -35,7 +35,7 @@ from typing import BinaryIO, NamedTuple
 
 from data import records
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, TOP_P, WHOLE, group_by_solution
-from generate import Engine, check_limits, open_engine, render_steps, sample_from_queue
+from generate import Engine, open_engine, render_steps, sample_from_queue
 from kernels import distributed
 from kernels.chat import find_model
 from kernels.distributed import InputError
@@ -348,15 +348,26 @@ def hash_solution(solution: dict) -> str:
     return records.hash_text(json.dumps([solution["problem"], solution["steps"], solution["answer"]]))
 
 
-def find_unverified(solutions: list[dict], num_verifications: int, output: records.RecordFile) -> list[dict]:
-    """The solutions that lack some of their verifications. A collective. Raises InputError as `read_verifications`."""
+def find_unverified(
+    solutions: list[dict], args: argparse.Namespace, output: records.RecordFile
+) -> tuple[list[dict], list[list[Vote]]]:
+    """(the solutions that lack some of their verifications, the votes that each of them has up to the first that is
+    missing). Under `--stop all` nobody looks at the votes, and there are none. A collective. Raises InputError as
+    `read_verifications`, before anything is sampled."""
     # Without steps there is nothing to judge: no verifications, and the label is no_votes.
     with_steps = [solution for solution in solutions if solution["steps"]]
-    keys = ([(solution["id"], j) for j in range(num_verifications)] for solution in with_steps)
+    keys = ([(solution["id"], j) for j in range(args.num_verifications)] for solution in with_steps)
     unverified = [with_steps[i] for i in output.find_missing(keys)]
-    if unverified and output.was_there and distributed.rank() == 0:
-        group_by_solution(solutions, read_verifications(output.path, solutions))  # raises before sampling
-    return unverified
+    votes: list[list[Vote]] = [[] for _ in unverified]
+    if not unverified or not output.was_there:
+        return unverified, votes
+    if distributed.rank() == 0:
+        groups = group_by_solution(solutions, read_verifications(output.path, solutions))
+        if args.stop != "all":
+            for solution, so_far in zip(unverified, votes, strict=True):
+                first = enumerate(groups[solution["id"]][: args.num_verifications])
+                so_far += [vote_of(v) for number, v in first if v["sample"] == number]
+    return unverified, distributed.broadcast(votes)
 
 
 def hash_prompt(args: argparse.Namespace) -> str:
@@ -365,20 +376,6 @@ def hash_prompt(args: argparse.Namespace) -> str:
     solution = {"problem": "problem", "steps": ["step"], "answer": "answer"}
     reference = "reference" if METHODS[args.method].reads_answers else None
     return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
-
-
-def votes_so_far(args: argparse.Namespace, path: Path, solutions: list[dict], resumed: bool) -> list[list[Vote]]:
-    """The votes that an earlier run left of each solution, up to the first that is missing. A collective. Under
-    `--stop all` nobody looks at them, and there are none."""
-    votes: list[list[Vote]] = [[] for _ in solutions]
-    if args.stop == "all" or not resumed:
-        return votes
-    if distributed.rank() == 0:
-        groups = group_by_solution(solutions, read_verifications(path, solutions))
-        for so_far, group in zip(votes, groups.values(), strict=True):
-            first = enumerate(group[: args.num_verifications])
-            so_far += [vote_of(v) for number, v in first if v["sample"] == number]
-    return distributed.broadcast(votes)
 
 
 def size_of_round(args: argparse.Namespace, votes: list[list[Vote]]) -> int:
@@ -404,9 +401,7 @@ def verify_solutions(
     references: solution id -> reference answer, if used."""
     # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
     turns = [verification_prompt(s, args.worked_examples, references.get(s["id"])) for s in todo]
-    prompts = [engine.encode(turn) for turn in turns]
-    limits = [engine.output_limit(prompt, args.max_new_tokens) for prompt in prompts]
-    check_limits("verify", limits, args.max_new_tokens, resumed=output.was_there)
+    prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, "verify", resumed=output.was_there)
     fitting = [i for i, limit in enumerate(limits) if limit is not None]
     unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
@@ -442,6 +437,8 @@ def verify_solutions(
                     so_far.append(vote_of(verification))
             output.append(verifications)
             new.append((i, so_far))
+        if args.stop == "all":
+            return
         # 4. Every rank learns all votes, so that the next round is the same for all.
         for of_rank in distributed.gather([new]):
             for i, so_far in of_rank:
@@ -785,8 +782,7 @@ def main() -> None:
     engine = None
     key = ("solution_id", "sample")
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, other_fields=("text",)) as output:
-        unverified = find_unverified(solutions, args.num_verifications, output)
-        votes = votes_so_far(args, path, unverified, output.was_there)
+        unverified, votes = find_unverified(solutions, args, output)
         if any(fewest_further_votes(so_far, args) > 0 for so_far in votes):
             model = records.hash_model(find_model(args.model))
             output.check_made_with(model_sha256=model, prompt_sha256=hash_prompt(args))

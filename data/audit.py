@@ -139,12 +139,12 @@ def main() -> None:
     # 2. Verify them all as Stage I does: in one queue, resumable, shared by the ranks.
     key = ("solution_id", "sample")
     with records.RecordFile(path, args, MAY_CHANGE_ON_RESUME, key, other_fields=("text",)) as output:
-        todo = verify.find_unverified(solutions, args.num_verifications, output)
+        todo, votes = verify.find_unverified(solutions, args, output)
         if todo:
             model = records.hash_model(find_model(args.model))
             output.check_made_with(model_sha256=model, prompt_sha256=verify.hash_prompt(args))
             engine = open_engine(args.model, device, args.slots)
-            verify.verify_solutions(args, engine, todo, [[] for _ in todo], {}, output)
+            verify.verify_solutions(args, engine, todo, votes, {}, output)
     if distributed.rank() != 0:
         return
 
