@@ -34,7 +34,7 @@ stage verify.py "${verify[@]}"
 stage evaluate.py labels --verifications $out/verify/verifications.jsonl --labels $out/verify/labels_step_consistency.jsonl --out $out/labels.json
 stage train_prm.py "${train[@]}"
 stage evaluate.py processbench "${processbench[@]}"
-stage grpo.py "${grpo[@]}"
+stage grpo.py --dump_rollouts "${grpo[@]}"
 stage evaluate.py benchmark --greedy "${benchmark[@]}"
 stage evaluate.py plot --runs $out/grpo --out $out/curves.png
 echo
