@@ -175,13 +175,23 @@ def describe_problems(stage: StageOne, count: int, gold_path: str | None) -> lis
     return problems
 
 
-def list_mistakes(problems: list[dict]) -> list[dict]:
-    """Every row of the shown maps whose label is not gold's, with the share of the votes that it won by."""
-    mistakes = []
+def list_mistakes(problems: list[dict]) -> dict[str, list[dict]]:
+    """The shown solutions that are labelled wrong, each with the first wrong row of its map: the errors that the vote
+    `missed`, and its false `alarms`. Those that it was surest of come first."""
+    mistakes: dict[str, list[dict]] = {"missed": [], "alarms": []}
     for problem in problems:
         for solution in problem["solutions"]:
-            for row in solution["wrong"]:
-                mistakes.append({"solution": solution, "row": row})
+            if solution["wrong"]:
+                row = solution["wrong"][0]
+                kind = "missed" if row["label"] else "alarms"
+                mistakes[kind].append({"solution": solution, "row": row})
+
+    def majority_share(mistake: dict) -> float:
+        votes = mistake["row"]["votes"]
+        return max(votes) / sum(votes) if votes else 0.0
+
+    for of_kind in mistakes.values():
+        of_kind.sort(key=majority_share, reverse=True)
     return mistakes
 
 
@@ -271,7 +281,8 @@ def token_advantages(
 def token_texts(tokenizer, ids: list[int], text: str) -> list[str] | None:
     """The text of each token; None if tokens can't be shown one by one, as they are parts of characters. A token that
     isn't text, such as that which ends the turn, is shown by its name."""
-    texts = [decode(tokenizer, [i]) for i in ids]
+    text_of = {i: decode(tokenizer, [i]) for i in set(ids)}
+    texts = [text_of[i] for i in ids]
     if not text.endswith("".join(texts)):
         return None
     return [shown or tokenizer.convert_ids_to_tokens(i) for shown, i in zip(texts, ids, strict=True)]
@@ -405,15 +416,19 @@ def describe_grpo(run: Path, count: int, gold_path: str | None) -> dict:
 # --------------------------------------------------------------------------- curves
 
 WIDTH, HEIGHT = 280, 110  # of a panel, in the units of its drawing
+FRACTIONS = {report.PANELS[key] for key in ("reward/mean", "heldout/accuracy", "format/valid", "format/hidden_text",
+             "format/text_after_answer", "reward/count_mismatch")}  # fmt: skip
 
 
 def describe_panel(curve: dict) -> dict | None:
     """A curve of `report.run_curves` as points of a drawing; None if it is a constant, which needs none."""
     x, y = curve["x"], curve["y"]
     low, high = curve.get("low", y), curve.get("high", y)
-    bottom, top = min(low), max(high)
-    if not (bottom < top and len(x) > 1):  # also where a value is NaN
+    if len(x) < 2 or not min(low) < max(high):  # also where a value is NaN
         return None
+    # Every axis has its zero, and that of a fraction its one: noise must not look like an event.
+    bottom = min(0.0, *low)
+    top = max(1.0 if curve["panel"] in FRACTIONS else 0.0, *high)
 
     def place(at: float, value: float) -> str:
         across = WIDTH * (at - x[0]) / (x[-1] - x[0])

@@ -1,0 +1,452 @@
+"""The page of a run: its numbers are those of the files, what models wrote is text, and a browser shows it."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import grpo
+import verify
+from data import page, records
+from kernels import distributed
+from kernels.distributed import InputError
+from train_prm import Judgement
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "data" / "tiny"
+EVIL = "<script>alert(1)</script><b onclick='x'>\x1b[8m\u202eabc{{ 7 * 7 }}</article>"
+SHOWN = "<script>alert(1)</script><b onclick='x'>\\x1b[8m\\u202eabc{{ 7 * 7 }}</article>"  # EVIL as a reader sees it
+
+# --------------------------------------------------------------------------- a run of two problems
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def verification_text(verdicts: list[bool], verdict: bool, remark: str = "") -> str:
+    """A verification in the form that the verifier is asked for."""
+    words = {True: "correct", False: "incorrect"}
+    lines = []
+    for k, right in enumerate(verdicts, 1):
+        lines += [f"## Step {k}: look", remark or "fine", f"**This step is {words[right]}.**"]
+    answer = "Yes" if verdict else "No"
+    return "\n".join([*lines, f"**Verification: Is the answer correct (Yes/No)? {answer}**"])
+
+
+# (solution id, its steps, its answer, its verifications as (step verdicts, verdict); None: one that can't be parsed)
+SOLUTIONS = [
+    ("p1/0", ["1+1=2", "2+2=5"], "5", [([1, 0], 0), ([1, 0], 0), ([1, 1], 1), None]),
+    ("p1/1", ["1+1=2", "2+2=4"], "4", [([1, 1], 1), ([1, 0], 0), None, None]),  # ties, and labelled wrong
+    ("p2/0", [EVIL], EVIL, [None, None, None, None]),  # no votes
+    ("p2/1", ["3+3=6", "6+1=7"], "7", [([1, 0], 1), ([0, 1], 1), ([1, 1], 0), None]),  # none agrees with all majorities
+]
+PROBLEMS = {"p1": "One and one, then two more?", "p2": f"Three? {EVIL}"}
+
+
+def make_stage_one(run: Path) -> None:
+    """What verify.py writes, by its own functions."""
+    solutions, verifications = [], []
+    for solution_id, steps, answer, votes in SOLUTIONS:
+        problem = PROBLEMS[records.problem_of(solution_id)]
+        solutions.append({"id": solution_id, "problem": problem, "steps": steps, "answer": answer})
+        for j, vote in enumerate(votes):
+            text = f"nothing that can be read {EVIL}"
+            if vote is not None:
+                text = verification_text([bool(v) for v in vote[0]], bool(vote[1]), EVIL)
+            parsed = asdict(verify.parse_verification(text, len(steps)))
+            assert (parsed["verdict"] is None) == (vote is None)
+            name = {"id": f"{solution_id}/{j}", "solution_id": solution_id, "sample": j}
+            verifications.append({**name, "text": text, **parsed, "finish": "stop", "tokens": 9})
+    labels = verify.label_solutions(solutions, verifications, verify.step_consistency, seed=0)
+    rows = [solution | {"method": "step_consistency"} | asdict(label)
+            for solution, label in zip(solutions, labels, strict=True)]  # fmt: skip
+    path = run / "verify" / "labels_step_consistency.jsonl"
+    write_lines(path, rows)
+    write_lines(run / "verify" / "verifications.jsonl", verifications[::-1])  # in the order in which they ended
+    records.write_args(path, argparse.Namespace(num_verifications=4, method="step_consistency"))
+    report = {"method": "step_consistency", **verify.describe_labels(labels, verifications)}
+    records.write_json(run / "verify" / "report.json", report)
+
+
+def make_settings(**changes) -> argparse.Namespace:
+    settings = {"reward": "process_aware", "format_constraints": "paper", "group_size": 2, "seed": 0, "min_steps": 2}
+    settings |= {"max_steps": 8, "selective_discount": 0.0, "loss_norm": "token", "policy": "nowhere", "problems": "none"}
+    return argparse.Namespace(**settings | changes)
+
+
+# (steps, answer, step verdicts, verdict); without verdicts the format is broken. Two groups of two.
+RESPONSES = [
+    ("p1", ["1+1=2", "2+2=4"], "4", [True, True], True),
+    ("p1", ["1+1=2", "2+2=5"], "5", [True, False], False),
+    ("p9", ["3+3=6", "6+1=7"], "7", [True, False], True),
+    ("p9", [EVIL.replace("\x1b", "")], "7", None, None),
+]
+
+
+def make_responses(run: Path, args: argparse.Namespace) -> None:
+    """What grpo.py --dump_rollouts writes of one step, by its own functions, in steps 1, 2 and 3."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rollouts = []
+    for problem_id, steps, answer, verdicts, verdict in RESPONSES:
+        inside = " ".join(f"<step>{step}</step>" for step in steps)
+        text = f"<think>{inside}</think><answer>\\boxed{{{answer}}}</answer>"
+        if verdicts is None:
+            text += " and more"
+        ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        if tokenizer.decode(ids[:-1]) != text:  # its characters aren't all in the tiny vocabulary
+            text = tokenizer.decode(ids[:-1])
+        judgement = Judgement(verdicts, verdict, verification_text(verdicts, verdict, EVIL), 9) if verdicts else None
+        rollout = grpo.Rollout(problem_id, [1], ids, [], text, "stop", problem="?")
+        rollout.judgement = judgement
+        rollouts.append(rollout)
+
+    def judge(solutions, seed):
+        return [rollout.judgement for rollout in rollouts if rollout.judgement is not None]
+
+    judge_of = judge if grpo.REWARDS[args.reward].asks else None
+    grpo.score_rollouts(rollouts, judge_of, tokenizer, {"p1": "4", "p9": "7"}, args, 0)
+    advantages = grpo.group_advantages(torch.tensor([r.reward for r in rollouts]), args.group_size)
+    for rollout, tokens in zip(rollouts, grpo.spread_advantages(rollouts, advantages, args), strict=True):
+        rollout.token_advantages = tokens
+    rows = [grpo.describe_rollout(r, a, tokenizer) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
+    for step in (1, 2, 3, 4):
+        write_lines(run / "grpo" / "rollouts" / f"step_{step:07d}.jsonl", rows)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, run / "grpo")
+    records.write_args(run / "grpo", args)
+
+
+def make_run(run: Path, **changes) -> Path:
+    """A run with all files that the page reads; changes: of GRPO's settings."""
+    make_stage_one(run)
+    make_responses(run, make_settings(**changes))
+    accuracy = {"heldout/accuracy": 0.5, "heldout/low": 0.4, "heldout/high": 0.6}
+    metrics = [{"step": 0, **accuracy}] + [{"step": s, "reward/mean": s / 8, "format/valid": 1.0} for s in (1, 2, 3)]
+    write_lines(run / "grpo" / "metrics.jsonl", [*metrics, {"step": 4, "reward/mean": 0.25, "format/valid": 1.0,
+                "heldout/accuracy": 0.75, "heldout/low": 0.7, "heldout/high": 0.8}])  # fmt: skip
+    write_lines(run / "processbench.jsonl", [{"subset": "tiny", "metric": "f1", "value": 0.8125,
+                                              "settings": {"model": "m"}}])  # fmt: skip
+    rows = [{"method": "step_consistency (file)", "N": None, "all": {"exact": 0.625}},
+            {"method": "single", "N": 4, "all": {"exact": 0.5}}]  # fmt: skip
+    records.write_json(run / "labels.json", {"rows": rows})
+    gold = [{"id": "p1", "answer": "4", "steps": ["1+1=2", "2+2=4"]}]
+    write_lines(run / "gold.jsonl", gold)
+    return run
+
+
+def make_page(monkeypatch, run: Path, *flags: str) -> str:
+    """The page of a run, as the command writes it."""
+    monkeypatch.setattr(sys, "argv", ["page", "--out", str(run / "page.html"), *flags])
+    page.main()
+    return (run / "page.html").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- reading a page
+
+
+class Node:
+    """An element of the page, with what is inside."""
+
+    def __init__(self, tag: str, attributes: dict):
+        self.tag = tag
+        self.attributes = attributes
+        self.inside: list = []
+
+    def all(self, tag: str = "", kind: str = "") -> list["Node"]:
+        """The elements inside with this tag and this class."""
+        found = []
+        for part in self.inside:
+            if isinstance(part, Node):
+                if tag in ("", part.tag) and (not kind or kind in (part.attributes.get("class") or "").split()):
+                    found.append(part)
+                found += part.all(tag, kind)
+        return found
+
+    def text(self) -> str:
+        return "".join(part.text() if isinstance(part, Node) else part for part in self.inside)
+
+    def words(self) -> str:
+        return " ".join(self.text().split())
+
+
+class Reader(HTMLParser):
+    """Builds Nodes; asserts that every element is closed where it belongs."""
+
+    VOID = {"meta", "input", "br", "link", "img", "path", "polygon", "polyline"}
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.open = [Node("", {})]
+        self.feed(html)
+        assert len(self.open) == 1, [node.tag for node in self.open]
+
+    def handle_starttag(self, tag, attributes):
+        node = Node(tag, dict(attributes))
+        self.open[-1].inside.append(node)
+        if tag not in self.VOID:
+            self.open.append(node)
+
+    def handle_startendtag(self, tag, attributes):
+        self.open[-1].inside.append(Node(tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data):
+        self.open[-1].inside.append(data)
+
+
+def parse(html: str) -> Node:
+    return Reader(html).open[0]
+
+
+def number(text: str) -> float:
+    return float(text.replace("−", "-").replace(",", ""))
+
+
+# --------------------------------------------------------------------------- what is on it
+
+
+def test_numbers_are_those_of_the_files(tmp_path, monkeypatch):
+    """Guards: votes shifted by those that don't vote, or of another solution; a label, a count or a tie that the file
+    doesn't have; the chosen verification mistaken; numbers of the pipeline that no file says."""
+    run = make_run(tmp_path)
+    html = parse(make_page(monkeypatch, run, "--gold", str(run / "gold.jsonl")))
+    labels = {row["id"]: row for row in records.read(run / "verify/labels_step_consistency.jsonl", ["id"])}
+    marks = {True: "✓", False: "✗", None: "?"}
+    solutions = html.all("details", "solution")
+    assert [s.all("span", "id")[0].words() for s in solutions] == [solution_id for solution_id, *_ in SOLUTIONS]
+    for node, (solution_id, steps, _, votes) in zip(solutions, SOLUTIONS, strict=True):
+        label = labels[solution_id]
+        rows = node.all("tbody")[0].all("tr")
+        assert len(rows) == len(steps) + 1
+        for k, row in enumerate(rows):
+            cells = [cell.words() for cell in row.all("td") if "f" not in cell.attributes["class"].split()]
+            expected = [None if vote is None else bool([*vote[0], vote[1]][k]) for vote in votes]
+            assert cells == [marks[verdict] for verdict in expected]
+            given = [*label["step_labels"], label["outcome"]][k] if label["step_labels"] else None
+            assert row.all("td", "label")[0].words().startswith(marks[given])
+            count = row.all("td", "count")[0].words()
+            correct, incorrect = expected.count(True), expected.count(False)
+            if label["votes"]:
+                tie = " =" if correct == incorrect else ""
+                assert count == f"{correct} ✓ {incorrect} ✗{tie}"
+                assert k == len(steps) or label["votes"][k] == [correct, incorrect]
+            else:
+                assert count == ""
+        starred = [article for article in node.all("article") if "★" in article.all("h4")[0].text()]
+        assert [article.all("pre")[0].text() for article in starred] == [
+            page.report.printable(text) for text in [label["text"]] if text
+        ]
+        assert ("dropped" in node.attributes["class"].split()) == (label["dropped"] is not None)
+    assert [s.attributes["class"] for s in solutions] == ["solution kept", "solution kept wrong", "solution dropped",
+                                                          "solution dropped"]  # fmt: skip
+    assert "2 of 3 votes call it incorrect" in solutions[0].words()
+    assert "a tie, which counts as incorrect" in solutions[1].words()
+    pipeline = html.all("ol", "pipeline")[0].words()
+    for said in ("4 solutions of 2 problems", "2 labelled solutions by 16 verifications , 62.5 % right in every step",
+                 "F1 81.2", "50.0 → 75.0 % right on held-out problems", "4 steps"):  # fmt: skip
+        assert said in pipeline.replace("verifications, ", "verifications , "), (said, pipeline)
+    shown = html.all("section")[1].words()
+    assert "1 dropped as no_votes" in shown and "1 dropped as no_match" in shown and "7 verifications" in shown
+    mistakes = html.all("div", "kinds")[0].words()
+    assert "Missed errors: 0" in mistakes and "False alarms: 1" in mistakes and "p1/1 Step 2 2+2=4 1 ✓ 1 ✗ =" in mistakes
+
+
+def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch):
+    """Guards: a reward, an advantage or a judgement beside another response; a step's shade one token too early or too
+    late; recomputed advantages that grpo.py wouldn't give."""
+    run = make_run(tmp_path)
+    html = parse(make_page(monkeypatch, run, "--gold", str(run / "gold.jsonl")))
+    titles = [node.words() for node in html.all("h3") if node.words().startswith("Step ")]
+    assert titles == ["Step 1", "Step 2", "Step 4"]
+    dumped = records.read(run / "grpo/rollouts/step_0000001.jsonl", ["reward", "advantage", "text", "ids"])
+    cards = html.all("article", "card")
+    assert len(cards) == 3 * len(dumped)
+    for card, row in zip(cards, dumped, strict=False):
+        head = card.all("h4")[0].words()
+        reward, advantage = re.fullmatch(r"\S+ (?:\w+ )+reward (\S+) advantage (\S+)", head).groups()
+        assert number(reward) == pytest.approx(row["reward"], abs=0.005)
+        assert number(advantage) == pytest.approx(row["advantage"], abs=0.005)
+        tokens = card.all("i")
+        assert len(tokens) == len(row["ids"])
+        assert "".join(token.text() for token in tokens) == page.report.printable(row["text"]) + "<|im_end|>"
+
+    # Two responses, rewards 1 and 0: A = 0.71 and -0.71. Steps: correct, correct; correct, incorrect.
+    first, second, accepted, broken = cards[:4]
+    table = [[cell.words() for cell in tr.all("td")] for tr in second.all("tbody")[0].all("tr")]
+    assert [row[0] for row in table] == ["✓", "✗", ""]
+    assert [row[1] for row in table] == ["<think><step>1+1=2", "</step> <step>2+2=5",
+                                         "</step></think><answer>\\boxed{5}</answer><|im_end|>"]  # fmt: skip
+    assert [row[2] for row in table] == ["−0.71"] * 3  # the run: every token
+    assert [row[3] for row in table] == ["0.00", "−0.71", "−0.71"]  # selective: a correct step isn't pushed down
+    # global: rewards of the steps 0.5 0.5 | 0.5 -0.5, mean 0.25, std 0.5: 0.5 0.5 | 0.5 -1.5, summed to the end.
+    assert [row[4] for row in table] == ["−0.77", "−0.87", "−0.57"]
+    assert [[cell.words() for cell in tr.all("td")][4] for tr in first.all("tbody")[0].all("tr")] == ["+0.77", "+0.67", "+0.57"]
+    pieces = second.all("tbody")[0].all("tr")[0].all("span")
+    assert [piece.attributes["class"].split() for piece in pieces] == [["o-2", "s-2", "g-2"], ["o-2", "g-2"]]
+    assert [piece.text() for piece in pieces] == ["<think><step>", "1+1=2"]  # tags keep the response's advantage
+    assert "judged correct" in accepted.words() and "format invalid" in broken.words()
+    assert "answer right" in first.words() and "◆" not in second.words() and "answer" not in accepted.all("p")[0].words()
+
+
+def test_what_models_write_is_text(tmp_path, monkeypatch):
+    """Guards: a problem, a solution, a verification, a response or a judgement that becomes part of the page, runs as a
+    script or a template, or turns the direction of what stands beside it."""
+    run = make_run(tmp_path / EVIL.replace("/", "∕")[:40])
+    text = make_page(monkeypatch, run)
+    html = parse(text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", text)
+    assert len(html.all("script")) == 2 and not any("alert" in script.text() for script in html.all("script"))
+    assert not [node for node in html.all() if any(name.startswith("on") for name in node.attributes)]
+    places = [html.all("details", "problem")[1].all("p")[0], html.all("details", "solution")[2].all("tbody")[0],
+              html.all("details", "solution")[0].all("pre")[0], html.all("details", "solution")[2].all("pre")[0],
+              html.all("article", "card")[0].all("pre")[0]]  # fmt: skip
+    for place in places:
+        assert SHOWN in place.text(), place.text()
+    addresses = [node.attributes[name] for node in html.all() for name in ("src", "href") if name in node.attributes]
+    assert addresses and all(address.startswith("#") for address in addresses)
+    targets = {node.attributes["id"] for node in html.all() if "id" in node.attributes}
+    assert {address[1:] for address in addresses} <= targets
+    assert not html.all("link") and not html.all("img") and "@import" not in text and "url(" not in text
+
+
+def test_the_page_is_small_and_says_what_it_left_out(tmp_path, monkeypatch):
+    """Guards: a page that no browser opens, from a run with long texts; one that passes a part off as the whole."""
+    run = make_run(tmp_path)
+    path = run / "verify" / "verifications.jsonl"
+    rows = records.read(path, ["id", "text"])
+    write_lines(path, [row | {"text": row["text"] + "x" * 50_000} for row in rows])
+    html = make_page(monkeypatch, run)
+    assert len(html) < 16 * (page.MOST_CHARACTERS + 2000) + 200_000
+    assert "more characters]" in html
+    monkeypatch.setattr(page, "MOST_BYTES", len(html) - 1000)
+    smaller = make_page(monkeypatch, run)
+    assert len(smaller) < len(html) - 1000
+    # 20 and 16 are halved until something goes: one of the two problems, then one of the two groups.
+    assert "Shown: 1 of 2 problems" in parse(smaller).all("section")[1].words()
+    groups = parse(smaller).all("section")[2].words()
+    assert "step 1 (1 of 2 groups), step 2 (1 of 2 groups), step 4 (1 of 2 groups), of 4 steps" in groups
+    assert len(parse(smaller).all("details", "problem")) == 1
+
+
+def test_optional_files_may_be_missing(tmp_path, monkeypatch):
+    """Guards: a page that needs a stage which hasn't run, or the reference answers; a mark of them without them."""
+    run = make_run(tmp_path)
+    html = make_page(monkeypatch, run)
+    assert "◆" not in parse(html).all("main")[0].text() and "gold" not in [n.attributes.get("id") for n in parse(html).all()]
+    (run / "grpo" / "tokenizer.json").unlink()
+    html = parse(make_page(monkeypatch, run))
+    assert "tokenizer is missing" in html.words() and SHOWN[:20] in html.words()
+    (run / "labels.json").unlink()
+    (run / "processbench.jsonl").unlink()
+    (run / "verify" / "report.json").unlink()
+    shutil.rmtree(run / "grpo" / "rollouts")
+    html = parse(make_page(monkeypatch, run))
+    assert "No responses here" in html.words() and html.all("figure", "panel")
+    (run / "verify" / "verifications.jsonl").unlink()
+    shutil.rmtree(run / "grpo")
+    html = parse(make_page(monkeypatch, run))
+    assert "No curves here" in html.words() and "3 ✓ 0 ✗" in html.words() and not html.all("article")
+    shutil.rmtree(run / "verify")
+    with pytest.raises(InputError, match=r"neither labels nor a GRPO run there; create them with: bash data/tiny/run.sh"):
+        make_page(monkeypatch, run)
+    make_responses(run, make_settings())
+    assert "No labels here" in parse(make_page(monkeypatch, run)).words()
+
+
+@pytest.mark.parametrize("reward", ["process_aware", "selective_advantage", "global_step", "random", "rlvr"])
+def test_old_dumps_and_other_rewards(tmp_path, monkeypatch, reward):
+    """Guards: a dump from before `token_advantages` that can't be shown, or is shaded otherwise than the run was; a
+    page that needs judgements where the reward asks for none."""
+    run = make_run(tmp_path, reward=reward)
+    new = make_page(monkeypatch, run)
+    for path in (run / "grpo" / "rollouts").glob("*.jsonl"):
+        rows = records.read(path, ["text"])
+        for row in rows:
+            del row["token_advantages"]
+            if row["judgement"]:
+                row["judgement"] = {field: row["judgement"][field] for field in ("text", "verdict", "step_verdicts")}
+        write_lines(path, rows)
+    assert make_page(monkeypatch, run) == new
+    judged = bool(grpo.REWARDS[reward].asks)
+    assert (len(parse(new).all("input", "")) > 0) and ("by-selective" in new.partition("<body>")[2]) == judged
+    if reward in page.STEP_DESIGNS:  # recomputed as it was
+        for row in parse(new).all("section")[2].all("tbody")[0].all("tr"):
+            values = [cell.words() for cell in row.all("td")][2:]
+            assert values[0] == values[1 + list(page.STEP_DESIGNS).index(reward)]
+
+
+def test_another_engines_verifications_and_a_merge(tmp_path, monkeypatch):
+    """Guards: verifications that have only a text and aren't parsed when read; a label whose text is a merge, of which no
+    verification is the chosen one."""
+    run = make_run(tmp_path)
+    before = parse(make_page(monkeypatch, run)).all("section")[1]
+    path = run / "verify" / "verifications.jsonl"
+    write_lines(path, [{key: row[key] for key in ("solution_id", "sample", "text")} for row in records.read(path, ["id"])])
+    assert parse(make_page(monkeypatch, run)).all("section")[1].text() == before.text()
+    path = run / "verify" / "labels_step_consistency.jsonl"
+    write_lines(path, [row | {"text": row["text"] and "a merge"} for row in records.read(path, ["id"])])
+    merged = parse(make_page(monkeypatch, run)).all("details", "solution")[0].all("article")[-1]
+    assert "critique" in merged.words() and "a merge" in merged.words()
+
+
+def test_wrong_files_are_one_line(tmp_path, monkeypatch):
+    """Guards: tracebacks; somebody's file overwritten."""
+    run = make_run(tmp_path)
+    path = run / "grpo" / "rollouts" / "step_0000001.jsonl"
+    rows = records.read(path, ["text"])
+    broken = [
+        (rows[:3], "3 responses don't make whole groups of 2"),
+        ([rows[0] | {"token_advantages": [0.0]}, *rows[1:]], "token_advantages; there must be one for each"),
+        ([rows[0] | {"judgement": {"text": "", "verdict": 1}}, *rows[1:]], "no field|must be true or false"),
+        ([rows[0] | {"judgement": {"text": "", "verdict": True, "step_verdicts": [True]}}, *rows[1:]], "another response"),
+    ]
+    for changed, message in broken:
+        write_lines(path, changed)
+        with pytest.raises(InputError, match=message):
+            make_page(monkeypatch, run)
+    write_lines(path, rows)
+    (run / "grpo" / "args.json").unlink()
+    with pytest.raises(InputError, match=r"no args\.json of grpo\.py"):
+        make_page(monkeypatch, run)
+    (run / "mine.html").write_text("my own")
+    monkeypatch.setattr(sys, "argv", ["page", "--run", str(run), "--out", str(run / "mine.html")])
+    with pytest.raises(InputError, match="no args.json says that this program made it"):
+        page.main()
+    monkeypatch.setattr(sys, "argv", ["page"])
+    with pytest.raises(SystemExit):
+        distributed.run_stage(page.main)
+    assert (run / "mine.html").read_text() == "my own"
+
+
+def test_pieces():
+    """Guards: a border of tokens that is missing or empty; a shade that contradicts its sign."""
+    assert page.cut_into_pieces(6, [(1, 3)], [[5, 5, 5, 5, 2, 2]]) == [(0, 1), (1, 3), (3, 4), (4, 6)]
+    assert page.cut_into_pieces(3, [(0, 3)], [[1, 1, 1]]) == [(0, 3)] and page.cut_into_pieces(0, [], [[]]) == []
+    assert [page.level_of(a) for a in (0.0, 0.3, 0.5, 2.4, -0.1, -0.94, -1.0)] == [0, 1, 2, 3, -1, -2, -3]
+    assert [page.signed(a) for a in (0.935, -1.2, 0.0, -0.001)] == ["+0.94", "−1.20", "0.00", "0.00"]
+    assert page.choose_steps([1, 2, 3, 4]) == [1, 2, 4] and page.choose_steps([7]) == [7]
+    assert page.split_sections("Well.\n## Step 2: a\nb\n") == [(0, "Well.\n"), (2, "## Step 2: a\nb\n")]
+
+
+def test_help_and_import_have_no_effects(tmp_path):
+    """Guards: a page that draws with matplotlib, which takes seconds to import, or that needs a run for its --help."""
+    program = "import sys; from data import page; print(sorted({'matplotlib', 'math_verify'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command, expected in (["-c", program], "[]\n"), (["-m", "data.page", "--help"], "usage: "):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              check=True)  # fmt: skip
+        assert done.stdout.startswith(expected) and not list(tmp_path.iterdir())
