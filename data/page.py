@@ -22,7 +22,7 @@ import grpo
 from data import records, report
 from evaluate import read_gold
 from kernels import distributed
-from kernels.chat import decode
+from kernels.chat import decode, special_tokens
 from kernels.distributed import InputError
 from kernels.text import HEADING, shown_solution
 from train_prm import Judgement
@@ -113,12 +113,12 @@ def describe_solution(name: str, label: dict, verifications: list[dict], texts: 
     for text, verification in zip(texts, verifications, strict=True):
         judged.append({"number": verification["sample"] + 1, "sections": split_sections(cut(text)),
                        "votes": vote_of(verification) is not None})  # fmt: skip
-    merged = None
+    other_text = None  # of a label that none of these verifications gave its text
     if label["text"] is not None and chosen is None:
-        merged = split_sections(cut(label["text"]))
+        other_text = split_sections(cut(label["text"]))
     return {
         "name": name, "id": label["id"], "rows": rows, "wrong": wrong, "dropped": label["dropped"], "chosen": chosen,
-        "outcome": label["outcome"], "verifications": judged, "merged": merged,
+        "outcome": label["outcome"], "verifications": judged, "other_text": other_text,
     }  # fmt: skip
 
 
@@ -237,21 +237,23 @@ def read_judgement(row: dict, place: str) -> Judgement | None:
 
 
 def rebuild_rollouts(rows: list[dict], tokenizer, args: argparse.Namespace, place: str) -> list[grpo.Rollout]:
-    """The responses of whole groups as grpo.py had them, judged and rewarded as a step design does it, from their dump.
-    No model is asked."""
+    """The responses of whole groups as grpo.py has them under a step design: judged, with the tokens of each step, and
+    rewarded. From their dump; no model is asked. Without a tokenizer they are only judged."""
     judgements = {}
     rollouts = []
     for row in rows:
-        judgements[f"{row['problem_id']}/{row['text']}"] = read_judgement(row, place)
         rollout = grpo.Rollout(row["problem_id"], [], row["ids"], [], row["text"], row["finish"])
+        rollout.judgement = read_judgement(row, place)
+        judgements[f"{row['problem_id']}/{row['text']}"] = rollout.judgement
         rollouts.append(rollout)
 
     def recall(solutions: list[dict], seed: str) -> list[Judgement | None]:
         """What the reward model said of them. Equal responses have equal judgements."""
         return [judgements[solution["id"]] for solution in solutions]
 
-    as_step_design = argparse.Namespace(**vars(args) | {"reward": "selective_advantage"})
-    grpo.score_rollouts(rollouts, recall, tokenizer, {}, as_step_design, step=0)
+    if tokenizer is not None:
+        as_step_design = argparse.Namespace(**vars(args) | {"reward": "selective_advantage"})
+        grpo.score_rollouts(rollouts, recall, tokenizer, {}, as_step_design, step=0)
     return rollouts
 
 
@@ -267,10 +269,10 @@ def token_advantages(
     """"own" -> the advantages of each response's tokens in the run; "selective", "global" -> those that they would have
     had under the two step designs, if the reward model has judged steps."""
     dumped = torch.tensor([row["advantage"] for row in rows])  # (B,)
-    own = spread(args.reward, rollouts, dumped, args)  # what a dump from before `token_advantages` doesn't have
+    own = spread(args.reward, rollouts, dumped, args)  # for a dump from before `token_advantages`
     own = [row.get("token_advantages", recomputed) for row, recomputed in zip(rows, own, strict=True)]
     schemes = {"own": own}
-    if any(rollout.step_verdicts for rollout in rollouts):
+    if any(rollout.step_spans for rollout in rollouts):
         rewards = torch.tensor([rollout.reward for rollout in rollouts])  # (B,)
         advantages = grpo.group_advantages(rewards, args.group_size, std_norm=args.loss_norm != "dr_grpo")
         for name, short in STEP_DESIGNS.items():
@@ -279,13 +281,24 @@ def token_advantages(
 
 
 def token_texts(tokenizer, ids: list[int], text: str) -> list[str] | None:
-    """The text of each token; None if tokens can't be shown one by one, as they are parts of characters. A token that
-    isn't text, such as that which ends the turn, is shown by its name."""
-    text_of = {i: decode(tokenizer, [i]) for i in set(ids)}
-    texts = [text_of[i] for i in ids]
+    """The text of each token; None if tokens can't be read one by one. A character that several tokens make up is the
+    last one's. A token that isn't text, such as that which ends the turn, has its name."""
+    decoded: dict[tuple[int, ...], str] = {}
+    texts = []
+    pending: tuple[int, ...] = ()  # the tokens of a character that isn't complete yet
+    for i in ids:
+        pending += (i,)
+        if pending not in decoded:
+            decoded[pending] = decode(tokenizer, list(pending))
+        if decoded[pending].endswith("\ufffd"):
+            texts.append("")
+        else:
+            texts.append(decoded[pending])
+            pending = ()
     if not text.endswith("".join(texts)):
         return None
-    return [shown or tokenizer.convert_ids_to_tokens(i) for shown, i in zip(texts, ids, strict=True)]
+    names = {i: name for name, i in special_tokens(tokenizer).items()}
+    return [names.get(i, shown) for i, shown in zip(ids, texts, strict=True)]
 
 
 def level_of(advantage: float) -> int:
@@ -310,27 +323,32 @@ def cut_into_pieces(length: int, spans: list[tuple[int, int]], schemes: list[lis
 
 
 def describe_lines(rollout: grpo.Rollout, schemes: dict[str, list[float]], tokenizer) -> list[dict]:
-    """A response as lines of shaded pieces: each step ends a line, and so does the response."""
+    """A response as lines of shaded pieces: a step ends a line, and so does the response. Without a tokenizer: one
+    line, without a shade."""
+    if tokenizer is None:
+        piece = {"tokens": [rollout.text], "levels": {}}
+        return [{"step": None, "verdict": None, "gold": None, "pieces": [piece], "advantages": {}}]
     ids = rollout.ids
-    texts = token_texts(tokenizer, ids, rollout.text) if tokenizer else None
-    lines: list[dict] = [{"step": None, "verdict": None, "gold": None, "pieces": []}]
+    texts = token_texts(tokenizer, ids, rollout.text)
+    step_of_end = {end: k for k, (start, end) in enumerate(rollout.step_spans) if start < end}
+    lines = []
+    pieces = []
     for start, end in cut_into_pieces(len(ids), rollout.step_spans, list(schemes.values())):
         if texts is not None:
             tokens = texts[start:end]
-        elif tokenizer is not None:
+        else:
             before = len(decode(tokenizer, ids[:start]))
             tokens = [decode(tokenizer, ids[:end])[before:]]
-        else:
-            tokens = [rollout.text] if start == 0 else []
-        values = {scheme: advantages[start] for scheme, advantages in schemes.items()}
-        levels = {scheme: level_of(value) for scheme, value in values.items()}
-        lines[-1]["pieces"].append({"tokens": tokens, "values": values, "levels": levels})
-        lines[-1]["values"] = values  # of its last piece: the step, where it is one
-        for k, (_, step_end) in enumerate(rollout.step_spans):
-            if end == step_end and end > start:
-                lines[-1] |= {"step": k, "verdict": rollout.step_verdicts[k]}
-                lines.append({"step": None, "verdict": None, "gold": None, "pieces": []})
-    return [line for line in lines if line["pieces"]]
+        advantages = {scheme: of_tokens[start] for scheme, of_tokens in schemes.items()}
+        levels = {scheme: level_of(advantage) for scheme, advantage in advantages.items()}
+        pieces.append({"tokens": tokens, "levels": levels})
+        step = step_of_end.get(end)
+        if step is not None or end == len(ids):
+            verdict = None if step is None else rollout.step_verdicts[step]
+            # The advantages of its last piece: the step's own, where there is one.
+            lines.append({"step": step, "verdict": verdict, "gold": None, "pieces": pieces, "advantages": advantages})
+            pieces = []
+    return lines
 
 
 def describe_response(row: dict, rollout: grpo.Rollout, schemes: dict[str, list[float]], tokenizer) -> dict:
@@ -371,7 +389,7 @@ def describe_step(step: int, path: Path, count: int, problems: dict[str, str], t
             "text": cut(problems.get(problem_id, shown[start]["prompt"])), "responses": group,
             "mean": sum(r["reward"] for r in group) / G,
         })  # fmt: skip
-    return {"step": step, "groups": groups, "all": len(rows) // G, "schemes": list(schemes)}
+    return {"step": step, "groups": groups, "all": len(rows) // G, "schemes": list(schemes) if tokenizer else []}
 
 
 def add_gold(steps: list[dict], gold_path: str) -> None:

@@ -107,7 +107,9 @@ def make_responses(run: Path, args: argparse.Namespace) -> None:
         ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         if tokenizer.decode(ids[:-1]) != text:  # its characters aren't all in the tiny vocabulary
             text = tokenizer.decode(ids[:-1])
-        judgement = Judgement(verdicts, verdict, verification_text(verdicts, verdict, EVIL), 9) if verdicts else None
+        judgement = None
+        if verdicts and grpo.REWARDS[args.reward].asks:
+            judgement = Judgement(verdicts, verdict, verification_text(verdicts, verdict, EVIL), 9)
         rollout = grpo.Rollout(problem_id, [1], ids, [], text, "stop", problem="?")
         rollout.judgement = judgement
         rollouts.append(rollout)
@@ -115,8 +117,7 @@ def make_responses(run: Path, args: argparse.Namespace) -> None:
     def judge(solutions, seed):
         return [rollout.judgement for rollout in rollouts if rollout.judgement is not None]
 
-    judge_of = judge if grpo.REWARDS[args.reward].asks else None
-    grpo.score_rollouts(rollouts, judge_of, tokenizer, {"p1": "4", "p9": "7"}, args, 0)
+    grpo.score_rollouts(rollouts, judge, tokenizer, {"p1": "4", "p9": "7"}, args, 0)
     advantages = grpo.group_advantages(torch.tensor([r.reward for r in rollouts]), args.group_size)
     for rollout, tokens in zip(rollouts, grpo.spread_advantages(rollouts, advantages, args), strict=True):
         rollout.token_advantages = tokens
@@ -260,7 +261,7 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch):
                  "F1 81.2", "50.0 → 75.0 % right on held-out problems", "4 steps"):  # fmt: skip
         assert said in pipeline.replace("verifications, ", "verifications , "), (said, pipeline)
     shown = html.all("section")[1].words()
-    assert "1 dropped as no_votes" in shown and "1 dropped as no_match" in shown and "7 verifications" in shown
+    assert "1 dropped as no_votes" in shown and "1 dropped as no_match" in shown and "8 verifications could not be read" in shown and "2 votes were ties" in shown
     mistakes = html.all("div", "kinds")[0].words()
     assert "Missed errors: 0" in mistakes and "False alarms: 1" in mistakes and "p1/1 Step 2 2+2=4 1 ✓ 1 ✗ =" in mistakes
 
@@ -281,7 +282,7 @@ def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch
         assert number(reward) == pytest.approx(row["reward"], abs=0.005)
         assert number(advantage) == pytest.approx(row["advantage"], abs=0.005)
         tokens = card.all("i")
-        assert len(tokens) == len(row["ids"])
+        assert len(tokens) == len(row["ids"]) - 2 * row["text"].count("\u202e")  # which takes three tokens
         assert "".join(token.text() for token in tokens) == page.report.printable(row["text"]) + "<|im_end|>"
 
     # Two responses, rewards 1 and 0: A = 0.71 and -0.71. Steps: correct, correct; correct, incorrect.
@@ -359,7 +360,8 @@ def test_optional_files_may_be_missing(tmp_path, monkeypatch):
     (run / "verify" / "verifications.jsonl").unlink()
     shutil.rmtree(run / "grpo")
     html = parse(make_page(monkeypatch, run))
-    assert "No curves here" in html.words() and "3 ✓ 0 ✗" in html.words() and not html.all("article")
+    assert "No curves here" in html.words() and "3 ✓ 0 ✗" in html.words()
+    assert [article.all("h4")[0].words() for article in html.all("article")] == ["★ The text of the label"] * 2
     shutil.rmtree(run / "verify")
     with pytest.raises(InputError, match=r"neither labels nor a GRPO run there; create them with: bash data/tiny/run.sh"):
         make_page(monkeypatch, run)
@@ -382,7 +384,8 @@ def test_old_dumps_and_other_rewards(tmp_path, monkeypatch, reward):
         write_lines(path, rows)
     assert make_page(monkeypatch, run) == new
     judged = bool(grpo.REWARDS[reward].asks)
-    assert (len(parse(new).all("input", "")) > 0) and ("by-selective" in new.partition("<body>")[2]) == judged
+    shades = [node.attributes["id"] for node in parse(new).all("input") if node.attributes.get("name") == "by"]
+    assert shades == (["by-own", "by-selective", "by-global"] if judged else ["by-own"])
     if reward in page.STEP_DESIGNS:  # recomputed as it was
         for row in parse(new).all("section")[2].all("tbody")[0].all("tr"):
             values = [cell.words() for cell in row.all("td")][2:]
@@ -400,7 +403,7 @@ def test_another_engines_verifications_and_a_merge(tmp_path, monkeypatch):
     path = run / "verify" / "labels_step_consistency.jsonl"
     write_lines(path, [row | {"text": row["text"] and "a merge"} for row in records.read(path, ["id"])])
     merged = parse(make_page(monkeypatch, run)).all("details", "solution")[0].all("article")[-1]
-    assert "critique" in merged.words() and "a merge" in merged.words()
+    assert "none of these verifications" in merged.words() and "a merge" in merged.words()
 
 
 def test_wrong_files_are_one_line(tmp_path, monkeypatch):
