@@ -16,6 +16,7 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import grpo
@@ -33,7 +34,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import AutoTokenizer
 
 PROBLEMS = 20  # shown, with all their verifications
-GROUPS = 16  # shown of each step
+GROUPS = 8  # shown of each step
 MOST_BYTES = 10_000_000
 MOST_CHARACTERS = 20_000  # of one text
 STEP_DESIGNS = {"selective_advantage": "selective", "global_step": "global"}  # what advantages are recomputed for
@@ -319,7 +320,7 @@ def cut_into_pieces(length: int, spans: list[tuple[int, int]], schemes: list[lis
     for advantages in schemes:
         borders |= {t for t in range(1, length) if advantages[t] != advantages[t - 1]}
     ordered = sorted(borders)
-    return [(start, end) for start, end in zip(ordered, ordered[1:], strict=False) if start < end]
+    return [(start, end) for start, end in pairwise(ordered)]
 
 
 def describe_lines(rollout: grpo.Rollout, schemes: dict[str, list[float]], tokenizer) -> list[dict]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import grpo
@@ -185,8 +186,6 @@ class Node:
 class Reader(HTMLParser):
     """Builds Nodes; asserts that every element is closed where it belongs."""
 
-    VOID = {"meta", "input", "br", "link", "img", "path", "polygon", "polyline"}
-
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
         self.open = [Node("", {})]
@@ -196,7 +195,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attributes):
         node = Node(tag, dict(attributes))
         self.open[-1].inside.append(node)
-        if tag not in self.VOID:
+        if tag not in ("meta", "input", "br", "link", "img"):
             self.open.append(node)
 
     def handle_startendtag(self, tag, attributes):
@@ -336,7 +335,7 @@ def test_the_page_is_small_and_says_what_it_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_BYTES", len(html) - 1000)
     smaller = make_page(monkeypatch, run)
     assert len(smaller) < len(html) - 1000
-    # 20 and 16 are halved until something goes: one of the two problems, then one of the two groups.
+    # 20 and 8 are halved until something goes: one of the two problems, then one of the two groups.
     assert "Shown: 1 of 2 problems" in parse(smaller).all("section")[1].words()
     groups = parse(smaller).all("section")[2].words()
     assert "step 1 (1 of 2 groups), step 2 (1 of 2 groups), step 4 (1 of 2 groups), of 4 steps" in groups
@@ -427,7 +426,7 @@ def test_wrong_files_are_one_line(tmp_path, monkeypatch):
         make_page(monkeypatch, run)
     (run / "mine.html").write_text("my own")
     monkeypatch.setattr(sys, "argv", ["page", "--run", str(run), "--out", str(run / "mine.html")])
-    with pytest.raises(InputError, match="no args.json says that this program made it"):
+    with pytest.raises(InputError, match=r"no args\.json says that this program made it"):
         page.main()
     monkeypatch.setattr(sys, "argv", ["page"])
     with pytest.raises(SystemExit):
@@ -453,3 +452,220 @@ def test_help_and_import_have_no_effects(tmp_path):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True,
                               check=True)  # fmt: skip
         assert done.stdout.startswith(expected) and not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- in a real browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--remote-debugging-pipe"]  # fmt: skip
+
+
+class Browser:
+    """A headless Chromium with one page, driven by its DevTools protocol over two pipes: no package is needed."""
+
+    def __init__(self, profile: Path):
+        theirs_in, self.out = os.pipe()
+        reads, theirs_out = os.pipe()
+        self.messages = os.fdopen(reads, "rb")
+        # It reads commands from descriptor 3 and writes to 4.
+        script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        command = ["bash", "-c", script, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), **quiet)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.count, self.session, self.events = 0, {}, []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def receive(self) -> dict:
+        message = bytearray()
+        while (byte := self.messages.read(1)) != b"\0":
+            assert byte, "the browser has ended"
+            message += byte
+        return json.loads(message)
+
+    def send(self, method: str, **params) -> dict:
+        """The answer to a command; what the browser tells meanwhile is kept in `events`."""
+        self.count += 1
+        command = {"id": self.count, "method": method, "params": params, **self.session}
+        os.write(self.out, json.dumps(command).encode() + b"\0")
+        while (message := self.receive()).get("id") != self.count:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
+
+    def show(self, path: Path, width: int, height: int = 900, scheme: str = "light", scripts: bool = True) -> None:
+        """Load a file."""
+        self.send("Emulation.setScriptExecutionDisabled", value=not scripts)
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)  # fmt: skip
+        features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
+        self.send("Emulation.setEmulatedMedia", features=features)
+        self.events.clear()
+        self.send("Page.navigate", url=path.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def evaluate(self, expression: str):
+        """The value of a JavaScript expression."""
+        result = self.send("Runtime.evaluate", expression=f"({expression})", returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def click(self, selector: str) -> None:
+        """Press and release the mouse in the middle of the first element of this selector."""
+        script = f"""(() => {{ const one = document.querySelector({json.dumps(selector)});
+            one.scrollIntoView({{block: "nearest"}}); const box = one.getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2]; }})()"""
+        x, y = self.evaluate(script)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"ArrowRight": 39}[key])
+
+    def close(self) -> None:
+        self.send("Browser.close")
+        self.process.wait(20)
+        os.close(self.out)
+        self.messages.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> Path:
+    """The page of a run, with reference answers."""
+    run = make_run(tmp_path_factory.mktemp("shown"))
+    with pytest.MonkeyPatch.context() as patch:
+        make_page(patch, run, "--gold", str(run / "gold.jsonl"))
+    return run / "page.html"
+
+
+MAP = "#s0-0 .map"
+STATE = """[document.querySelector("#s0-0 article.on h4").textContent, scrollY, document.documentElement.scrollHeight,
+    document.querySelector("#s0-0 .votes").getBoundingClientRect().top]"""
+
+
+def test_a_click_shows_a_verification(browser, shown):
+    """Guards: a vote whose text can't be read, or that is another one's; a page that jumps; a map that needs a mouse."""
+    browser.show(shown, 1400)
+    browser.evaluate('document.querySelector("#s0-0").open = true')
+    browser.click(f"{MAP} tbody tr:nth-child(2) td:nth-of-type(3)")
+    title, *place = browser.evaluate(STATE)
+    assert title == "Verification 3"
+    assert browser.evaluate(f"document.querySelectorAll('{MAP} .here').length") == 1
+    assert browser.evaluate(f"document.querySelector('{MAP} .here').textContent").startswith("## Step 2: look")
+    assert browser.evaluate(f"[...document.querySelectorAll('{MAP} .texts article')].filter(a => a.offsetHeight).length") == 1
+    browser.click(f"{MAP} thead th:nth-child(5) a")
+    title, *now = browser.evaluate(STATE)
+    assert title == "Verification 4: unreadable, does not vote" and now == place
+    browser.click(f"{MAP} thead th:nth-child(2) a")
+    browser.evaluate(f"document.querySelector('{MAP} thead th:nth-child(2) a').focus()")
+    browser.press("ArrowRight")
+    title, *now = browser.evaluate(STATE)
+    assert title.startswith("Verification 2") and now == place
+    assert browser.evaluate("document.activeElement.textContent.trim().endsWith('2')")
+
+
+def test_filters_and_the_overlay(browser, shown):
+    """Guards: a filter that hides what it should show; an overlay that can't be switched off, or moves the page."""
+    listed = "[...document.querySelectorAll('.solution')].filter(s => s.offsetHeight).map(s => s.id)"
+    browser.show(shown, 1400)
+    browser.evaluate("document.querySelectorAll('.problem').forEach(one => one.open = true)")
+    for name, expected in (("wrong", ["s0-1"]), ("dropped", ["s1-0", "s1-1"]), ("kept", ["s0-0", "s0-1"]),
+                           ("all", ["s0-0", "s0-1", "s1-0", "s1-1"])):  # fmt: skip
+        browser.click(f"#show-{name}")
+        assert browser.evaluate(listed) == expected, name
+    for typed, expected in (("2+2=5", 1), ("p2", 1), ("P", 2), ("nothing", 0), ("", 2)):
+        browser.evaluate(f"(search.value = {typed!r}, search.dispatchEvent(new Event('input')))")
+        assert browser.evaluate("[...document.querySelectorAll('.problem')].filter(p => p.offsetHeight).length") == expected
+    seen = "[...document.querySelectorAll('.gold')].filter(one => getComputedStyle(one).visibility === 'visible').length"
+    before = browser.evaluate("[document.documentElement.scrollHeight, scrollY]")
+    assert browser.evaluate(seen) > 10
+    browser.evaluate("gold.click()")
+    assert browser.evaluate(seen) == 0
+    assert browser.evaluate("[document.documentElement.scrollHeight, scrollY]") == before
+
+
+def test_shades_follow_the_chosen_reward(browser, shown):
+    """Guards: a choice of the reward that changes nothing; a positive advantage that looks like a negative one."""
+    browser.show(shown, 1400)
+    colour = "[...document.querySelectorAll('.card')].slice(0, 2).map(card => getComputedStyle(card.querySelectorAll('i')[2])"
+    up, down = browser.evaluate(f"{colour}.backgroundColor)")
+    assert up != down
+    assert browser.evaluate(f"{colour}.borderBottomStyle)") == ["solid", "dashed"]  # not by colour alone
+    browser.click("#by-selective")
+    assert browser.evaluate(f"{colour}.backgroundColor)") == [up, "rgba(0, 0, 0, 0)"]  # 1+1=2 in the wrong response
+
+
+CONTRAST = """(() => {
+    const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const read = (colour, below) => { canvas.fillStyle = below; canvas.fillRect(0, 0, 1, 1); canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+    const light = (rgb) => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const found = {};
+    for (const one of document.querySelectorAll("main *, nav *, header *")) {
+        if (![...one.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || one.closest("svg, script")) continue;
+        let ground = "rgba(0, 0, 0, 0)";
+        for (let part = one; part && ground === "rgba(0, 0, 0, 0)"; part = part.parentElement)
+            ground = getComputedStyle(part).backgroundColor;
+        const paper = getComputedStyle(document.body).backgroundColor;
+        const pair = [light(read(getComputedStyle(one).color, paper)), light(read(ground, paper))].sort((a, b) => b - a);
+        const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
+        const name = one.tagName + "." + one.className;
+        found[name] = Math.min(found[name] || 99, ratio);
+    }
+    return found; })()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 820, 360])
+def test_readable_in_both_themes_at_every_width(browser, shown, scheme, width):
+    """Guards: text that hardly stands out from its ground (WCAG AA: 4.5 to 1), a page wider than a phone, a script that
+    fails, a request to the network."""
+    browser.show(shown, width, scheme=scheme)
+    browser.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    faint = {name: ratio for name, ratio in browser.evaluate(CONTRAST).items() if ratio < 4.5}
+    assert not faint
+    wrong = [e for e in browser.events if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    asked = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+    assert not wrong and asked == [shown.as_uri()]
+
+
+def test_without_scripts(browser, shown):
+    """Guards: verifications, responses or a filter that only a script can show."""
+    browser.show(shown, 1400, scripts=False)
+    seen = browser.send("Accessibility.getFullAXTree")["nodes"]
+    names = [node.get("name", {}).get("value", "") for node in seen if not node.get("ignored")]
+    opened = [name for name in names if name.startswith("Verification ")]
+    assert len(opened) >= 4 and any("▲ pushed up" in name for name in names)
+    assert not any(node["role"]["value"] == "searchbox" for node in seen if not node.get("ignored") and "role" in node)
+
+
+def test_a_screen_reader_finds_names(browser, shown):
+    """Guards: controls and pictures that a screen reader announces without saying what they are."""
+    browser.show(shown, 1400)
+    browser.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    nodes = [node for node in browser.send("Accessibility.getFullAXTree")["nodes"] if not node.get("ignored")]
+    for node in nodes:
+        role = node["role"]["value"]
+        if role in ("link", "radio", "checkbox", "searchbox", "image", "img", "region", "heading", "DisclosureTriangle"):
+            assert node.get("name", {}).get("value", "").strip(), node
+    levels = browser.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    assert levels[0] == 1 and all(after <= before + 2 for before, after in pairwise(levels))
