@@ -32,7 +32,8 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
 STAGES = ["generate", "verify", "train_prm", "evaluate", "grpo"]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("data/**/README.md")), *sorted(ROOT.glob("kernels/**/README.md"))]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("data/**/README.md")), *sorted(ROOT.glob("kernels/**/README.md")),
+           ROOT / "data" / "exercises.md"]  # fmt: skip
 TREES = {
     path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text())
     for path in [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/**/*.py")]
@@ -65,6 +66,7 @@ LADDER = {
     "train_prm": "torch numpy tqdm",
     "evaluate": "torch numpy tqdm",
     "grpo": "torch numpy tqdm",
+    "data/page": "torch jinja2 transformers",  # draws what all stages wrote, and nobody imports it
 }
 DATA = "torch numpy tqdm tokenizers transformers pyarrow huggingface_hub matplotlib"  # everything else in data/
 ALONE = {"data/grader"}  # what its worker would have to import, too, each time that one is started
@@ -87,7 +89,7 @@ def test_import_ladder(name):
         before = [] if name in ALONE else files[: files.index(name)]
     else:
         assert name.startswith("data/"), f"{name} has no place on the ladder"
-        before = [*files, *(other for other in TREES if other.startswith("data/"))]
+        before = [file for file in (*files, *TREES) if file != "data/page"]
     ours = {file.replace("/", ".").removesuffix(".__init__") for file in TREES}
     allowed = {file.replace("/", ".").removesuffix(".__init__") for file in before}
     packages = set(LADDER.get(name, DATA).split()) | sys.stdlib_module_names
@@ -313,7 +315,7 @@ def code_of(readme: str) -> str:
 def documents() -> dict[str, str]:
     """The texts whose commands are checked: the docstring of each script, the shell loops (in which `stage` is python),
     and the code in every README."""
-    scripts = [*STAGES, *(name for name in TREES if name not in LADDER)]
+    scripts = [*STAGES, "data/page", *(name for name in TREES if name not in LADDER)]
     texts = {name: ast.get_docstring(TREES[name]) or "" for name in scripts}
     texts |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("data/**/*.sh")}
     return texts | {path.relative_to(ROOT).as_posix(): code_of(path.read_text()) for path in READMES}

@@ -37,5 +37,6 @@ stage evaluate.py processbench "${processbench[@]}"
 stage grpo.py --dump_rollouts "${grpo[@]}"
 stage evaluate.py benchmark --greedy "${benchmark[@]}"
 stage evaluate.py plot --runs $out/grpo --out $out/curves.png
+stage -m data.page --out $out/page.html
 echo
-echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: results in $out, curves in $out/curves.png"
+echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: results in $out, curves in $out/curves.png, a page to look at in $out/page.html"
