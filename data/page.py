@@ -144,6 +144,13 @@ def read_stage_one(path: Path) -> StageOne:
     return StageOne(labels, method, made_with.get("num_verifications"), path.with_name(name))
 
 
+def read_references(gold_path: str | None) -> dict[str, dict]:
+    """id -> its record in a gold file: of a problem with `answer`, and `steps` if its solutions are canonical."""
+    if gold_path is None:
+        return {}
+    return {record["id"]: record for record in records.read(gold_path, ["id"], optional=("answer", "steps"))}
+
+
 def describe_problems(stage: StageOne, count: int, gold_path: str | None) -> list[dict]:
     """The first `count` problems by id, each with its solutions and everything that was said of them."""
     # 1. Their labels. The order of the file is that in which solutions were finished, which says nothing.
@@ -153,6 +160,7 @@ def describe_problems(stage: StageOne, count: int, gold_path: str | None) -> lis
     shown = dict(list(of_problem.items())[:count])
     labels = [label for group in shown.values() for label in group]
     gold = read_gold(gold_path, labels) if gold_path else {}
+    references = read_references(gold_path)
 
     # 2. Their verifications that had a vote: a run with a larger N may have left more.
     stored = read_verifications(stage.texts, labels) if stage.texts.exists() else []
@@ -172,7 +180,8 @@ def describe_problems(stage: StageOne, count: int, gold_path: str | None) -> lis
                     texts = [records.read_at(file, verification["text"])["text"] for verification in judged]
             solution = describe_solution(f"s{p}-{k}", label, judged, texts, gold.get(label["id"]))
             solutions.append(solution)
-        problems.append({"id": problem_id, "text": cut(group[0]["problem"]), "solutions": solutions})
+        problem = {"id": problem_id, "text": cut(group[0]["problem"]), "solutions": solutions}
+        problems.append(problem | {"reference": references.get(problem_id)})
     return problems
 
 
@@ -388,17 +397,19 @@ def describe_step(step: int, path: Path, count: int, problems: dict[str, str], t
         groups.append({
             "name": f"g{step}-{number}", "problem_id": problem_id,
             "text": cut(problems.get(problem_id, shown[start]["prompt"])), "responses": group,
-            "mean": sum(r["reward"] for r in group) / G,
+            "mean": sum(r["reward"] for r in group) / G, "reference": None,
         })  # fmt: skip
     return {"step": step, "groups": groups, "all": len(rows) // G, "schemes": list(schemes) if tokenizer else []}
 
 
 def add_gold(steps: list[dict], gold_path: str) -> None:
-    """Set `gold` of each response, is its answer right, and of each judged step of it."""
+    """Set the `reference` of each group, and `gold` of each response, is its answer right, and of its judged steps."""
+    references = read_references(gold_path)
     solutions = []
     responses = []
     for step in steps:
         for group in step["groups"]:
+            group["reference"] = references.get(group["problem_id"])
             for number, response in enumerate(group["responses"]):
                 shown, answer = shown_solution(response["text"])
                 # What stands before the last slash is the problem's id.
