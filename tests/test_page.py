@@ -332,10 +332,10 @@ def test_the_page_is_small_and_says_what_it_left_out(tmp_path, monkeypatch):
     html = make_page(monkeypatch, run)
     assert len(html) < 16 * (page.MOST_CHARACTERS + 2000) + 200_000
     assert "more characters]" in html
-    monkeypatch.setattr(page, "MOST_BYTES", len(html) - 1000)
+    monkeypatch.setattr(page, "MOST_BYTES", len(html) * 3 // 4)
     smaller = make_page(monkeypatch, run)
-    assert len(smaller) < len(html) - 1000
-    # 20 and 8 are halved until something goes: one of the two problems, then one of the two groups.
+    assert len(smaller.encode()) < page.MOST_BYTES
+    # 20 and 8 are halved until one of the two problems and one of the two groups are left.
     assert "Shown: 1 of 2 problems" in parse(smaller).all("section")[1].words()
     groups = parse(smaller).all("section")[2].words()
     assert "step 1 (1 of 2 groups), step 2 (1 of 2 groups), step 4 (1 of 2 groups), of 4 steps" in groups
