@@ -13,7 +13,6 @@ advantages that responses would have got under other rewards are, by the functio
 """
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -144,6 +143,14 @@ def read_stage_one(path: Path) -> StageOne:
     return StageOne(labels, method, made_with.get("num_verifications"), path.with_name(name))
 
 
+def read_texts(path: Path, stored: list[records.StoredVerification]) -> list[str]:
+    """The texts of verifications, of which only the places in their file are known."""
+    if not stored:
+        return []
+    with open(path, "rb") as file:
+        return [records.read_at(file, verification.text)["text"] for verification in stored]
+
+
 def read_references(gold_path: str | None) -> dict[str, dict]:
     """id -> its record in a gold file: of a problem with `answer`, and `steps` if its solutions are canonical."""
     if gold_path is None:
@@ -168,16 +175,13 @@ def describe_problems(stage: StageOne, count: int, gold_path: str | None) -> lis
         stored = [v for v in stored if v["sample"] < stage.num_verifications]
     verifications = records.group_by_solution(labels, stored)
 
-    # 3. Texts are read one by one; all of a run's wouldn't fit in memory.
+    # 3. One by one, with the texts.
     problems = []
     for p, (problem_id, group) in enumerate(shown.items()):
         solutions = []
         for k, label in enumerate(group):
             judged = verifications[label["id"]]
-            texts = []
-            if judged:
-                with open(stage.texts, "rb") as file:
-                    texts = [records.read_at(file, verification["text"])["text"] for verification in judged]
+            texts = read_texts(stage.texts, judged)
             solution = describe_solution(f"s{p}-{k}", label, judged, texts, gold.get(label["id"]))
             solutions.append(solution)
         problem = {"id": problem_id, "text": cut(group[0]["problem"]), "solutions": solutions}
@@ -364,8 +368,6 @@ def describe_lines(rollout: grpo.Rollout, schemes: dict[str, list[float]], token
 def describe_response(row: dict, rollout: grpo.Rollout, schemes: dict[str, list[float]], tokenizer) -> dict:
     """What the page shows of one response; `add_gold` adds the reference answer's opinion."""
     judgement = rollout.judgement
-    if not row["valid"]:
-        judgement = None
     return {
         "reward": row["reward"], "advantage": row["advantage"], "valid": row["valid"], "finish": row["finish"],
         "tokens": len(row["ids"]), "verdict": judgement.verdict if judgement else None,
@@ -494,20 +496,25 @@ def describe_curves(run: Path) -> dict:
 # --------------------------------------------------------------------------- the pipeline's own numbers
 
 
-def read_rows(path: Path, metric: str) -> list[dict]:
-    """The rows of a results file that have this metric, or one that begins with it; none if there is no such file."""
+def read_f1(path: Path) -> float | None:
+    """ProcessBench's F1 from a results file: of several subsets, their average, which is its last row of F1."""
     if not path.is_file():
-        return []
+        return None
     rows = records.read(path, ["subset", "metric", "value", "settings"])
-    return [row for row in rows if row["metric"].startswith(metric)]
+    return next((row["value"] for row in reversed(rows) if row["metric"] == "f1"), None)
+
+
+def read_object(path: Path) -> dict:
+    """The object of a JSON file; an empty one if there is no such file. Raises InputError if it isn't JSON."""
+    if not path.is_file():
+        return {}
+    return records.parse_json(path.read_bytes(), str(path), "make it anew")
 
 
 def read_label_report(path: Path, method: str) -> dict | None:
     """Shares of solutions labelled right in every step, from a report of evaluate.py labels: `voted` by this method's
     file, `single` by one verification, and `by_votes`: N -> way of voting -> share. None without a report."""
-    if not path.is_file():
-        return None
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = read_object(path).get("rows", [])
     voted = [row["all"]["exact"] for row in rows if row["N"] is None and row["method"] == f"{method} (file)"]
     by_votes: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -521,33 +528,25 @@ def read_label_report(path: Path, method: str) -> dict | None:
 
 def count_stage_one(stage: StageOne, directory: Path) -> dict:
     """Numbers of all of Stage I, of which the page shows a part."""
+    dropped = Counter(label["dropped"] for label in stage.labels if label["dropped"])
     numbers = {
-        "problems": len({records.problem_of(label["id"]) for label in stage.labels}),
-        "solutions": len(stage.labels),
-        "verifications": None,
-        "num_verifications": stage.num_verifications,
-        "dropped": Counter(label["dropped"] for label in stage.labels if label["dropped"]),
-        "method": stage.method,
-    }
-    numbers["kept"] = numbers["solutions"] - sum(numbers["dropped"].values())
-    path = directory / "report.json"
-    if path.is_file():
-        written = json.loads(path.read_text(encoding="utf-8"))
-        if written.get("method") == stage.method:
-            numbers |= {name: written.get(name) for name in ("verifications", "unparsed", "ties")}
+        "method": stage.method, "num_verifications": stage.num_verifications, "dropped": dropped,
+        "problems": len({records.problem_of(label["id"]) for label in stage.labels}), "solutions": len(stage.labels),
+        "kept": len(stage.labels) - dropped.total(), "verifications": None, "unparsed": None, "ties": None,
+    }  # fmt: skip
+    written = read_object(directory / "report.json")
+    if written.get("method") == stage.method:  # else it tells of labels that were made later
+        numbers |= {name: written.get(name) for name in ("verifications", "unparsed", "ties")}
     return numbers
 
 
 def measured_numbers(run: Path, grpo_run: Path) -> dict:
     """What the reward model and the policy reached: ProcessBench's F1, and accuracies before and after GRPO."""
-    f1 = read_rows(run / "processbench.jsonl", "f1")
-    numbers = {"f1": f1[-1]["value"] if f1 else None, "steps": None, "before": None, "after": None}
-    if (grpo_run / "metrics.jsonl").is_file():
-        metrics = report.read_metrics(str(grpo_run))
-        numbers["steps"] = max(next(iter(metrics.values()), {0: 0}))
-        for points in metrics.values():
-            numbers["steps"] = max(numbers["steps"], *points)
-        accuracy = list(metrics.get("heldout/accuracy", {}).values())
+    numbers = {"f1": read_f1(run / "processbench.jsonl"), "steps": None, "before": None, "after": None}
+    path = grpo_run / "metrics.jsonl"
+    if path.is_file():
+        numbers["steps"] = max((record["step"] for record in records.read_metrics(path)), default=0)
+        accuracy = list(report.read_metrics(str(grpo_run)).get("heldout/accuracy", {}).values())
         if len(accuracy) > 1:
             numbers |= {"before": accuracy[0], "after": accuracy[-1]}
     return numbers
@@ -586,8 +585,7 @@ def render(context: dict) -> str:
 
 
 def fit(args: argparse.Namespace, stage: StageOne | None) -> tuple[str, dict]:
-    """(the page, its numbers), with as many problems and groups as MOST_BYTES has space for: half as many, until it
-    fits."""
+    """(the page, what it shows), with fewer problems and groups, in proportion, if MOST_BYTES has no space for all."""
     num_problems, num_groups = PROBLEMS, GROUPS
     run, grpo_run = Path(args.run), Path(args.grpo)
     numbers = {"run": run.name, **measured_numbers(run, grpo_run)}
@@ -600,10 +598,13 @@ def fit(args: argparse.Namespace, stage: StageOne | None) -> tuple[str, dict]:
         context = {"numbers": numbers, "problems": problems, "mistakes": list_mistakes(problems), "grpo": groups,
                    "curves": curves, "gold": args.gold is not None}  # fmt: skip
         page = render(context)
-        if len(page.encode()) < MOST_BYTES or num_problems == num_groups == 1:
+        size = len(page.encode())
+        if size < MOST_BYTES or num_problems == num_groups == 1:
             return page, context
-        num_problems = max(1, num_problems // 2)
-        num_groups = max(1, num_groups // 2)
+        share = 0.9 * MOST_BYTES / size
+        most_groups = max((len(step["groups"]) for step in groups["steps"]), default=1)
+        num_problems = max(1, int(share * len(problems)))
+        num_groups = max(1, int(share * most_groups))
 
 
 def parse_arguments() -> argparse.Namespace:
