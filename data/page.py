@@ -37,7 +37,7 @@ GROUPS = 8  # shown of each step
 MOST_BYTES = 10_000_000
 MOST_CHARACTERS = 20_000  # of one text
 STEP_DESIGNS = {"selective_advantage": "selective", "global_step": "global"}  # what advantages are recomputed for
-DUMPED_FIELDS = ["problem_id", "prompt", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
+DUMPED_FIELDS = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
 # What the settings of a run are if its args.json is from before a flag existed.
 SETTINGS = {"reward": "process_aware", "format_constraints": "paper", "loss_norm": "token", "seed": 0,
             "min_steps": 1, "max_steps": 20, "selective_discount": 0.0}  # fmt: skip
@@ -398,7 +398,7 @@ def describe_step(step: int, path: Path, count: int, problems: dict[str, str], t
         group = responses[start : start + G]
         groups.append({
             "name": f"g{step}-{number}", "problem_id": problem_id,
-            "text": cut(problems.get(problem_id, shown[start]["prompt"])), "responses": group,
+            "text": cut(problems.get(problem_id) or shown[start].get("prompt", "")), "responses": group,
             "mean": sum(r["reward"] for r in group) / G, "reference": None,
         })  # fmt: skip
     return {"step": step, "groups": groups, "all": len(rows) // G, "schemes": list(schemes) if tokenizer else []}

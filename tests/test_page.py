@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -83,7 +84,7 @@ def make_stage_one(run: Path) -> None:
 
 def make_settings(**changes) -> argparse.Namespace:
     settings = {"reward": "process_aware", "format_constraints": "paper", "group_size": 2, "seed": 0, "min_steps": 2}
-    settings |= {"max_steps": 8, "selective_discount": 0.0, "loss_norm": "token", "policy": "nowhere", "problems": "none"}
+    settings |= {"max_steps": 8, "selective_discount": 0.0, "loss_norm": "token", "policy": "nowhere", "problems": None}
     return argparse.Namespace(**settings | changes)
 
 
@@ -98,6 +99,8 @@ RESPONSES = [
 
 def make_responses(run: Path, args: argparse.Namespace) -> None:
     """What grpo.py --dump_rollouts writes of one step, by its own functions, in steps 1, 2 and 3."""
+    args.problems = str(run / "problems.jsonl")
+    write_lines(run / "problems.jsonl", [{"id": name, "problem": f"The problem {name}?"} for name in ("p1", "p9")])
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     rollouts = []
     for problem_id, steps, answer, verdicts, verdict in RESPONSES:
@@ -275,6 +278,7 @@ def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch
     dumped = records.read(run / "grpo/rollouts/step_0000001.jsonl", ["reward", "advantage", "text", "ids"])
     cards = html.all("article", "card")
     assert len(cards) == 3 * len(dumped)
+    assert [group.all("p")[0].words() for group in html.all("details", "group")] == ["The problem p1?", "The problem p9?"] * 3
     for card, row in zip(cards, dumped, strict=False):
         head = card.all("h4")[0].words()
         reward, advantage = re.fullmatch(r"\S+ (?:\w+ )+reward (\S+) advantage (\S+)", head).groups()
@@ -376,7 +380,7 @@ def test_old_dumps_and_other_rewards(tmp_path, monkeypatch, reward):
     for path in (run / "grpo" / "rollouts").glob("*.jsonl"):
         rows = records.read(path, ["text"])
         for row in rows:
-            del row["token_advantages"]
+            del row["token_advantages"], row["prompt"]
             if row["judgement"]:
                 row["judgement"] = {field: row["judgement"][field] for field in ("text", "verdict", "step_verdicts")}
         write_lines(path, rows)
@@ -474,6 +478,8 @@ class Browser:
         command = ["bash", "-c", script, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), **quiet)
+        self.deadline = threading.Timer(300, self.process.kill)  # one that hangs must not hang the tests
+        self.deadline.start()
         os.close(theirs_in)
         os.close(theirs_out)
         self.count, self.session, self.events = 0, {}, []
@@ -533,6 +539,7 @@ class Browser:
     def close(self) -> None:
         self.send("Browser.close")
         self.process.wait(20)
+        self.deadline.cancel()
         os.close(self.out)
         self.messages.close()
 
