@@ -378,7 +378,7 @@ def describe_response(row: dict, rollout: grpo.Rollout, schemes: dict[str, list[
 
 def describe_step(step: int, path: Path, count: int, problems: dict[str, str], tokenizer, args) -> dict:
     """The first `count` groups of a step."""
-    rows = records.read(path, DUMPED_FIELDS, "python grpo.py --dump_rollouts", optional=("token_advantages",))
+    rows = records.read(path, DUMPED_FIELDS, "python grpo.py --dump_rollouts")
     G = args.group_size
     if len(rows) % G:
         raise InputError(f"{path}: {len(rows)} responses don't make whole groups of {G}; its end is missing, so remove it")
@@ -387,9 +387,10 @@ def describe_step(step: int, path: Path, count: int, problems: dict[str, str], t
     schemes = token_advantages(shown, rollouts, args)
     responses = []
     for i, (row, rollout) in enumerate(zip(shown, rollouts, strict=True)):
-        if len(row["ids"]) != len(schemes["own"][i]):
-            raise InputError(f"{path}: a response of {row['problem_id']} has {len(row['ids'])} ids and "
-                             f"{len(schemes['own'][i])} token_advantages; there must be one for each")  # fmt: skip
+        own = schemes["own"][i]
+        if not records.NUMBERS.accepts(own) or len(own) != len(row["ids"]):
+            raise InputError(f"{path}: token_advantages of a response of {row['problem_id']} must be {len(row['ids'])} "
+                             "numbers, one for each id")  # fmt: skip
         mine = {scheme: of_responses[i] for scheme, of_responses in schemes.items()}
         responses.append(describe_response(row, rollout, mine, tokenizer))
     groups = []

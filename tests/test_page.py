@@ -415,8 +415,9 @@ def test_wrong_files_are_one_line(tmp_path, monkeypatch):
     rows = records.read(path, ["text"])
     broken = [
         (rows[:3], "3 responses don't make whole groups of 2"),
-        ([rows[0] | {"token_advantages": [0.0]}, *rows[1:]], "token_advantages; there must be one for each"),
-        ([rows[0] | {"judgement": {"text": "", "verdict": 1}}, *rows[1:]], "no field|must be true or false"),
+        ([rows[0] | {"token_advantages": [0.0]}, *rows[1:]], "token_advantages of a response of p1 must be"),
+        ([rows[0] | {"token_advantages": "+"}, *rows[1:]], "numbers, one for each id"),
+        ([rows[0] | {"judgement": {"text": "", "verdict": 1}}, *rows[1:]], "verdict must be true or false"),
         ([rows[0] | {"judgement": {"text": "", "verdict": True, "step_verdicts": [True]}}, *rows[1:]], "another response"),
     ]
     for changed, message in broken:
