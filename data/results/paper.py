@@ -51,13 +51,14 @@ The commands are in [paper/](paper), each file to be run whole, in this order: [
 {data}
 ## Reward models on ProcessBench (Table 2, Figure 3)
 
-[^sft] and [^judge] hold for every row. Values by subset are not recovered because the only copy of them is out of
-line: its rows don't average to their last cells. Those of other people's judges are in the ProcessBench paper (arXiv
-2412.06559).
+The paper's claim is that step consistency is the best way of labelling. [^sft] and [^judge] hold for all of its reward
+models. Values by subset are not recovered because the only copy of them is out of line: its rows don't average to
+their last cells. Those of other people's judges are in the ProcessBench paper (arXiv 2412.06559).
 
 {processbench}
 67.5 isn't the top. Reward models that were trained on labels of people or of stronger models, from the table in
-GenPRM's paper (arXiv 2504.00891); none of them was run here (**no flag**: other heads, prompts and parsers):
+GenPRM's paper (arXiv 2504.00891), and two critics from the ProcessBench paper. None of them was run here (**no
+flag**: other heads, prompts and parsers):
 
 {anchors}
 ## Policies on six benchmarks (the main table of RL)
@@ -110,7 +111,8 @@ learns from solutions that the vote accepts; no flag for other solutions, for a 
 memory for, or for training without a chat template.
 
 [^checkpoint]: The step of the checkpoints. The PRM-CoT's row of the table is from another one than Figures 5 and 6.
-Here step 300: `grpo.py` exports its newest checkpoint only, and has no flag for earlier ones.
+By a reviewer, earlier checkpoints of the ORM's run are considerably better than that of step 300. Here step 300:
+`grpo.py` exports its newest checkpoint only, and has no flag for earlier ones.
 
 [^decoding]: Decoding and number of samples. Most cells are fractions that one sample gives; AMC23's are averages of
 at least 8, and RLVR's 83.7 can't be one sample of 500. `benchmarks.sh` measures greedily and with 16 samples.
@@ -247,7 +249,7 @@ def data_table(tiny: Tiny) -> str:
     kept = tiny.labels("step_consistency/kept", "yield")
     rows = [
         ["labelled problems", "8,000", command("data.sh", "head -n 8000"), "not comparable", notes("problems")],
-        ["solutions, verifications", "8 per problem, 16 per solution",
+        ["solutions, verifications", "8 per problem, 16 per solution: 1,024,000 in all",
          command("stage1.sh", "--num_samples 8", "--num_verifications 16"), "8, 16", notes("release")],
         ["training examples", "about 63,000, of 64,000", command("stage1.sh", "--method step_consistency"),
          f"{kept} kept", notes("filter")],
@@ -293,6 +295,8 @@ def anchor_table() -> str:
         ["Qwen2.5-Math-PRM-72B", "87.3 / 80.6 / 74.3 / 71.1", "78.3"],
         ["GenPRM-7B", "78.7 / 80.3 / 72.2 / 69.8", "75.2"],
         ["GenPRM-7B, eight votes", "81.0 / 85.7 / 78.4 / 76.8", "80.5"],
+        ["QwQ-32B-Preview as a critic", "-", "71.5"],
+        ["o1-mini as a critic", "-", "87.9"],
     ]
     return table(["reward model", "GSM8K / MATH / OlympiadBench / Omni-MATH", "mean F1"], rows)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The six benchmarks (the main table of RL): the policies of grpo.sh, their start, and its base. After grpo.sh and data.sh.
+# The six benchmarks (the main table of RL): the policies of grpo.sh, their start, and its base. After grpo.sh.
 #
 #   bash data/results/paper/benchmarks.sh   # into runs/paper/benchmarks.jsonl
 source "$(dirname "$0")/settings.sh"
@@ -13,8 +13,9 @@ problems=(data/benchmarks/math500.jsonl data/benchmarks/aime24.jsonl data/benchm
 gold=(data/benchmarks/gold/math500.jsonl data/benchmarks/gold/aime24.jsonl data/benchmarks/gold/aime25.jsonl
   data/benchmarks/gold/amc23.jsonl data/benchmarks/gold/olympiadbench.jsonl data/benchmarks/gold/minerva.jsonl)
 
-# A greedy solution per problem, as in most cells of the paper (worked out from their fractions). ours: 16 samples beside it (AMC23's cells are averages
-# over at least 8), and 2,048 tokens, which is what Qwen2.5-Math's context of 4,096 leaves beside the longest problem.
+# A greedy solution per problem, as in most cells of the paper (which follows from their fractions). ours: 16 samples
+# beside it, since AMC23's cells are averages over at least 8; and 2,048 tokens, because Qwen2.5-Math's context of 4,096
+# has no space for many more beside the longest problem.
 # tokens: 11 models x 1,547 problems x 17 solutions x 2,048 = 592,463,872 by 7B; at most 2.0 hours on 8 H200
 stage evaluate.py benchmark --model "${models[@]}" --problems "${problems[@]}" --gold "${gold[@]}" \
   --greedy --num_samples 16 --temperature 1 --top_p 1 --max_new_tokens 2048 --out "$runs/benchmarks.jsonl"

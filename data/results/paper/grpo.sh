@@ -11,24 +11,28 @@ source "$(dirname "$0")/settings.sh"
 #   judged by 14B:  300 steps x 256 problems x 16 responses x 4,096 = 5,033,164,800; no rate measured
 #   held-out:       31 times x 560 problems x (2,048 + 4,096) = 106,659,840
 #   and 300 updates of 7B, for which no rate is measured either
-stage grpo.py "${grpo[@]}" --prm "$runs/step_consistency/orm" --prm_kind orm --reward process_aware --out "$runs/grpo/orm"
-stage grpo.py "${grpo[@]}" --prm "$runs/step_consistency/prm" --prm_kind prm --reward process_aware --out "$runs/grpo/prm"
+orm=(--prm "$runs/step_consistency/orm" --prm_kind orm)
+prm=(--prm "$runs/step_consistency/prm" --prm_kind prm)
 prm_cot=(--prm "$runs/step_consistency/prm_cot" --prm_kind prm_cot)
+stage grpo.py "${grpo[@]}" "${orm[@]}" --reward process_aware --out "$runs/grpo/orm"
+stage grpo.py "${grpo[@]}" "${prm[@]}" --reward process_aware --out "$runs/grpo/prm"
 stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward process_aware --out "$runs/grpo/prm_cot"
 stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward step_augmented --out "$runs/grpo/step_augmented"
 stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward selective_advantage --min_steps 4 --max_steps 20 \
   --out "$runs/grpo/selective_advantage"
-stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward global_step --min_steps 3 --max_steps 20 --out "$runs/grpo/global_step"
+stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward global_step --min_steps 3 --max_steps 20 \
+  --out "$runs/grpo/global_step"
 # In the released code only: what selective_advantage sets to 0 is halved.
-stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward selective_advantage --selective_discount 0.5 --min_steps 4 --max_steps 20 \
-  --out "$runs/grpo/selective_half"
+stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward selective_advantage --min_steps 4 --max_steps 20 \
+  --selective_discount 0.5 --out "$runs/grpo/selective_half"
 
 # tokens, of each run without a judge:
 #   sampled by 7B:  300 steps x 256 problems x 16 responses x 2,048 = 2,516,582,400; at most 8.4 hours on 8 H200
 #   held-out:       31 times x 560 problems x 2,048 = 35,553,280
 #   and 300 updates of 7B, for which no rate is measured
 # Only rlvr reads the answers of the problems that it trains on.
-stage grpo.py "${grpo[@]}" --reward rlvr --gold "${heldout_gold[@]}" data/train/gold/skywork.jsonl --out "$runs/grpo/rlvr"
+stage grpo.py "${grpo[@]}" --reward rlvr --gold "${heldout_gold[@]}" data/train/gold/skywork.jsonl \
+  --out "$runs/grpo/rlvr"
 stage grpo.py "${grpo[@]}" --reward majority --out "$runs/grpo/majority"
 stage grpo.py "${grpo[@]}" --reward random --out "$runs/grpo/random"
 

@@ -18,7 +18,8 @@ hacking=("${grpo[@]}" --prm "$runs/step_consistency/prm_cot" --prm_kind prm_cot 
 # Solution appending: no format constraints.
 stage grpo.py "${hacking[@]}" --reward process_aware --format_constraints none --out "$runs/hacking/appending"
 # Step reduction: rewards for steps without a floor.
-stage grpo.py "${hacking[@]}" --reward selective_advantage --min_steps 1 --max_steps 1000 --out "$runs/hacking/reduction_selective"
+stage grpo.py "${hacking[@]}" --reward selective_advantage --min_steps 1 --max_steps 1000 \
+  --out "$runs/hacking/reduction_selective"
 stage grpo.py "${hacking[@]}" --reward global_step --min_steps 1 --max_steps 1000 --out "$runs/hacking/reduction_global"
 
 # ours: would Stage I's verifier, voting without answers, accept what the reward accepted?
@@ -28,5 +29,5 @@ stage -m data.audit --rollouts "$runs/hacking/appending/rollouts" --problems dat
   --worked_examples 2 --out "$runs/hacking/audit"
 
 # tokens: none
-python evaluate.py plot --runs "$runs/grpo/step_augmented" "$runs/hacking/appending" "$runs/hacking/reduction_selective" \
-  "$runs/hacking/reduction_global" --out "$runs/hacking.png"
+python evaluate.py plot --out "$runs/hacking.png" --runs "$runs/grpo/step_augmented" "$runs/hacking/appending" \
+  "$runs/hacking/reduction_selective" "$runs/hacking/reduction_global"

@@ -4,6 +4,8 @@
 # neither the paper nor its released code gives. `tokens` is what a command samples at most, its limits multiplied; most
 # outputs end sooner. Hours follow from these tokens and a measured rate: on an H200 a 7B model samples 10,410 tokens per
 # second (data/results/README.md, "Speed", workload B). For 14B and 32B no rate is measured.
+#
+# Each file can be stopped and started again: what is done is kept.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 

@@ -24,9 +24,10 @@ stage verify.py "${verify[@]}" --method single --num_verifications 1
 # tokens: 64,000 solutions x 2 calls x 8,192 = 1,048,576,000 by 32B for each of the three; no rate measured
 # ours: `hybrid` criticises what step consistency chose, as in the released configuration, `hybrid_outcome` what outcome
 # consistency chose, as in its README; which of them the paper's row is, is not known.
-stage verify.py "${verify[@]}" --method meta_critique --num_verifications 1 --critique_rounds 1 --critique_temperature 0
-stage verify.py "${verify[@]}" --method hybrid --num_verifications 16 --critique_rounds 1 --critique_temperature 0
-stage verify.py "${verify[@]}" --method hybrid_outcome --num_verifications 16 --critique_rounds 1 --critique_temperature 0
+critique=(--critique_rounds 1 --critique_temperature 0)
+stage verify.py "${verify[@]}" "${critique[@]}" --method meta_critique --num_verifications 1
+stage verify.py "${verify[@]}" "${critique[@]}" --method hybrid --num_verifications 16
+stage verify.py "${verify[@]}" "${critique[@]}" --method hybrid_outcome --num_verifications 16
 
 # tokens: 64,000 solutions x 1 verification x 8,192 = 524,288,000 by 32B; no rate measured
 # ours: one verification; the release samples 8 and keeps one, by a rule that is not published.
