@@ -237,35 +237,32 @@ RATE = 10_410  # tokens per second of a 7B model on an H200
 
 
 def test_the_papers_numbers_are_in_the_commands(commands):
-    """Guards: a hyperparameter of the paper that a command lost or changed; a reward or a method that has none."""
+    """Guards: a hyperparameter of the paper that a command lost or changed; a batch that ranks can't share equally."""
     for command in commands:
         for flag, value in HYPERPARAMETERS.get(command.name, {}).items():
             assert command.flags[flag] == [value], f"{command.file}.sh:{command.line}: {flag}"
+        if "--batch_size" in command.flags:
+            assert command.number("--batch_size") % command.processes == 0
+    assert {c.processes for c in commands} == {0, 8}
+    assert {c.flags["--critique_temperature"][0] for c in commands if "--critique_temperature" in c.flags} == {"0"}
+    bounded = [c for c in commands if c.file == "grpo" and "--min_steps" in c.flags]
+    bounds = {(c.flags["--reward"][0], c.number("--min_steps"), c.number("--max_steps")) for c in bounded}
+    assert bounds == {("selective_advantage", 4, 20), ("global_step", 3, 20)}
+
+
+def test_each_row_has_its_command(commands):
+    """Guards: a method, a kind of reward model or a reward that no command makes; two commands with one output."""
     voting = {c.flags["--method"][0]: c.number("--num_verifications") for c in commands if c.name == "verify"}
     assert set(voting) == set(verify.METHODS) == set(METHODS)
-    assert {m for m, n in voting.items() if n == 16} == {m for m in METHODS if "consistency" in m or "hybrid" in m}
-    assert {c.flags["--critique_temperature"][0] for c in commands if "--critique_temperature" in c.flags} == {"0"}
+    votes = {"outcome_consistency", "step_consistency", "hybrid", "hybrid_outcome"}
+    assert voting == {method: 16 if method in votes else 1 for method in METHODS}
     rewards = {c.flags["--reward"][0] for c in commands if c.name == "grpo"}
     assert rewards == set(grpo.REWARDS) - {"self_certainty"}  # which isn't the paper's
-    bounds = {
-        c.flags["--reward"][0]: c.number("--min_steps")
-        for c in commands
-        if c.file == "grpo" and "--min_steps" in c.flags
-    }
-    assert bounds == {"selective_advantage": 4, "global_step": 3}
-    for script, kinds in (("train_prm", METHODS), ("evaluate processbench", METHODS)):
-        trained = [tuple(c.flags["--out"]) for c in commands if c.name == script]
-        assert len(set(trained)) == len(trained) == 3 * len(kinds) + (script == "train_prm")
-    processes = {c.processes for c in commands}
-    assert processes == {0, 8}
-    for c in commands:
-        if "--batch_size" in c.flags:
-            assert c.number("--batch_size") % c.processes == 0
-    for flag in ("--prm", "--model", "--policy"):  # of Stage III and the evaluation
-        for c in commands:
-            for path in c.flags.get(flag, []):
-                made = {x.flags["--out"][0] for x in commands if x.script in ("train_prm.py", "grpo.py")}
-                assert path in made or path in CONTEXTS, path
+    for name in ("train_prm", "evaluate processbench"):
+        made = {(c.flags["--out"][0].split("/")[2], c.flags["--kind"][0]) for c in commands if c.name == name}
+        assert made - {("policy", "policy")} == {(method, kind) for method in METHODS for kind in paper.KINDS}
+    outputs = [c.flags["--out"][0] for c in commands if c.name != "verify" and c.file != "data"]
+    assert len(set(outputs)) == len(outputs)
 
 
 def test_each_input_is_some_commands_output(commands):
@@ -280,7 +277,11 @@ def test_each_input_is_some_commands_output(commands):
             continue
         for flag, values in c.flags.items():
             for value in values:
-                if flag != "--out" and re.search(r"\.jsonl$|^runs/", value):
+                if flag == "--out":
+                    continue
+                if flag in ("--model", "--prm", "--policy") and not value.startswith("runs/"):
+                    assert value in CONTEXTS
+                elif re.search(r"\.jsonl$|^runs/", value):
                     assert value in there or any(value.startswith(f"{path}/") for path in there), f"{c.file}: {value}"
         there |= set(c.flags["--out"])
         if c.file == "data":  # shuf, head and tail
