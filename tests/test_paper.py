@@ -599,7 +599,8 @@ def test_every_command_runs(commands, world, tmp_path, capsys):
         assert out.exists(), f"{script} {' '.join(words)}"
         if script == "grpo.py":
             first, last = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-            assert first["heldout/accuracy"] == 1 and last["format/valid"] == ("selective" not in str(out)), out
+            assert first["heldout/accuracy"] == last["format/valid"] == 1, out  # so it was judged, or graded
+            assert last["reward/mean"] == 1 or out.name not in ("orm", "rlvr", "majority"), out
     assert not failures, f"{len(failures)} of {len(jobs)} failed:\n\n" + "\n\n".join(failures)
 
 

@@ -69,7 +69,7 @@ flag**: other heads, prompts and parsers):
 ## Curves of RL (Figures 4 to 7)
 
 The paper's values in Figures 5 and 6 are means of MATH-500, AIME24 and AIME25, one greedy sample each; this follows
-from their fractions. The tiny world's are from before the first and after the last of 60 steps, at temperature 1.
+from their fractions. The tiny world's are from before the first and after the last of {steps} steps, at temperature 1.
 
 {figures}
 ## Reward hacking (Section 4.4)
@@ -205,7 +205,9 @@ class Tiny:
 
     def __init__(self, readme: str) -> None:
         self.rows = {study: records.read(HERE / f"{study}.jsonl", ["seed"]) for study in SECTIONS}
-        self.curves = records.read(HERE / "rewards_curves.jsonl", ["curve", "y"])
+        self.curves = records.read(HERE / "rewards_curves.jsonl", ["curve", "x", "y"])
+        self.steps = self.curves[0]["x"][-1]  # of RL
+        self.votes = self.rows["claims"][0]["labels"]["step_consistency/all"]["N"]
         self.mark = {study: "†" if from_earlier_world(study, readme) else "" for study in SECTIONS}
 
     def judge(self, method: str, kind: str) -> str:
@@ -250,7 +252,7 @@ def data_table(tiny: Tiny) -> str:
     rows = [
         ["labelled problems", "8,000", command("data.sh", "head -n 8000"), "not comparable", notes("problems")],
         ["solutions, verifications", "8 per problem, 16 per solution: 1,024,000 in all",
-         command("stage1.sh", "--num_samples 8", "--num_verifications 16"), "8, 16", notes("release")],
+         command("stage1.sh", "--num_samples 8", "--num_verifications 16"), f"{tiny.votes} per solution", notes("release")],
         ["training examples", "about 63,000, of 64,000", command("stage1.sh", "--method step_consistency"),
          f"{kept} kept", notes("filter")],
         ["labels that are right", UNKNOWN, command("stage1.sh", "evaluate.py labels"),
@@ -259,7 +261,7 @@ def data_table(tiny: Tiny) -> str:
          f"{NO_FLAG} for those solutions; ours: {command('stage2.sh', '--kind policy')}", "not run", notes("policy")],
         ["problems of RL", "17,000", command("settings.sh", "--limit 17000"), "not comparable", notes("problems")],
         ["steps of RL", "300 in Figure 5; 25 epochs in the released script", command("settings.sh", "--steps 300"),
-         "60", notes("checkpoint")],
+         str(tiny.steps), notes("checkpoint")],
     ]  # fmt: skip
     return table(["", "paper", "command", "tiny world", "not published"], rows)
 
@@ -362,6 +364,7 @@ def ledger() -> str:
         processbench=processbench_table(tiny),
         anchors=anchor_table(),
         benchmarks=benchmark_table(tiny),
+        steps=tiny.steps,
         figures=figure_table(tiny),
         hacking=hacking_table(tiny),
     )
