@@ -252,7 +252,8 @@ def data_table(tiny: Tiny) -> str:
     rows = [
         ["labelled problems", "8,000", command("data.sh", "head -n 8000"), "not comparable", notes("problems")],
         ["solutions, verifications", "8 per problem, 16 per solution: 1,024,000 in all",
-         command("stage1.sh", "--num_samples 8", "--num_verifications 16"), f"{tiny.votes} per solution", notes("release")],
+         command("stage1.sh", "--num_samples 8", "--num_verifications 16"), f"{tiny.votes} per solution",
+         notes("release")],
         ["training examples", "about 63,000, of 64,000", command("stage1.sh", "--method step_consistency"),
          f"{kept} kept", notes("filter")],
         ["labels that are right", UNKNOWN, command("stage1.sh", "evaluate.py labels"),
