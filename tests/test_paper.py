@@ -124,7 +124,7 @@ def record_commands(tree: Path, file: str) -> list[Command]:
 
 def write_inputs(root: Path) -> None:
     """A handful of everything that a command reads, but for the models."""
-    labels = [make_label(i) for i in range(6)]
+    labels = [make_label(i) for i in range(4)]
     problems = [{"id": f"t{i}", "problem": label["problem"]} for i, label in enumerate(labels)]
     solutions = [{**label, "problem_id": f"t{i}"} for i, label in enumerate(labels)]
     verifications = [
@@ -146,7 +146,7 @@ def write_inputs(root: Path) -> None:
     metrics = [{"step": step, "reward/mean": 0.5, "heldout/accuracy": 0.5, "response/steps": 3} for step in (1, 2)]
 
     files = {f"data/train/{name}.jsonl": problems for name in ("skywork", "clean", "problems", "labelled", "rl")}
-    files["data/train/gold/skywork.jsonl"] = [{"id": f"t{i}", "answer": "9"} for i in range(6)]
+    files["data/train/gold/skywork.jsonl"] = [{"id": f"t{i}", "answer": "9"} for i in range(4)]
     for name in BENCHMARKS:
         files[f"data/benchmarks/{name}.jsonl"] = [
             {"id": f"{name}/{i}", "problem": f"What is {i} + {i}?"} for i in range(2)
@@ -422,9 +422,9 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 STAND_INS = {  # hub name -> (architecture, tokenizer, rows of the embedding, what it always says)
     "Qwen/Qwen2.5-14B-Instruct": ("Qwen2ForCausalLM", "qwen2.5", 152_064, ["Yes"]),
     "Qwen/Qwen3-32B": ("Qwen3ForCausalLM", "qwen3", 151_936, None),
-    # The second "answer" in two tokens and the last ">" with a newline, so that each token has one successor.
+    # The second "answer" in two tokens and the last ">" by itself, so that each token has one successor.
     "Qwen/Qwen2.5-Math-7B": ("Qwen2ForCausalLM", "qwen2.5", 152_064,
-                             ["<", "answer", ">", "\\", "boxed", "{", "9", "}", "</", "ans", "wer", ">\n"]),
+                             ["So", "<", "answer", ">\\", "boxed", "{", "9", "}</", "ans", "wer", ">"]),
 }  # fmt: skip
 
 
@@ -601,6 +601,9 @@ def test_every_command_runs(commands, world, tmp_path, capsys):
             first, last = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
             assert first["heldout/accuracy"] == last["format/valid"] == 1, out  # so it was judged, or graded
             assert last["reward/mean"] == 1 or out.name not in ("orm", "rlvr", "majority"), out
+            assert (last["reward/unparsed"] < 1) == (out.name == "orm" or "--prm" not in words), (
+                out
+            )  # "Yes" is no PRM's
     assert not failures, f"{len(failures)} of {len(jobs)} failed:\n\n" + "\n\n".join(failures)
 
 
