@@ -63,7 +63,8 @@ flag**: other heads, prompts and parsers):
 {anchors}
 ## Policies on six benchmarks (the main table of RL)
 
-[^checkpoint] and [^decoding] hold for every row. `grpo.sh` trains them, `benchmarks.sh` measures all of them at once.
+[^checkpoint] and [^decoding] hold for every row; each is a single run. `grpo.sh` trains the policies, `benchmarks.sh`
+measures all of them at once.
 
 {benchmarks}
 ## Curves of RL (Figures 4 to 7)
@@ -96,6 +97,9 @@ the solutions, with reference answers; `python -m data.prepare balance` does so.
 
 [^choice]: Which of its 16 verifications becomes the label (with the reference answer, of 8). Here the first that
 parses.
+
+[^vote]: Ties, verifications of another number of steps, and which of several texts that agree with the vote is taken.
+Here a tie counts as incorrect, such verifications don't vote, and a seeded choice decides.
 
 [^hybrid]: Whether the critique is of what outcome consistency chose (README of the release) or of what step
 consistency chose (its configuration). Both are here.
@@ -138,7 +142,14 @@ METHODS = {
     "hybrid_outcome": "hybrid, of outcome consistency",
     "reference_guided": "reference-guided",
 }
-METHOD_NOTES = {"single": "choice", "hybrid": "hybrid", "hybrid_outcome": "hybrid", "reference_guided": "choice"}
+METHOD_NOTES = {
+    "single": "choice",
+    "outcome_consistency": "vote",
+    "step_consistency": "vote",
+    "hybrid": "vote hybrid",
+    "hybrid_outcome": "vote hybrid",
+    "reference_guided": "choice",
+}
 KINDS = {"orm": "ORM", "prm": "PRM", "prm_cot": "PRM-CoT"}
 PROCESSBENCH = {  # (method, kind) -> the paper's average F1
     ("step_consistency", "prm"): "**67.5**",
