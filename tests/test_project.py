@@ -353,11 +353,7 @@ def test_documented_commands_exist(helps, name):
 
 # Flags that no README and no study uses, each with the reason why it is there.
 UNUSED_FLAGS = {
-    "--clip_low": "the paper's clipping range; means something once --updates is above 1",
-    "--clip_high": "its upper side, which others set wider (DAPO)",
-    "--updates": "several updates per batch, as in PPO; the paper makes one",
     "--tis_cap": "corrects for a sampler in bf16, whose log-probs differ from the trainer's",
-    "--selective_discount": "the released code's variant of selective_advantage",
     "--eval_fraction": "one's own labels may be too few to hold a share of them out",
 }
 
