@@ -1,6 +1,6 @@
-"""Make the tiny world: word problems, a tokenizer, and two checkpoints of about a million parameters.
+"""Make the tiny world: word problems, a tokenizer, and three checkpoints of one to two million parameters.
 
-    python -m data.make_tiny            # everything, into data/tiny/; 42 minutes on 2 busy cores
+    python -m data.make_tiny            # everything, into data/tiny/; the same command resumes a run that was stopped
     python -m data.make_tiny problems   # the problem sets and their gold file only, in seconds
     python -m data.make_tiny tokenizer  # the tokenizer only: needed again when a prompt changes
     python -m data.make_tiny --world hard --device cuda  # a harder one of 14 million parameters, into runs/hard/
@@ -14,21 +14,30 @@ There are three disjoint sets: a pool for making the checkpoints (never written,
 `problems.jsonl` for Stages I to III, `heldout.jsonl` for measuring. `gold.jsonl` has the answers of the last
 two: for measuring, and for the methods and rewards that say that they read answers.
 
-A solver is trained first. The verifier goes on from it with every prompt that the stages send: verify, verify with
-the expected answer, critique, merge, and the turns of the reward models. The solutions and verifications that it
-learns to judge are corrupted by `corrupt` and `flip`; that is the only place where mistakes are scripted.
+The checkpoints are made in five phases; `runs/make_tiny/` keeps what is done.
 
-Both would be too good to learn anything from, so both are made unsure: they imitate their own samples at a high
-temperature, whatever those say, as long as they keep the format. What they do wrong later is their own doing, and what
-they knew is still there for voting and for reinforcement learning to bring out. (A model stopped half-way through its
-training errs as often, but in another way: it does not know better, and GRPO gained little from it.)
+1. The solver learns to solve, until it errs on hardly any problem.
+2. The policy is the solver made unsure: it imitates its own samples at a high temperature, right or wrong, as long as
+   they are equations in the required format. What it does wrong later is its own doing, and what it knew is still
+   there for reinforcement learning to bring out. (A solver stopped half-way through its training errs as often, but in
+   another way: it does not know better, and GRPO gained little from it.)
+3. The verifier goes on from the solver with every prompt that Stage I sends: verify, verify with the expected answer,
+   critique, merge. It writes out what it expects at each step before it judges, so the four layers of a policy
+   suffice. The solutions and verifications that it learns from are corrupted by `corrupt` and `flip`; nowhere else
+   are mistakes scripted. Then it is made unsure in the same way, so that its votes differ.
+4. The base is what reward models start from. A PRM, an ORM and a discriminative PRM judge in one pass: each result has
+   to be recomputed and compared inside the layers. That takes three things. Depth: a mark must be made some layers
+   before it is read off elsewhere. Marks: within a question, the end of each step predicts whether the step is correct,
+   so that the error shows where it stands. Reading: the tokens of right solutions are predicted one by one, as in any
+   pre-training, so that the expected number is there when the written one is met. Most of what it judges was written by
+   the policy. It is stopped early: Stage II has to have something to teach.
+5. The tiny ProcessBench is made of the policy's own solutions.
 
 The tokenizer gives one token to each digit, to each tag and marker of the formats, and to the fixed instruction
 of each prompt: for a million parameters an instruction is only the name of a task.
 """
 
 import argparse
-import copy
 import json
 import random
 import re
@@ -37,6 +46,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import verify
 from data import records
@@ -44,11 +54,12 @@ from data.records import gold_labels
 from evaluate import first_error
 from generate import SOLVE_PROMPT, Engine, format_valid, open_model, render_response, render_steps
 from kernels import distributed
-from kernels.chat import encode_chat
+from kernels.chat import encode_to_ends, escape_special_tokens, render_chat
+from kernels.distributed import InputError
 from kernels.sampler import Sampler
 from kernels.text import extract_answer, split_steps
 from kernels.transformer import Config, Transformer, save_model
-from train_prm import ORM_PROMPT, PRM_PROMPT, pack, targets_after_prompt, write_prm_target
+from train_prm import ORM_PROMPT, PRM_PROMPT, Example, pack, targets_after_prompt, write_prm_target, yes_no_ids
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -59,7 +70,7 @@ from transformers import AutoTokenizer
 SEED = 20251203
 POOL, TRAIN, HELDOUT = 60_000, 1_000, 600  # problems in the three sets
 CASES = 200  # of the tiny ProcessBench with an error, and as many without
-PARTS = ["problems", "tokenizer", "models", "processbench"]
+PARTS = ["problems", "tokenizer", "policy", "verifier", "base", "processbench"]
 ARCHITECTURE = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -74,14 +85,22 @@ ARCHITECTURE = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
-VERIFIER_TASKS = {  # share of each task among the training sequences
-    "verify": 0.5, "solve": 0.12, "prm_cot": 0.12, "reference": 0.08, "prm": 0.06, "orm": 0.04,
-    "critique": 0.04, "merge": 0.04,
-}  # fmt: skip
-SOLVER_STEPS, VERIFIER_STEPS = 500, 450
-HOT = {"policy": 1.45, "verifier": 1.65}  # temperature of the samples that make a model unsure
+TURNS = ["verify", "solve", "prm_cot", "reference", "prm", "orm", "critique", "merge"]  # that the stages send
+
+# Training: the share of each task among the sequences, and the number of steps.
+VERIFIER_TASKS = {"verify": 0.6, "solve": 0.16, "reference": 0.1, "critique": 0.07, "merge": 0.07}
+BASE_TASKS = {"prm": 0.43, "prm_cot": 0.02, "orm": 0.15, "mark": 0.1, "read": 0.1, "solve": 0.2}
+MARK_WEIGHT, READ_WEIGHT = 0.7, 0.5  # of a target inside the question; a token of the answer has weight 1
+OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that the base judges: written by the policy, and right
+OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for the base, and how often each
+SOLVER_STEPS, VERIFIER_STEPS, BASE_STEPS = 500, 450, 1200
+HOT = {"policy": 1.75, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS, HOT_RATE = 14_000, 220, 0.25  # the rate is relative to those below
 BATCH, MUON_RATE, ADAMW_RATE = 64, 0.02, 3e-3
+SAVE_EVERY = 50  # steps
+# Right or wrong, what the policy imitates looks like this: garbled equations are mistakes that teach a judge nothing.
+OPERATION = r"\d+[-+*/]\d+=\d+"
+SOLUTION = rf"<think>(<step>{OPERATION}</step> ?)+</think><answer>\\boxed\{{\d+\}}</answer>"
 
 # --------------------------------------------------------------------------- problems
 
@@ -128,6 +147,7 @@ class World:
     things: list[str] = field(default_factory=lambda: THINGS)
     sentences: dict[str, list[str]] = field(default_factory=lambda: SENTENCES)
     architecture: dict = field(default_factory=lambda: ARCHITECTURE)
+    base: dict = field(default_factory=lambda: {"num_hidden_layers": 8})  # where the base's architecture differs
     vocabulary: int = 512  # tokens, at most
     max_new_tokens: int = 200  # of the samples that make a model unsure
 
@@ -344,7 +364,7 @@ def make_tokenizer(world: World) -> None:
     _, train, _ = make_sets(world, pool=0)
     rng = random.Random(SEED)
     corpus = [p.text for p in train] + ["none wrongly Verdict"] * 100
-    corpus += [text for task in VERIFIER_TASKS for p in train[:200] for text in make_example(task, p, rng)]
+    corpus += [text for task in TURNS for p in train[:200] for text in make_example(task, p, rng)]
     for text in instructions + MARKERS:  # whole tokens already: the merges are for everything else
         corpus = [line.replace(text, "\n") for line in corpus]
     trainer = trainers.BpeTrainer(
@@ -371,7 +391,20 @@ def make_tokenizer(world: World) -> None:
 
 # --------------------------------------------------------------------------- training
 
-Draw = Callable[[random.Random], tuple[str, str]]  # draws a training example: (user turn, target)
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, the answer to be learned, and what is learned inside the question, where it shows a solution."""
+
+    user: str
+    target: str = ""  # none: no answer is learned
+    solution: str = ""  # as `render_steps` wrote it into the question
+    labels: tuple[bool, ...] = ()  # of its steps, each a line
+    marked: bool = False  # whether the end of each step predicts its label
+    read: bool = False  # whether each token of the solution predicts the next
+
+
+Draw = Callable[[random.Random], Turn]
 
 
 def new_model(vocab_size: int, architecture: dict = ARCHITECTURE) -> Transformer:
@@ -399,31 +432,86 @@ def orthogonalise(g: Tensor) -> Tensor:
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate: float = 1.0) -> None:
-    """Supervised training in place on (user turn, target) pairs from draw(rng): Muon for the matrices, AdamW for the
-    rest (together they need about half the steps of AdamW alone here); linear warm-up, then linear decay."""
-    rng = random.Random(seed)
+def encode_turn(tokenizer, turn: Turn) -> tuple[Example, list[float]]:
+    """The tokens and targets of a turn, and the weight of each target in the loss. Inside a question:
+
+        question   Step  1  :  4  +  7  =  1  1  \\n   Step  2  :  3  ...
+        reading    .     .  .  +  7  =  1  1  \\n Step  2     :  3  *  ...
+        marks      .     .  .  .  .  .  .  .  Yes .    .     .  .  .  ...
+
+    Where both apply, at the end of a step, the mark counts.
+    """
+    # 1. The answer. The question's tokens have no targets yet.
+    response = []
+    if turn.target:
+        response = [*tokenizer(turn.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    text = render_chat(tokenizer, turn.user)
+    solution = escape_special_tokens(tokenizer, turn.solution)
+    begin = text.rindex(solution) if solution else len(text)
+    line_ends = [begin + match.start() for match in re.finditer("\n|$", solution)]
+    prompt, (before, *ends) = encode_to_ends(tokenizer, text, [begin, *line_ends])
+    ids, targets = targets_after_prompt(prompt, response)
+    weights = [1.0] * len(ids)
+
+    # 2. Inside the question.
+    if turn.read:
+        for i in range(before + 1, ends[-1]):
+            targets[i] = ids[i + 1]
+            weights[i] = READ_WEIGHT
+    if turn.marked:
+        yes, no = yes_no_ids(tokenizer)
+        for i, correct in zip(ends, turn.labels, strict=False):  # the answer's line has no label
+            targets[i] = yes if correct else no
+            weights[i] = MARK_WEIGHT
+    return Example(ids, targets), weights
+
+
+def draw_batch(draw: Draw, tokenizer, seed: int, step: int) -> list[tuple[Example, list[float]]]:
+    """The sequences of a step: a function of (seed, step), so a resumed run sees what an uninterrupted one would."""
+    rng = random.Random(f"{seed}/{step}")
+    return [encode_turn(tokenizer, draw(rng)) for _ in range(BATCH)]
+
+
+def train(
+    model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate: float = 1.0, progress: Path | None = None
+) -> None:
+    """Supervised training in place: Muon for the matrices, AdamW for the rest (together they need about half the steps
+    of AdamW alone here); linear warm-up, then linear decay. It resumes from the file `progress`, if there is one;
+    raises InputError if that was made with other settings.
+
+        loss = - sum over all targets of weight * log p(target) / sum of their weights
+    """
+    # 1. The optimizers, and where an earlier run stopped.
     model.requires_grad_(True)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     momenta = [torch.zeros_like(p) for p in matrices]
     adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    bar = tqdm(range(steps), desc="train", unit="step", mininterval=10)
+    start = 0
+    settings = {"steps": steps, "seed": seed, "rate": rate}
+    if progress and progress.is_file():
+        saved = torch.load(progress, map_location=model.device)
+        if saved["settings"] != settings:
+            raise InputError(f"{progress}: made with {saved['settings']}, now {settings}; remove it")
+        start = saved["step"]
+        momenta = saved["momenta"]
+        model.load_state_dict(saved["model"])
+        adamw.load_state_dict(saved["adamw"])
+
     losses = []
+    bar = tqdm(range(start, steps), desc="train", unit="step", mininterval=10, initial=start, total=steps)
     for step in bar:
-        schedule = rate * min(1.0, (step + 1) / 30) * (1 - 0.95 * step / steps)
-        turns = [draw(rng) for _ in range(BATCH)]
-        answers = [
-            [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for _, answer in turns
-        ]
-        prompts = [encode_chat(tokenizer, user) for user, _ in turns]
-        ids, lengths, targets = pack(
-            [targets_after_prompt(*pair) for pair in zip(prompts, answers, strict=True)], model.device
-        )
-        logprobs, _ = model.packed(ids, lengths, targets)
-        loss = -logprobs.sum() / (targets >= 0).sum()
+        # 2. Loss and gradient.
+        batch = draw_batch(draw, tokenizer, seed, step)
+        ids, lengths, targets = pack([example for example, _ in batch], model.device)
+        weights = torch.cat([torch.tensor(of_example) for _, of_example in batch]).to(model.device)  # (N,)
+        logprobs, _ = model.packed(ids, lengths, targets)  # (N,), 0 where there is no target
+        loss = -(logprobs * weights).sum() / weights[targets >= 0].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+        # 3. Update.
+        schedule = rate * min(1.0, (step + 1) / 30) * (1 - 0.95 * step / steps)
         adamw.param_groups[0]["lr"] = schedule * ADAMW_RATE
         adamw.step()
         with torch.no_grad():
@@ -433,16 +521,23 @@ def train(model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate
                 p.mul_(1 - schedule * MUON_RATE * 0.05)
                 p.sub_(update, alpha=schedule * MUON_RATE * max(1, p.shape[0] / p.shape[1]) ** 0.5)
         model.zero_grad()
+
+        # 4. Log, and save.
         losses.append(loss.item())
         if step % 25 == 24:
             bar.set_postfix(loss=f"{sum(losses[-25:]) / 25:.4f}")
+        if progress and (step % SAVE_EVERY == SAVE_EVERY - 1 or step + 1 == steps):
+            state = {"step": step + 1, "settings": settings}
+            state |= {"model": model.state_dict(), "adamw": adamw.state_dict(), "momenta": momenta}
+            unfinished = progress.with_suffix(".new")
+            torch.save(state, unfinished)
+            unfinished.replace(progress)
 
 
 def draw_from(make: Callable[..., tuple[str, str]], tasks: dict[str, float], pool: list) -> Draw:
-    """A function that draws a training example of one of the tasks, about one of the problems: make(task, problem,
-    rng)."""
+    """A function that draws a turn of one of the tasks, about one of the problems: make(task, problem, rng)."""
     names, shares = list(tasks), list(tasks.values())
-    return lambda rng: make(rng.choices(names, shares)[0], rng.choice(pool), rng)
+    return lambda rng: Turn(*make(rng.choices(names, shares)[0], rng.choice(pool), rng))
 
 
 def make_unsure(
@@ -455,49 +550,184 @@ def make_unsure(
     steps: int = HOT_STEPS,
     max_new_tokens: int = 200,
     solution: str = ".*",
+    progress: Path | None = None,
 ) -> None:
     """Let a model imitate its own samples at a high temperature, in place: solutions and verifications that keep the
     format, right or wrong; solutions have to match a pattern, too. The short answers of the other tasks stay as they
     are."""
+    # 1. Hot samples.
     rng = random.Random(SEED)
-    examples = [draw(rng) for _ in range(num_samples)]
+    turns = [draw(rng) for _ in range(num_samples)]
     engine = Engine(Sampler(model.requires_grad_(False), 256), tokenizer, [tokenizer.eos_token_id])
     groups = engine.sample(
-        [engine.encode(user) for user, _ in examples],
-        keys=[f"hot/{i}" for i in range(len(examples))],
+        [engine.encode(turn.user) for turn in turns],
+        keys=[f"hot/{i}" for i in range(len(turns))],
         num_samples=1,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=SEED,
     )
+
+    # 2. Those that keep the format.
     hot = []
-    for (user, target), (sample,) in zip(examples, groups, strict=True):
+    for turn, (sample,) in zip(turns, groups, strict=True):
         text = engine.text(sample.ids)
-        if "<think>" in target:
+        if "<think>" in turn.target:
             fine = format_valid(text, "strict", sample.finish == "stop") and re.fullmatch(solution, text, re.DOTALL)
-        elif "## Step " in target:
-            judged = verify.parse_verification(text, target.count("## Step "))
+        elif "## Step " in turn.target:
+            judged = verify.parse_verification(text, turn.target.count("## Step "))
             fine = None not in (judged.step_verdicts, judged.verdict)
         else:
-            fine, text = True, target
+            fine, text = True, turn.target
         if fine:
-            hot.append((user, text))
-    print(f"temperature {temperature}: {len(hot)} of {len(examples)} samples keep the format")
-    train(model, lambda rng: rng.choice(hot), steps, tokenizer, SEED + 2, HOT_RATE)
+            hot.append(Turn(turn.user, text))
+    print(f"temperature {temperature}: {len(hot)} of {len(turns)} samples keep the format", flush=True)
+
+    # 3. Imitation.
+    train(model, lambda rng: rng.choice(hot), steps, tokenizer, SEED + 2, HOT_RATE, progress)
 
 
-def make_models(world: World, device: torch.device) -> None:
-    """The solver, and from it the policy and the verifier."""
+# --------------------------------------------------------------------------- the base of the reward models
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A solution of a problem, right or wrong."""
+
+    problem: Problem
+    steps: list[str]
+    answer: str
+
+
+def sample_attempts(engine: Engine, pool: list[Problem], max_new_tokens: int) -> dict[bool, list[Attempt]]:
+    """The policy's own right (True) and wrong (False) solutions of the pool's first problems."""
+    problems = pool[:OWN_PROBLEMS]
+    groups = engine.sample(
+        [engine.encode(SOLVE_PROMPT.format(problem=problem.text)) for problem in problems],
+        keys=[f"own/{i}" for i in range(len(problems))],
+        num_samples=OWN_SAMPLES,
+        max_new_tokens=max_new_tokens,
+        seed=SEED,
+    )
+    attempts: dict[bool, list[Attempt]] = {True: [], False: []}
+    for problem, group in zip(problems, groups, strict=True):
+        for sample in group:
+            text = engine.text(sample.ids)
+            steps, answer = split_steps(text), extract_answer(text)
+            if steps and answer is not None:
+                right = tuple(steps) == problem.steps and answer == problem.answer
+                attempts[right].append(Attempt(problem, steps, answer))
+    return attempts
+
+
+def draw_judging(pool: list[Problem], own: dict[bool, list[Attempt]]) -> Draw:
+    """A function that draws a turn of the base's training. Marks stand in every turn that judges; right solutions are
+    read, too."""
+    names, shares = list(BASE_TASKS), list(BASE_TASKS.values())
+
+    def draw(rng: random.Random) -> Turn:
+        task = rng.choices(names, shares)[0]
+        problem = rng.choice(pool)
+        if task == "solve":
+            return Turn(*make_example(task, problem, rng))
+
+        # 1. The solution that is judged.
+        right = task == "read" or rng.random() < RIGHT_SHARE
+        if rng.random() < OWN_SHARE:
+            attempt = rng.choice(own[right])
+        elif right:
+            attempt = Attempt(problem, list(problem.steps), problem.answer)
+        else:
+            attempt = Attempt(problem, *corrupt(problem, rng))
+        problem, steps = attempt.problem, attempt.steps
+        shown = attempt.answer if rng.random() < 0.8 else None  # ProcessBench shows no separate answer
+
+        # 2. The turn about it. "mark" and "read" learn inside the question alone.
+        kind = task
+        if task in ("mark", "read"):
+            kind = rng.choice(["prm", "orm"])
+        verdict = attempt.answer == problem.answer
+        user, target = make_judgement(kind, problem, steps, shown, verdict, rng)
+        if task in ("mark", "read"):
+            target = ""
+        labels = gold_labels(steps, problem.steps)
+        return Turn(
+            user,
+            target,
+            solution=render_steps(steps, shown),
+            labels=tuple(labels),
+            marked=task != "read",
+            read=all(labels),
+        )
+
+    return draw
+
+
+# --------------------------------------------------------------------------- the checkpoints
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every checkpoint is made with."""
+
+    world: World
+    device: torch.device
+    tokenizer: Any
+    pool: list[Problem]
+    progress: Path  # a directory: a run that was stopped resumes from what it finds there
+
+    def save(self, model: Transformer, name: str) -> None:
+        """Write a checkpoint that the stages can load."""
+        save_model(model, self.world.directory / name, self.world.directory)
+
+
+def open_workshop(world: World, device: torch.device) -> Workshop:
     pool, _, _ = make_sets(world)
-    tokenizer = AutoTokenizer.from_pretrained(world.directory)
-    solve, judge = (draw_from(make_example, tasks, pool) for tasks in ({"solve": 1.0}, VERIFIER_TASKS))
-    policy = new_model(len(tokenizer), world.architecture).to(device)
-    train(policy, solve, SOLVER_STEPS, tokenizer, SEED)
-    verifier = copy.deepcopy(policy)
-    train(verifier, judge, VERIFIER_STEPS, tokenizer, SEED + 1)
-    for name, model, draw in (("policy", policy, solve), ("verifier", verifier, judge)):
-        make_unsure(model, draw, HOT[name], tokenizer, max_new_tokens=world.max_new_tokens)
-        save_model(model, world.directory / name, world.directory)
+    progress = Path("runs") / f"make_{world.directory.name}"
+    progress.mkdir(parents=True, exist_ok=True)
+    return Workshop(world, device, AutoTokenizer.from_pretrained(world.directory), pool, progress)
+
+
+def make_solver(shop: Workshop) -> Transformer:
+    """A model that solves nearly every problem. Policy and verifier go on from it."""
+    model = new_model(len(shop.tokenizer), shop.world.architecture).to(shop.device)
+    draw = draw_from(make_example, {"solve": 1.0}, shop.pool)
+    train(model, draw, SOLVER_STEPS, shop.tokenizer, SEED, progress=shop.progress / "solver.pt")
+    return model
+
+
+def make_policy(shop: Workshop) -> None:
+    """The solver, unsure of every result: it has something to gain from reinforcement learning."""
+    model = make_solver(shop)
+    draw = draw_from(make_example, {"solve": 1.0}, shop.pool)
+    make_unsure(
+        model, draw, HOT["policy"], shop.tokenizer, max_new_tokens=shop.world.max_new_tokens, solution=SOLUTION,
+        progress=shop.progress / "policy.pt",
+    )  # fmt: skip
+    shop.save(model, "policy")
+
+
+def make_verifier(shop: Workshop) -> None:
+    """The solver after it has learned to judge in writing, with and without the answer, to criticise and to merge; then
+    unsure: its votes differ, and have something to settle."""
+    model = make_solver(shop)
+    draw = draw_from(make_example, VERIFIER_TASKS, shop.pool)
+    train(model, draw, VERIFIER_STEPS, shop.tokenizer, SEED + 1, progress=shop.progress / "judge.pt")
+    make_unsure(
+        model, draw, HOT["verifier"], shop.tokenizer, max_new_tokens=shop.world.max_new_tokens, solution=SOLUTION,
+        progress=shop.progress / "verifier.pt",
+    )  # fmt: skip
+    shop.save(model, "verifier")
+
+
+def make_base(shop: Workshop) -> None:
+    """What the reward models start from: it has begun to learn to judge in one pass, mostly what the policy wrote."""
+    policy, _, stop_ids = open_model(str(shop.world.directory / "policy"), shop.device, torch.float32)
+    own = sample_attempts(Engine(Sampler(policy, 256), shop.tokenizer, stop_ids), shop.pool, shop.world.max_new_tokens)
+    model = new_model(len(shop.tokenizer), shop.world.architecture | shop.world.base).to(shop.device)
+    draw = draw_judging(shop.pool, own)
+    train(model, draw, BASE_STEPS, shop.tokenizer, SEED + 3, progress=shop.progress / "base.pt")
+    shop.save(model, "base")
 
 
 # --------------------------------------------------------------------------- the tiny ProcessBench
@@ -550,8 +780,9 @@ def main() -> None:
         write_problems(world)
     if args.part in ("all", "tokenizer"):
         make_tokenizer(world)
-    if args.part in ("all", "models"):
-        make_models(world, device)
+    for part, make in (("policy", make_policy), ("verifier", make_verifier), ("base", make_base)):
+        if args.part in ("all", part):
+            make(open_workshop(world, device))
     if args.part in ("all", "processbench"):
         write_processbench(world, device)
     print(f"made {args.part} of {world.directory} in {(time.time() - started) / 60:.1f} minutes")

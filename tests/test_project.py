@@ -19,11 +19,11 @@ import generate
 import verify
 from data import make_sorting, make_tiny, records
 from data.results import claims, noise
-from generate import SOLVE_PROMPT
+from generate import SOLVE_PROMPT, render_steps
 from kernels import distributed
 from kernels.chat import encode_chat
 from kernels.distributed import InputError
-from train_prm import ORM_PROMPT, PRM_PROMPT
+from train_prm import ORM_PROMPT, PRM_PROMPT, yes_no_ids
 
 import pytest
 import torch
@@ -488,7 +488,7 @@ def test_harder_world(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) <= 1024 and len(tokenizer("471").input_ids) == 3
     rng = random.Random(0)
-    for task in make_tiny.VERIFIER_TASKS:
+    for task in make_tiny.TURNS:
         turns = [make_tiny.make_example(task, problem, rng) for problem in train[:200]]
         assert max(len(tokenizer(answer).input_ids) for _, answer in turns) < world.max_new_tokens
         assert max(len(encode_chat(tokenizer, user)) for user, _ in turns) + world.max_new_tokens < 2048
@@ -500,6 +500,60 @@ def test_harder_world(tmp_path, monkeypatch):
         model, make_tiny.draw_from(make_tiny.make_example, make_tiny.VERIFIER_TASKS, train), 1, tokenizer, seed=0
     )
     assert not torch.equal(before, model.head)
+
+
+def test_what_is_learned_inside_a_question():
+    """Guards: a mark on another token than a step's last, a token read that isn't the next one, a mark or a token
+    learned outside the solution; positions are found in the text here, not by the tokenizer's offsets."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    yes, no = yes_no_ids(tokenizer)
+    solution = render_steps(["4+7=11", "11*2=23"], "23")
+    question = PRM_PROMPT.format(problem="4+7=11, then?", solution=solution)
+    turn = make_tiny.Turn(question, "Step 1: Correct", solution, labels=(True, False), marked=True)
+    (ids, targets), weights = make_tiny.encode_turn(tokenizer, turn)
+    marks = {i: target for i, target in enumerate(targets) if weights[i] == make_tiny.MARK_WEIGHT}
+    assert list(marks.values()) == [yes, no]
+    for i, step in zip(marks, ("4+7=11", "11*2=23"), strict=True):
+        assert tokenizer.decode(ids[: i + 1]).endswith(step)
+    assert tokenizer.decode(ids).endswith("Step 1: Correct<|im_end|>")
+    answered = [target for i, target in enumerate(targets) if target >= 0 and i not in marks]
+    assert tokenizer.decode(answered) == "Step 1: Correct<|im_end|>"
+
+    turn = dataclasses.replace(turn, target="", marked=False, read=True)
+    (ids, targets), weights = make_tiny.encode_turn(tokenizer, turn)
+    read = [i for i, target in enumerate(targets) if target >= 0]
+    assert read == list(range(read[0], read[-1] + 1)) and [targets[i] for i in read] == ids[read[0] + 1 : read[-1] + 2]
+    assert {weights[i] for i in read} == {make_tiny.READ_WEIGHT}
+    assert solution.endswith(tokenizer.decode([targets[i] for i in read])) and len(read) >= len(solution) // 2
+
+
+def test_making_a_model_resumes(tmp_path, monkeypatch):
+    """Guards: a training of hours that begins anew after a stop, or ends elsewhere than an uninterrupted one; progress
+    of other settings taken for this one's."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    _, problems, _ = make_tiny.make_sets(make_tiny.WORLDS["tiny"], pool=0)
+    draw = make_tiny.draw_from(make_tiny.make_example, {"solve": 1.0}, problems)
+    monkeypatch.setattr(make_tiny, "BATCH", 2)
+    monkeypatch.setattr(make_tiny, "SAVE_EVERY", 2)
+    small = make_tiny.ARCHITECTURE | {"num_hidden_layers": 1}
+
+    def train(progress: Path | None) -> torch.Tensor:
+        model = make_tiny.new_model(len(tokenizer), small)
+        make_tiny.train(model, draw, 5, tokenizer, seed=0, progress=progress)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = train(None)
+    drawn = make_tiny.draw_batch
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_tiny, "draw_batch", lambda *args: drawn(*args) if args[-1] < 3 else stop())
+        train(tmp_path / "a.pt")
+    assert torch.equal(train(tmp_path / "a.pt"), whole)
+    with pytest.raises(InputError, match=r"made with .* remove it"):
+        make_tiny.train(make_tiny.new_model(len(tokenizer), small), draw, 6, tokenizer, 0, progress=tmp_path / "a.pt")
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 def test_sorting_rule():
