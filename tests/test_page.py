@@ -256,11 +256,11 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch):
         assert ("dropped" in node.attributes["class"].split()) == (label["dropped"] is not None)
     assert [s.attributes["class"] for s in solutions] == ["solution kept", "solution kept wrong", "solution dropped",
                                                           "solution dropped"]  # fmt: skip
-    assert "2 of 3 votes call it incorrect" in solutions[0].words()
+    assert "2 of 3 verdicts call it incorrect" in solutions[0].words()
     assert "a tie, which counts as incorrect" in solutions[1].words()
     pipeline = html.all("ol", "pipeline")[0].words()
-    for said in ("4 solutions of 2 problems", "2 labelled solutions by 16 verifications , 62.5 % right in every step (one vote: 50.0 %)",
-                 "F1 81.2", "50.0 → 75.0 % right on held-out problems", "4 steps"):  # fmt: skip
+    for said in ("4 solutions of 2 problems", "2 labelled solutions by 16 verifications , 62.5 % right in every step (one verification: 50.0 %)",
+                 "F1 81.2", "50.0 → 75.0 % right on held-out problems", "4 training steps"):  # fmt: skip
         assert said in pipeline.replace("verifications, ", "verifications , "), (said, pipeline)
     shown = html.all("section")[1].words()
     assert "1 dropped as no_votes" in shown and "1 dropped as no_match" in shown and "8 verifications could not be read" in shown and "2 votes were ties" in shown
@@ -273,8 +273,8 @@ def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch
     late; recomputed advantages that grpo.py wouldn't give."""
     run = make_run(tmp_path)
     html = parse(make_page(monkeypatch, run, "--gold", str(run / "gold.jsonl")))
-    titles = [node.words() for node in html.all("h3") if node.words().startswith("Step ")]
-    assert titles == ["Step 1", "Step 2", "Step 4"]
+    titles = [node.words() for node in html.all("h3") if node.words().startswith("Training step ")]
+    assert titles == ["Training step 1", "Training step 2", "Training step 4"]
     dumped = records.read(run / "grpo/rollouts/step_0000001.jsonl", ["reward", "advantage", "text", "ids"])
     cards = html.all("article", "card")
     assert len(cards) == 3 * len(dumped)
@@ -341,7 +341,7 @@ def test_the_page_is_small_and_says_what_it_left_out(tmp_path, monkeypatch):
     assert len(smaller.encode()) < page.MOST_BYTES
     assert "Shown: 1 of 2 problems" in parse(smaller).all("section")[1].words()
     groups = parse(smaller).all("section")[2].words()
-    assert "step 1 (1 of 2 groups), step 2 (1 of 2 groups), step 4 (1 of 2 groups), of 4 steps" in groups
+    assert "training step 1 (1 of 2 groups), training step 2 (1 of 2 groups), training step 4 (1 of 2 groups), of 4 whose" in groups
     assert len(parse(smaller).all("details", "problem")) == 1
 
 
@@ -580,7 +580,7 @@ def test_a_click_shows_a_verification(browser, shown):
     assert browser.evaluate(f"[...document.querySelectorAll('{MAP} .texts article')].filter(a => a.offsetHeight).length") == 1
     browser.click(f"{MAP} thead th:nth-child(5) a")
     title, *now = browser.evaluate(STATE)
-    assert title == "Verification 4: unreadable, does not vote" and now == place
+    assert title == "Verification 4: unreadable, not counted" and now == place
     browser.click(f"{MAP} thead th:nth-child(2) a")
     browser.evaluate(f"document.querySelector('{MAP} thead th:nth-child(2) a').focus()")
     browser.press("ArrowRight")
