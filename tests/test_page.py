@@ -306,6 +306,71 @@ def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch
     assert "answer right" in first.words() and "◆" not in second.words() and "answer" not in accepted.all("p")[0].words()
 
 
+def test_how_sure_the_votes_were(tmp_path, monkeypatch):
+    """Guards: a step in the wrong row, a row that counts only the shown solutions, a share of labels without a
+    reference; an answer counted as a step."""
+    assert [page.rank_agreement(agreeing, 8) for agreeing in range(8, -1, -1)] == [0, 1, 1, 2, 3, 3, 3, 3, 3]
+    assert page.rank_agreement(1, 1) == 0 and page.rank_agreement(2, 3) == 2
+    monkeypatch.setattr(page, "PROBLEMS", 1)
+    run = make_run(tmp_path)
+    html = parse(make_page(monkeypatch, run, "--gold", str(run / "gold.jsonl")))
+    table = next(node for node in html.all("table") if node.attributes.get("id") == "sureness")
+    rows = [[cell.words() for cell in [*row.all("th"), *row.all("td")]] for row in table.all("tbody")[0].all("tr")]
+    # p1/0: 3:0 and 1:2. p1/1: 2:0 and 1:1, a tie that is wrong. p2/1, of which gold says nothing: 2:1 and 2:1.
+    assert rows == [["all of them", "2", "33.3", "0", "100.0"], ["more than half", "3", "50.0", "0", "100.0"],
+                    ["half (a tie) or fewer", "1", "16.7", "1", "0.0"]]  # fmt: skip
+    mistakes = html.all("section")[2].words()
+    assert "1 of the 2 labelled solutions above have a wrong label, 1 of them in the answer alone" not in mistakes
+    assert "1 of the 2 labelled solutions above have a wrong label, 0 of them in the answer alone" in mistakes
+    assert "labelled right in 50.0 % of these solutions, and in 62.5 % of all in the run" in mistakes
+    without = parse(make_page(monkeypatch, run))
+    table = next(node for node in without.all("table") if node.attributes.get("id") == "sureness")
+    assert [cell.words() for cell in table.all("thead")[0].all("th")] == ["agreeing verdicts", "steps", "of all, %"]
+
+
+def test_each_rule_and_each_curve_is_explained(tmp_path, monkeypatch):
+    """Guards: a reward or a curve that is added without a word of explanation, and other rules' numbers than the
+    run's: its bounds, its discount, its votes."""
+    assert set(page.NOTES) == set(page.report.PANELS) and set(page.NEEDS_GOLD) < set(page.NOTES)
+    for reward in grpo.REWARDS:
+        run = make_run(tmp_path / reward, reward=reward, selective_discount=0.25, prm_votes=3)
+        section = parse(make_page(monkeypatch, run)).all("section")[2]
+        rules = {term.words(): said.words() for term, said in zip(section.all("dt"), section.all("dd"), strict=True)}
+        assert sum("(this run)" in term for term in rules) == 1 and rules[f"{reward} (this run)"].startswith("r = ")
+        compared = bool(grpo.REWARDS[reward].asks)
+        assert ("Both" in rules) == compared
+        if compared:
+            selective = next(said for term, said in rules.items() if term.startswith("selective_advantage"))
+            assert "they get 0.25 · A" in selective and "fewer than 2 or more than 8 steps" in rules["Both"]
+            assert "the majority of 3 judgements" in section.words()
+
+
+def test_equal_rewards_are_pushed_under_global_step():
+    """Guards: the page's words on global_step, which pushes where all rewards are equal: five correct steps against
+    four. Of the steps' 1/5 and 1/4 the normalised sums are negative for the longer response."""
+    pushed = grpo.global_step_advantage([[0.2] * 5, [0.25] * 4, [0.25] * 4], [[0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1, 2, 3]], [6, 5, 5])
+    longer, shorter, _ = pushed
+    assert (longer[:5] < 0).all() and (shorter[:4] > 0).all() and longer[5] == shorter[4] == 0
+
+
+def test_verdicts_against_the_push_are_counted(tmp_path, monkeypatch):
+    """Guards: a count of what selective_advantage changes that takes the answer's verdict for a step's."""
+    run = make_run(tmp_path)
+    section = parse(make_page(monkeypatch, run)).all("section")[2].words()
+    # In each of three steps: p1's second response is pushed down with a correct step, p9's first up with a wrong one.
+    assert "changes 3 that were pushed up with a ✗ step, and 3 that were pushed down with a ✓ step" in section
+
+
+def test_texts_with_written_are_explained(tmp_path, monkeypatch):
+    """Guards: a line of the tiny world's verifier that stays unexplained, or an explanation of what isn't there."""
+    run = make_run(tmp_path)
+    assert "Written:" not in make_page(monkeypatch, run)
+    path = run / "verify" / "verifications.jsonl"
+    rows = records.read(path, ["id", "text"])
+    write_lines(path, [row | {"text": row["text"].replace(": look\n", ": 1+1=2\nWritten: 3\n")} for row in rows])
+    assert "behind “Written:” the result that it reads in the solution" in parse(make_page(monkeypatch, run)).words()
+
+
 def test_what_models_write_is_text(tmp_path, monkeypatch):
     """Guards: a problem, a solution, a verification, a response or a judgement that becomes part of the page, runs as a
     script or a template, or turns the direction of what stands beside it."""
@@ -607,6 +672,27 @@ def test_filters_and_the_overlay(browser, shown):
     browser.evaluate("gold.click()")
     assert browser.evaluate(seen) == 0
     assert browser.evaluate("[document.documentElement.scrollHeight, scrollY]") == before
+
+
+SEEN = """(() => { const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), seen = [];
+    while (walker.nextNode()) { const one = walker.currentNode.parentElement;
+        if (!one.closest("script") && getComputedStyle(one).visibility === "visible") seen.push(walker.currentNode.data); }
+    return seen.join("").replace(/\\s+/g, " "); })()"""
+
+
+def test_switched_off_references_leave_nothing_but_a_note(browser, shown):
+    """Guards: a figure that needs reference answers and stays when they are switched off; a blank section without a
+    word; a note that is there when they are on."""
+    browser.show(shown, 1400)
+    needs_references = ["F1 81.2", "50.0 → 75.0 %", "62.5 %", "held-out accuracy", "labelled right", "False alarms", "answer right"]
+    notes = ["the figures on the arrows", "only reference answers show what", "only reference answers show how", "the curves that need"]
+    said = browser.evaluate(SEEN)
+    assert all(part in said for part in needs_references) and "◆ is switched off" not in said
+    browser.evaluate("gold.click()")
+    said = browser.evaluate(SEEN)
+    assert not [part for part in needs_references if part in said]
+    assert all(f"◆ is switched off: {part}" in said for part in notes)
+    assert browser.evaluate("[...document.querySelectorAll('.off')].every(note => note.offsetHeight < 30)")  # one line each
 
 
 def test_shades_follow_the_chosen_reward(browser, shown):
