@@ -13,6 +13,7 @@ advantages that responses would have got under other rewards are, by the functio
 """
 
 import argparse
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,6 +38,8 @@ GROUPS = 8  # shown of each step
 MOST_BYTES = 10_000_000
 MOST_CHARACTERS = 20_000  # of one text
 STEP_DESIGNS = {"selective_advantage": "selective", "global_step": "global"}  # what advantages are recomputed for
+# "## Step 3: 89-65=24\nWritten: 34\n**This step is correct.**": its own result, the one that it read, and the verdict.
+ACCEPTED = re.compile(r"^## Step \d+: .*=(.*)\nWritten: (.*)\n\*\*This step is correct\.\*\*$", re.MULTILINE)
 DUMPED_FIELDS = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
 # What the settings of a run are if its args.json is from before a flag existed.
 SETTINGS = {"reward": "process_aware", "format_constraints": "paper", "loss_norm": "token", "seed": 0,
@@ -217,11 +220,20 @@ def compare_with_reference(problems: list[dict]) -> dict[str, int]:
     return {"labelled": len(labelled), "wrong": len(wrong), "answer_only": sum(rows[0]["name"] == "Answer" for rows in wrong)}
 
 
-def uses_written(problems: list[dict]) -> bool:
-    """Do shown verifications have lines "Written: …", as those of the tiny world's verifier?"""
+def accepts_another_result(section: str) -> bool | None:
+    """Does a section of the form of the tiny world's verifier accept a result that isn't its own? None: it is of
+    another form, or doesn't accept. What it rejects, it may reject for another reason than the result."""
+    accepted = ACCEPTED.search(section)
+    return accepted.group(1) != accepted.group(2) if accepted else None
+
+
+def count_accepted(problems: list[dict]) -> dict[str, int]:
+    """Of the shown sections that accept a step, in the form of the tiny world's verifier: `all`, and those that accept
+    `another` result than their own."""
     solutions = [solution for problem in problems for solution in problem["solutions"]]
     verifications = [verification for solution in solutions for verification in solution["verifications"]]
-    return any("\nWritten: " in text for verification in verifications for _, text in verification["sections"])
+    answers = [accepts_another_result(text) for verification in verifications for _, text in verification["sections"]]
+    return {"all": len(answers) - answers.count(None), "another": answers.count(True)}
 
 
 AGREEMENTS = ["all of them", "three quarters or more", "more than half", "half (a tie) or fewer"]
@@ -671,6 +683,7 @@ def render(context: dict) -> str:
         lstrip_blocks=True,
     )
     environment.filters["signed"] = signed
+    environment.tests["accepting_another_result"] = accepts_another_result
     environment.filters["percent"] = report.percent
     return environment.get_template("page.html.jinja").render(context)
 
@@ -688,7 +701,7 @@ def fit(args: argparse.Namespace, stage: StageOne | None) -> tuple[str, dict]:
         problems = describe_problems(stage, num_problems, args.gold) if stage else []
         groups = describe_grpo(grpo_run, num_groups, args.gold)
         context = {"numbers": numbers, "problems": problems, "mistakes": list_mistakes(problems), "grpo": groups,
-                   "compared": compare_with_reference(problems), "written": uses_written(problems), "curves": curves,
+                   "compared": compare_with_reference(problems), "accepted": count_accepted(problems), "curves": curves,
                    "gold": args.gold is not None}  # fmt: skip
         page = render(context)
         size = len(page.encode())

@@ -358,17 +358,29 @@ def test_verdicts_against_the_push_are_counted(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     section = parse(make_page(monkeypatch, run)).all("section")[2].words()
     # In each of three steps: p1's second response is pushed down with a correct step, p9's first up with a wrong one.
-    assert "changes 3 that were pushed up with a ✗ step, and 3 that were pushed down with a ✓ step" in section
+    assert "3 pushed up have a ✗ step and 3 pushed down have a ✓ step" in section
 
 
-def test_texts_with_written_are_explained(tmp_path, monkeypatch):
-    """Guards: a line of the tiny world's verifier that stays unexplained, or an explanation of what isn't there."""
+def test_texts_that_contradict_their_verdicts_are_marked(tmp_path, monkeypatch):
+    """Guards: a line of the tiny world's verifier that stays unexplained, an explanation of what isn't there, and a mark
+    at a text that doesn't contradict itself: a step may be rejected though its result is right."""
+    form = "## Step 1: 1+1={}\nWritten: {}\n**This step is {}.**\n"
+    texts = [form.format(*parts) for parts in [(2, 3, "correct"), (2, 2, "correct"), (2, 3, "incorrect"), (2, 2, "incorrect")]]
+    assert [page.accepts_another_result(text) for text in [*texts, "## Step 1: fine"]] == [True, False, None, None, None]
     run = make_run(tmp_path)
-    assert "Written:" not in make_page(monkeypatch, run)
+    before = make_page(monkeypatch, run)
+    assert "Written:" not in before and 'class="odd"' not in before
     path = run / "verify" / "verifications.jsonl"
-    rows = records.read(path, ["id", "text"])
-    write_lines(path, [row | {"text": row["text"].replace(": look\n", ": 1+1=2\nWritten: 3\n")} for row in rows])
-    assert "behind “Written:” the result that it reads in the solution" in parse(make_page(monkeypatch, run)).words()
+    rows = []
+    for row in records.read(path, ["id", "text"]):
+        text = row["text"].replace(f": look\n{EVIL}\n", ": 1+1=2\nWritten: 3\n", 1)
+        rows.append(row | {"text": text.replace(f": look\n{EVIL}\n", ": 1+1=2\nWritten: 2\n", 1)})
+    write_lines(path, rows)
+    html = parse(make_page(monkeypatch, run))
+    # Eight verifications can be read. Of their first steps, seven are accepted, and of the second ones, four.
+    assert "7 of the 11 steps accepted below have two different numbers there (marked ≠)" in html.words()
+    marked = html.all("section")[1].all("span", "odd")
+    assert len(marked) == 7 and all(part.text().endswith("Written: 3\n**This step is correct.**\n") for part in marked)
 
 
 def test_what_models_write_is_text(tmp_path, monkeypatch):
