@@ -13,6 +13,7 @@ advantages that responses would have got under other rewards are, by the functio
 """
 
 import argparse
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,10 +38,12 @@ GROUPS = 8  # shown of each step
 MOST_BYTES = 10_000_000
 MOST_CHARACTERS = 20_000  # of one text
 STEP_DESIGNS = {"selective_advantage": "selective", "global_step": "global"}  # what advantages are recomputed for
+# "## Step 3: 89-65=24\nWritten: 34\n**This step is correct.**": its own result, the one that it read, and the verdict.
+ACCEPTED = re.compile(r"^## Step \d+: .*=(.*)\nWritten: (.*)\n\*\*This step is correct\.\*\*$", re.MULTILINE)
 DUMPED_FIELDS = ["problem_id", "text", "ids", "finish", "valid", "reward", "advantage", "judgement"]
 # What the settings of a run are if its args.json is from before a flag existed.
 SETTINGS = {"reward": "process_aware", "format_constraints": "paper", "loss_norm": "token", "seed": 0,
-            "min_steps": 1, "max_steps": 20, "selective_discount": 0.0}  # fmt: skip
+            "min_steps": 1, "max_steps": 20, "selective_discount": 0.0, "prm_votes": 1}  # fmt: skip
 
 # --------------------------------------------------------------------------- Stage I: solutions and their votes
 
@@ -207,6 +210,64 @@ def list_mistakes(problems: list[dict]) -> dict[str, list[dict]]:
     for of_kind in mistakes.values():
         of_kind.sort(key=majority_share, reverse=True)
     return mistakes
+
+
+def compare_with_reference(problems: list[dict]) -> dict[str, int]:
+    """Of the shown solutions: how many have a label (`labelled`), a wrong one (`wrong`), and one that is wrong in the
+    answer alone (`answer_only`)."""
+    labelled = [s for problem in problems for s in problem["solutions"] if s["outcome"] is not None]
+    wrong = [s["wrong"] for s in labelled if s["wrong"]]
+    return {"labelled": len(labelled), "wrong": len(wrong), "answer_only": sum(rows[0]["name"] == "Answer" for rows in wrong)}
+
+
+def accepts_another_result(section: str) -> bool | None:
+    """Does a section of the form of the tiny world's verifier accept a result that isn't its own? None: it is of
+    another form, or doesn't accept. What it rejects, it may reject for another reason than the result."""
+    accepted = ACCEPTED.search(section)
+    return accepted.group(1) != accepted.group(2) if accepted else None
+
+
+def count_accepted(problems: list[dict]) -> dict[str, int]:
+    """Of the shown sections that accept a step, in the form of the tiny world's verifier: `all`, and those that accept
+    `another` result than their own."""
+    solutions = [solution for problem in problems for solution in problem["solutions"]]
+    verifications = [verification for solution in solutions for verification in solution["verifications"]]
+    answers = [accepts_another_result(text) for verification in verifications for _, text in verification["sections"]]
+    return {"all": len(answers) - answers.count(None), "another": answers.count(True)}
+
+
+AGREEMENTS = ["all of them", "three quarters or more", "more than half", "half (a tie) or fewer"]
+
+
+def rank_agreement(agreeing: int, votes: int) -> int:
+    """Which of AGREEMENTS: of 8 verdicts, 8 agree with the label -> 0; 7 or 6 -> 1; 5 -> 2; 4 -> 3."""
+    if agreeing == votes:
+        return 0
+    if 4 * agreeing >= 3 * votes:
+        return 1
+    if 2 * agreeing > votes:
+        return 2
+    return 3
+
+
+def measure_sureness(labels: list[dict], gold_path: str | None) -> list[dict]:
+    """A row for each of AGREEMENTS: how many steps of all solutions have such a vote (`steps`), how many of them have a
+    reference (`known`), and how many have its label (`right`)."""
+    voted = [label for label in labels if label["step_labels"] is not None and label["votes"]]
+    gold_steps = {}
+    if gold_path and voted:
+        gold_steps = {label["id"]: steps for label, steps, _, _ in records.find_gold(gold_path, voted)}
+    rows = [{"name": name, "steps": 0, "known": 0, "right": 0} for name in AGREEMENTS]
+    for label in voted:
+        references = gold_steps.get(label["id"]) or [None] * len(label["steps"])
+        for value, votes, gold in zip(label["step_labels"], label["votes"], references, strict=True):
+            correct, incorrect = votes
+            agreeing = correct if value else incorrect
+            row = rows[rank_agreement(agreeing, correct + incorrect)]
+            row["steps"] += 1
+            row["known"] += gold is not None
+            row["right"] += gold == value
+    return rows
 
 
 # --------------------------------------------------------------------------- GRPO: groups, and the shade of each token
@@ -427,6 +488,19 @@ def add_gold(steps: list[dict], gold_path: str) -> None:
                 line["gold"] = step_labels[line["step"]]
 
 
+def count_against(steps: list[dict]) -> dict[str, int]:
+    """How many of the shown responses have a verdict on a step that speaks against their push: `up` with an incorrect
+    step, `down` with a correct one. These are the ones that selective_advantage changes."""
+    counts = {"up": 0, "down": 0}
+    for step in steps:
+        for group in step["groups"]:
+            for response in group["responses"]:
+                verdicts = [line["verdict"] for line in response["lines"] if line["step"] is not None]
+                counts["up"] += response["advantage"] > 0 and False in verdicts
+                counts["down"] += response["advantage"] < 0 and True in verdicts
+    return counts
+
+
 def describe_grpo(run: Path, count: int, gold_path: str | None) -> dict:
     """The groups of three steps of a run; without dumped responses there are no steps."""
     if not list((run / "rollouts").glob("step_*.jsonl")):
@@ -442,8 +516,10 @@ def describe_grpo(run: Path, count: int, gold_path: str | None) -> dict:
         steps.append(describe_step(step, paths[step], count, problems, tokenizer, args))
     if gold_path:
         add_gold(steps, gold_path)
-    settings = {name: getattr(args, name) for name in ("reward", "group_size", "min_steps", "max_steps")}
-    return {"steps": steps, "dumped": len(paths), "tokenizer": tokenizer is not None, **settings}
+    names = ["reward", "group_size", "min_steps", "max_steps", "prm_votes", "selective_discount", "loss_norm"]
+    settings = {name: getattr(args, name) for name in names}
+    return {"steps": steps, "dumped": len(paths), "tokenizer": tokenizer is not None, **settings,
+            "against": count_against(steps)}  # fmt: skip
 
 
 # --------------------------------------------------------------------------- curves
@@ -451,6 +527,26 @@ def describe_grpo(run: Path, count: int, gold_path: str | None) -> dict:
 WIDTH, HEIGHT = 280, 110  # of a panel, in the units of its drawing
 FRACTIONS = {report.PANELS[key] for key in ("reward/mean", "heldout/accuracy", "format/valid", "format/hidden_text",
              "format/text_after_answer", "reward/count_mismatch")}  # fmt: skip
+# What a curve shows, where its title doesn't say it; the curves are in this order.
+NOTES = {
+    "reward/mean": "Mean over all responses of a training step.",
+    "heldout/accuracy": "Share of right answers, by the reference, on problems that are never trained on.",
+    "heldout/reward_minus_accuracy": "On held-out problems: mean reward minus share of right answers. Where it grows, the "
+    "policy learns to please the reward model more than to be right.",
+    "format/valid": "Share of responses in the required layout.",
+    "response/steps": "",
+    "response/length": "",
+    "kl/k3": "How far the policy has moved from where it began: KL divergence in nats per token, by the estimator k3.",
+    "format/boxes": "\\boxed{…}, where an answer stands. There should be one; several would offer several answers.",
+    "format/answers": "<answer> tags. There should be one.",
+    "format/empty_boxes": "Boxes without an answer.",
+    "format/text_after_answer": "Share of responses that go on after the answer, perhaps with another solution.",
+    "format/hidden_text": "Share of responses with text outside of steps and answer: the reward model is not shown it.",
+    "reward/count_mismatch": "Share of judgements with more or fewer verdicts than the response has steps.",
+    "gap/mean": "How much the log-probabilities of the same tokens differ between the program that samples and the one that "
+    "trains. Only rounding, unless one of them is wrong.",
+}
+NEEDS_GOLD = ("heldout/accuracy", "heldout/reward_minus_accuracy")
 
 
 def describe_panel(curve: dict) -> dict | None:
@@ -478,15 +574,18 @@ def describe_panel(curve: dict) -> dict | None:
 
 
 def describe_curves(run: Path) -> dict:
-    """The panels of a run's metrics, and the (title, value) of those that never change."""
+    """The panels of a run's metrics, and the titles and values of those that never change."""
     panels, constants = [], []
+    key_of = {report.PANELS[key]: key for key in NOTES}
     if (run / "metrics.jsonl").is_file():
-        for curve in report.run_curves(str(run), run.name, list(report.PANELS)):
+        for curve in report.run_curves(str(run), run.name, list(NOTES)):
+            key = key_of[curve["panel"]]
+            about = {"note": NOTES[key], "gold": key in NEEDS_GOLD}
             panel = describe_panel(curve)
             if panel is None:
-                constants.append((curve["panel"], curve["y"][-1]))
+                constants.append({"title": curve["panel"], "value": curve["y"][-1], **about})
             else:
-                panels.append(panel)
+                panels.append(panel | about)
     # Held-out measurements are rarer than steps, so a row of the table may have gaps.
     values = [dict(zip(panel["x"], panel["y"], strict=True)) for panel in panels]
     steps = sorted({step for of_panel in values for step in of_panel})
@@ -497,12 +596,15 @@ def describe_curves(run: Path) -> dict:
 # --------------------------------------------------------------------------- the pipeline's own numbers
 
 
-def read_f1(path: Path) -> float | None:
-    """ProcessBench's F1 from a results file: of several subsets, their average, which is its last row of F1."""
-    if not path.is_file():
-        return None
-    rows = records.read(path, ["subset", "metric", "value", "settings"])
-    return next((row["value"] for row in reversed(rows) if row["metric"] == "f1"), None)
+def read_f1(path: Path) -> dict:
+    """ProcessBench's F1 from a results file, and of how many `cases`: of several subsets, their average, which is its
+    last row of F1. None if it isn't known."""
+    if path.is_file():
+        rows = records.read(path, ["subset", "metric", "value", "settings"])
+        for row in reversed(rows):
+            if row["metric"] == "f1":
+                return {"f1": row["value"], "cases": row.get("n")}
+    return {"f1": None, "cases": None}
 
 
 def read_object(path: Path) -> dict:
@@ -543,7 +645,7 @@ def count_stage_one(stage: StageOne, directory: Path) -> dict:
 
 def measured_numbers(run: Path, grpo_run: Path) -> dict:
     """What the reward model and the policy reached: ProcessBench's F1, and accuracies before and after GRPO."""
-    numbers = {"f1": read_f1(run / "processbench.jsonl"), "steps": None, "before": None, "after": None}
+    numbers = {**read_f1(run / "processbench.jsonl"), "steps": None, "before": None, "after": None}
     path = grpo_run / "metrics.jsonl"
     if path.is_file():
         numbers["steps"] = max((record["step"] for record in records.read_metrics(path)), default=0)
@@ -581,6 +683,7 @@ def render(context: dict) -> str:
         lstrip_blocks=True,
     )
     environment.filters["signed"] = signed
+    environment.tests["accepting_another_result"] = accepts_another_result
     environment.filters["percent"] = report.percent
     return environment.get_template("page.html.jinja").render(context)
 
@@ -592,12 +695,14 @@ def fit(args: argparse.Namespace, stage: StageOne | None) -> tuple[str, dict]:
     numbers = {"run": run.name, **measured_numbers(run, grpo_run)}
     numbers["labels"] = read_label_report(run / "labels.json", stage.method) if stage else None
     numbers["stage_one"] = count_stage_one(stage, Path(args.labels).parent) if stage else None
+    numbers["sureness"] = measure_sureness(stage.labels, args.gold) if stage else []
     curves = describe_curves(grpo_run)
     while True:
         problems = describe_problems(stage, num_problems, args.gold) if stage else []
         groups = describe_grpo(grpo_run, num_groups, args.gold)
         context = {"numbers": numbers, "problems": problems, "mistakes": list_mistakes(problems), "grpo": groups,
-                   "curves": curves, "gold": args.gold is not None}  # fmt: skip
+                   "compared": compare_with_reference(problems), "accepted": count_accepted(problems), "curves": curves,
+                   "gold": args.gold is not None}  # fmt: skip
         page = render(context)
         size = len(page.encode())
         if size < MOST_BYTES or num_problems == num_groups == 1:

@@ -256,11 +256,11 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch):
         assert ("dropped" in node.attributes["class"].split()) == (label["dropped"] is not None)
     assert [s.attributes["class"] for s in solutions] == ["solution kept", "solution kept wrong", "solution dropped",
                                                           "solution dropped"]  # fmt: skip
-    assert "2 of 3 votes call it incorrect" in solutions[0].words()
+    assert "2 of 3 verdicts call it incorrect" in solutions[0].words()
     assert "a tie, which counts as incorrect" in solutions[1].words()
     pipeline = html.all("ol", "pipeline")[0].words()
-    for said in ("4 solutions of 2 problems", "2 labelled solutions by 16 verifications , 62.5 % right in every step (one vote: 50.0 %)",
-                 "F1 81.2", "50.0 → 75.0 % right on held-out problems", "4 steps"):  # fmt: skip
+    for said in ("4 solutions of 2 problems", "2 labelled solutions by 16 verifications , 62.5 % right in every step (one verification: 50.0 %)",
+                 "F1 81.2", "50.0 → 75.0 % right on held-out problems", "4 training steps"):  # fmt: skip
         assert said in pipeline.replace("verifications, ", "verifications , "), (said, pipeline)
     shown = html.all("section")[1].words()
     assert "1 dropped as no_votes" in shown and "1 dropped as no_match" in shown and "8 verifications could not be read" in shown and "2 votes were ties" in shown
@@ -273,8 +273,8 @@ def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch
     late; recomputed advantages that grpo.py wouldn't give."""
     run = make_run(tmp_path)
     html = parse(make_page(monkeypatch, run, "--gold", str(run / "gold.jsonl")))
-    titles = [node.words() for node in html.all("h3") if node.words().startswith("Step ")]
-    assert titles == ["Step 1", "Step 2", "Step 4"]
+    titles = [node.words() for node in html.all("h3") if node.words().startswith("Training step ")]
+    assert titles == ["Training step 1", "Training step 2", "Training step 4"]
     dumped = records.read(run / "grpo/rollouts/step_0000001.jsonl", ["reward", "advantage", "text", "ids"])
     cards = html.all("article", "card")
     assert len(cards) == 3 * len(dumped)
@@ -304,6 +304,83 @@ def test_groups_have_the_runs_rewards_and_grpos_advantages(tmp_path, monkeypatch
     assert [piece.text() for piece in pieces] == ["<think><step>", "1+1=2"]  # tags keep the response's advantage
     assert "judged correct" in accepted.words() and "format invalid" in broken.words()
     assert "answer right" in first.words() and "◆" not in second.words() and "answer" not in accepted.all("p")[0].words()
+
+
+def test_how_sure_the_votes_were(tmp_path, monkeypatch):
+    """Guards: a step in the wrong row, a row that counts only the shown solutions, a share of labels without a
+    reference; an answer counted as a step."""
+    assert [page.rank_agreement(agreeing, 8) for agreeing in range(8, -1, -1)] == [0, 1, 1, 2, 3, 3, 3, 3, 3]
+    assert page.rank_agreement(1, 1) == 0 and page.rank_agreement(2, 3) == 2
+    monkeypatch.setattr(page, "PROBLEMS", 1)
+    run = make_run(tmp_path)
+    html = parse(make_page(monkeypatch, run, "--gold", str(run / "gold.jsonl")))
+    table = next(node for node in html.all("table") if node.attributes.get("id") == "sureness")
+    rows = [[cell.words() for cell in [*row.all("th"), *row.all("td")]] for row in table.all("tbody")[0].all("tr")]
+    # p1/0: 3:0 and 1:2. p1/1: 2:0 and 1:1, a tie that is wrong. p2/1, of which gold says nothing: 2:1 and 2:1.
+    assert rows == [["all of them", "2", "33.3", "0", "100.0"], ["more than half", "3", "50.0", "0", "100.0"],
+                    ["half (a tie) or fewer", "1", "16.7", "1", "0.0"]]  # fmt: skip
+    mistakes = html.all("section")[2].words()
+    assert "1 of the 2 labelled solutions above have a wrong label, 1 of them in the answer alone" not in mistakes
+    assert "1 of the 2 labelled solutions above have a wrong label, 0 of them in the answer alone" in mistakes
+    assert "labelled right in 50.0 % of these solutions, and in 62.5 % of all in the run" in mistakes
+    without = parse(make_page(monkeypatch, run))
+    table = next(node for node in without.all("table") if node.attributes.get("id") == "sureness")
+    assert [cell.words() for cell in table.all("thead")[0].all("th")] == ["agreeing verdicts", "steps", "of all, %"]
+
+
+def test_each_rule_and_each_curve_is_explained(tmp_path, monkeypatch):
+    """Guards: a reward or a curve that is added without a word of explanation, and other rules' numbers than the
+    run's: its bounds, its discount, its votes."""
+    assert set(page.NOTES) == set(page.report.PANELS) and set(page.NEEDS_GOLD) < set(page.NOTES)
+    for reward in grpo.REWARDS:
+        run = make_run(tmp_path / reward, reward=reward, selective_discount=0.25, prm_votes=3)
+        section = parse(make_page(monkeypatch, run)).all("section")[2]
+        rules = {term.words(): said.words() for term, said in zip(section.all("dt"), section.all("dd"), strict=True)}
+        assert sum("(this run)" in term for term in rules) == 1 and rules[f"{reward} (this run)"].startswith("r = ")
+        compared = bool(grpo.REWARDS[reward].asks)
+        assert ("Both" in rules) == compared
+        if compared:
+            selective = next(said for term, said in rules.items() if term.startswith("selective_advantage"))
+            assert "they get 0.25 · A" in selective and "fewer than 2 or more than 8 steps" in rules["Both"]
+            assert "the majority of 3 judgements" in section.words()
+
+
+def test_equal_rewards_are_pushed_under_global_step():
+    """Guards: the page's words on global_step, which pushes where all rewards are equal: five correct steps against
+    four. Of the steps' 1/5 and 1/4 the normalised sums are negative for the longer response."""
+    pushed = grpo.global_step_advantage([[0.2] * 5, [0.25] * 4, [0.25] * 4], [[0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1, 2, 3]], [6, 5, 5])
+    longer, shorter, _ = pushed
+    assert (longer[:5] < 0).all() and (shorter[:4] > 0).all() and longer[5] == shorter[4] == 0
+
+
+def test_verdicts_against_the_push_are_counted(tmp_path, monkeypatch):
+    """Guards: a count of what selective_advantage changes that takes the answer's verdict for a step's."""
+    run = make_run(tmp_path)
+    section = parse(make_page(monkeypatch, run)).all("section")[2].words()
+    # In each of three steps: p1's second response is pushed down with a correct step, p9's first up with a wrong one.
+    assert "3 pushed up have a ✗ step and 3 pushed down have a ✓ step" in section
+
+
+def test_texts_that_contradict_their_verdicts_are_marked(tmp_path, monkeypatch):
+    """Guards: a line of the tiny world's verifier that stays unexplained, an explanation of what isn't there, and a mark
+    at a text that doesn't contradict itself: a step may be rejected though its result is right."""
+    form = "## Step 1: 1+1={}\nWritten: {}\n**This step is {}.**\n"
+    texts = [form.format(*parts) for parts in [(2, 3, "correct"), (2, 2, "correct"), (2, 3, "incorrect"), (2, 2, "incorrect")]]
+    assert [page.accepts_another_result(text) for text in [*texts, "## Step 1: fine"]] == [True, False, None, None, None]
+    run = make_run(tmp_path)
+    before = make_page(monkeypatch, run)
+    assert "Written:" not in before and 'class="odd"' not in before
+    path = run / "verify" / "verifications.jsonl"
+    rows = []
+    for row in records.read(path, ["id", "text"]):
+        text = row["text"].replace(f": look\n{EVIL}\n", ": 1+1=2\nWritten: 3\n", 1)
+        rows.append(row | {"text": text.replace(f": look\n{EVIL}\n", ": 1+1=2\nWritten: 2\n", 1)})
+    write_lines(path, rows)
+    html = parse(make_page(monkeypatch, run))
+    # Eight verifications can be read. Of their first steps, seven are accepted, and of the second ones, four.
+    assert "7 of the 11 steps accepted below have two different numbers there (marked ≠)" in html.words()
+    marked = html.all("section")[1].all("span", "odd")
+    assert len(marked) == 7 and all(part.text().endswith("Written: 3\n**This step is correct.**\n") for part in marked)
 
 
 def test_what_models_write_is_text(tmp_path, monkeypatch):
@@ -341,7 +418,7 @@ def test_the_page_is_small_and_says_what_it_left_out(tmp_path, monkeypatch):
     assert len(smaller.encode()) < page.MOST_BYTES
     assert "Shown: 1 of 2 problems" in parse(smaller).all("section")[1].words()
     groups = parse(smaller).all("section")[2].words()
-    assert "step 1 (1 of 2 groups), step 2 (1 of 2 groups), step 4 (1 of 2 groups), of 4 steps" in groups
+    assert "training step 1 (1 of 2 groups), training step 2 (1 of 2 groups), training step 4 (1 of 2 groups), of 4 whose" in groups
     assert len(parse(smaller).all("details", "problem")) == 1
 
 
@@ -580,7 +657,7 @@ def test_a_click_shows_a_verification(browser, shown):
     assert browser.evaluate(f"[...document.querySelectorAll('{MAP} .texts article')].filter(a => a.offsetHeight).length") == 1
     browser.click(f"{MAP} thead th:nth-child(5) a")
     title, *now = browser.evaluate(STATE)
-    assert title == "Verification 4: unreadable, does not vote" and now == place
+    assert title == "Verification 4: unreadable, not counted" and now == place
     browser.click(f"{MAP} thead th:nth-child(2) a")
     browser.evaluate(f"document.querySelector('{MAP} thead th:nth-child(2) a').focus()")
     browser.press("ArrowRight")
@@ -607,6 +684,27 @@ def test_filters_and_the_overlay(browser, shown):
     browser.evaluate("gold.click()")
     assert browser.evaluate(seen) == 0
     assert browser.evaluate("[document.documentElement.scrollHeight, scrollY]") == before
+
+
+SEEN = """(() => { const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), seen = [];
+    while (walker.nextNode()) { const one = walker.currentNode.parentElement;
+        if (!one.closest("script") && getComputedStyle(one).visibility === "visible") seen.push(walker.currentNode.data); }
+    return seen.join("").replace(/\\s+/g, " "); })()"""
+
+
+def test_switched_off_references_leave_nothing_but_a_note(browser, shown):
+    """Guards: a figure that needs reference answers and stays when they are switched off; a blank section without a
+    word; a note that is there when they are on."""
+    browser.show(shown, 1400)
+    needs_references = ["F1 81.2", "50.0 → 75.0 %", "62.5 %", "held-out accuracy", "labelled right", "False alarms", "answer right"]
+    notes = ["the figures on the arrows", "only reference answers show what", "only reference answers show how", "the curves that need"]
+    said = browser.evaluate(SEEN)
+    assert all(part in said for part in needs_references) and "◆ is switched off" not in said
+    browser.evaluate("gold.click()")
+    said = browser.evaluate(SEEN)
+    assert not [part for part in needs_references if part in said]
+    assert all(f"◆ is switched off: {part}" in said for part in notes)
+    assert browser.evaluate("[...document.querySelectorAll('.off')].every(note => note.offsetHeight < 30)")  # one line each
 
 
 def test_shades_follow_the_chosen_reward(browser, shown):
