@@ -378,17 +378,6 @@ def hash_prompt(args: argparse.Namespace) -> str:
     return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
-def size_of_round(args: argparse.Namespace, votes: list[list[Vote]]) -> int:
-    """How many votes each unsettled solution gets in the next round: 16 under `--stop all`; else the fewest that any of
-    them needs, which no stop can make superfluous, or more where a round would leave slots empty."""
-    fewest = min(fewest_further_votes(so_far, args) for so_far in votes)
-    if args.stop == "all":
-        return fewest
-    slots = (args.slots or CPU_SLOTS) * distributed.world_size()
-    most = args.num_verifications - max(len(so_far) for so_far in votes)
-    return min(most, max(fewest, math.ceil(2 * slots / len(votes))))
-
-
 def verify_solutions(
     args: argparse.Namespace,
     engine: Engine,
@@ -405,45 +394,41 @@ def verify_solutions(
     fitting = [i for i, limit in enumerate(limits) if limit is not None]
     unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
-    # 2. Rounds of votes, on the solutions that the earlier ones left unsettled. By default one round settles all.
-    rounds = 0
-    while unsettled:
-        rounds += 1
-        count = size_of_round(args, [votes[i] for i in unsettled])
-        stream = sample_from_queue(
-            engine,
-            [prompts[i] for i in unsettled],
-            "verify" if rounds == 1 else f"verify, round {rounds}",
-            f"verifications {rounds}",
-            keys=[todo[i]["id"] for i in unsettled],
-            num_samples=count,
-            first_samples=[len(votes[i]) for i in unsettled],
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            max_new_tokens=[limits[i] for i in unsettled],
-            seed=args.seed,
+    # 2. Sample the fewest votes that settle a solution, and further ones as soon as they are sure to be needed.
+    asked = [fewest_further_votes(votes[i], args) for i in unsettled]
+    first = [len(votes[i]) for i in unsettled]
+
+    def further(place: int, sample: Sample) -> int:
+        """Count a vote that is known now, in whatever order they end: a rule of --stop looks at numbers alone."""
+        i = unsettled[place]
+        votes[i].append(vote_of(make_verification(engine, todo[i], prompts[i], sample, number=0)))
+        return fewest_further_votes(votes[i], args)
+
+    stream = sample_from_queue(
+        engine,
+        [prompts[i] for i in unsettled],
+        "verify",
+        "verifications",
+        keys=[todo[i]["id"] for i in unsettled],
+        num_samples=asked,
+        first_samples=first,
+        further=None if args.stop == "all" else further,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=[limits[i] for i in unsettled],
+        seed=args.seed,
+    )
+
+    # 3. A solution's verifications are written as soon as the last one ends.
+    for place, samples in stream:
+        i = unsettled[place]
+        output.append(
+            [
+                make_verification(engine, todo[i], prompts[i], sample, number)
+                for number, sample in enumerate(samples, first[place])
+            ]
         )
-        # 3. A solution's verifications are written as soon as the round's last one ends; those beyond the stop never.
-        new: list[tuple[int, list[Vote]]] = []
-        for place, samples in stream:
-            i = unsettled[place]
-            so_far = list(votes[i])
-            verifications = []
-            for sample in samples:
-                if fewest_further_votes(so_far, args) > 0:
-                    verification = make_verification(engine, todo[i], prompts[i], sample, number=len(so_far))
-                    verifications.append(verification)
-                    so_far.append(vote_of(verification))
-            output.append(verifications)
-            new.append((i, so_far))
-        if args.stop == "all":
-            return
-        # 4. Every rank learns all votes, so that the next round is the same for all.
-        for of_rank in distributed.gather([new]):
-            for i, so_far in of_rank:
-                votes[i] = so_far
-        unsettled = [i for i in unsettled if fewest_further_votes(votes[i], args) > 0]
 
 
 def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:
