@@ -243,6 +243,13 @@ class SlotCache:
         self.prompt_hidden[place] = prompt.hidden
         self.prompt_lengths[place] = prompt.keys.shape[1]
 
+    def move_prompt(self, source: int, target: int) -> None:
+        """Copy a shared prompt to another place."""
+        for part in (self.prompt_hidden, self.prompt_lengths):
+            part[target] = part[source]
+        for cache in (self.prompt_keys, self.prompt_values):
+            cache[:, target] = cache[:, source]
+
     def first_logits(self, places: list[int]) -> Tensor:
         """The logits (rows, V) of the first token of new rows that have the shared prompts at these places."""
         return self.logits(self.prompt_hidden[places])

@@ -174,8 +174,7 @@ class Call:
     queue: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, number) of samples without a slot
     waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # copies still to make of each distinct prompt
     held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # of prompts with copies still to make
-    places: dict[int, int] = field(default_factory=dict)  # where each prompt in use is shared
-    free_places: list[int] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)  # of each shared prompt in use: 0, 1, 2, ...
     groups: dict[int, dict[int, Sample]] = field(default_factory=dict)  # finished samples of unfinished prompts
 
     def tokens(self, prompt: int) -> int:
@@ -327,9 +326,9 @@ class Sampler:
                 break
             prompt = call.queue[0][0]
             if call.shared and prompt not in call.places:
-                if not call.free_places:
+                if len(call.places) == call.cache.prompts:
                     break
-                call.places[prompt] = call.free_places.pop()
+                call.places[prompt] = len(call.places)
             sample = call.queue.popleft()
             new.append(sample)
             ids = call.prompts[prompt]
@@ -432,12 +431,22 @@ class Sampler:
             if len(group) == call.asked[row.prompt]:
                 whole.append(row.prompt)
         if call.shared:
-            call.free_places += [call.places.pop(prompt) for prompt in whole]
+            for prompt in whole:
+                self._free_place(call, prompt)
             if call.rows:
                 call.cache.arrange([call.places[row.prompt] for row in call.rows])
         for prompt in whole:
             group = call.groups.pop(prompt)
             yield prompt, [group[number] for number in range(len(group))]
+
+    def _free_place(self, call: Call, prompt: int) -> None:
+        """Give up a prompt's place among the shared ones. The last one moves there: the CPU looks at all of them."""
+        place = call.places.pop(prompt)
+        last = len(call.places)
+        for mover, its_place in call.places.items():
+            if its_place == last:
+                call.cache.move_prompt(last, place)
+                call.places[mover] = place
 
     def _ask(self, call: Call, prompt: int, total: int) -> None:
         """Put what a prompt lacks of so many samples at the front of the queue: a prompt that has begun comes before
@@ -500,7 +509,6 @@ class Sampler:
         places = min(len(rest), slots, 4 * slots // call.group + 1)
         settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.group, slots)}
         call.cache = SlotCache(self.model, slots, max(limits), call.choose, **settings)
-        call.free_places = list(reversed(range(places)))  # the lowest first: the CPU looks at all up to the highest
 
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
