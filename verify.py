@@ -394,14 +394,15 @@ def verify_solutions(
     fitting = [i for i, limit in enumerate(limits) if limit is not None]
     unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
-    # 2. Sample the fewest votes that settle a solution, and further ones as soon as they are sure to be needed.
-    asked = [fewest_further_votes(votes[i], args) for i in unsettled]
+    # 2. Ask for the fewest votes that settle a solution, and for further ones as soon as no stop can make them
+    #    superfluous. They end in any order, which doesn't matter: the rules of --stop only count.
     first = [len(votes[i]) for i in unsettled]
 
-    def further(place: int, sample: Sample) -> int:
-        """Count a vote that is known now, in whatever order they end: a rule of --stop looks at numbers alone."""
+    def count_vote(place: int, sample: Sample) -> int:
+        """How many votes the solution needs at least, now that this one is known."""
         i = unsettled[place]
-        votes[i].append(vote_of(make_verification(engine, todo[i], prompts[i], sample, number=0)))
+        verification = parse_verification(engine.text(sample.ids, prompts[i]), len(todo[i]["steps"]))
+        votes[i].append(vote_of(asdict(verification)))
         return fewest_further_votes(votes[i], args)
 
     stream = sample_from_queue(
@@ -410,9 +411,9 @@ def verify_solutions(
         "verify",
         "verifications",
         keys=[todo[i]["id"] for i in unsettled],
-        num_samples=asked,
+        num_samples=[fewest_further_votes(votes[i], args) for i in unsettled],
         first_samples=first,
-        further=None if args.stop == "all" else further,
+        further=None if args.stop == "all" else count_vote,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
@@ -420,15 +421,13 @@ def verify_solutions(
         seed=args.seed,
     )
 
-    # 3. A solution's verifications are written as soon as the last one ends.
+    # 3. A solution's verifications are written when it needs no more.
     for place, samples in stream:
         i = unsettled[place]
-        output.append(
-            [
-                make_verification(engine, todo[i], prompts[i], sample, number)
-                for number, sample in enumerate(samples, first[place])
-            ]
-        )
+        verifications = []
+        for number, sample in enumerate(samples, first[place]):
+            verifications.append(make_verification(engine, todo[i], prompts[i], sample, number))
+        output.append(verifications)
 
 
 def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:

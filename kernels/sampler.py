@@ -443,10 +443,10 @@ class Sampler:
         """Give up a prompt's place among the shared ones. The last one moves there: the CPU looks at all of them."""
         place = call.places.pop(prompt)
         last = len(call.places)
-        for mover, its_place in call.places.items():
-            if its_place == last:
-                call.cache.move_prompt(last, place)
-                call.places[mover] = place
+        if place < last:
+            (mover,) = [other for other, its_place in call.places.items() if its_place == last]
+            call.cache.move_prompt(last, place)
+            call.places[mover] = place
 
     def _ask(self, call: Call, prompt: int, total: int) -> None:
         """Put what a prompt lacks of so many samples at the front of the queue: a prompt that has begun comes before
