@@ -159,7 +159,7 @@ class Call:
     keys: list[str]
     limits: list[int]  # new tokens of each prompt
     asked: list[int]  # of each prompt, how many samples were asked for so far
-    group: int  # of each prompt, how many may be missing at a time
+    group: int  # most samples of a prompt that are in the queue or running at a time
     further: Callable[[int, Sample], int] | None  # see `Sampler.stream`
     choose: Callable  # logits (n, V), uniform (n,) -> tensors (n,): token, log-prob, full log-prob (, certainty)
     stop_ids: set[int]
@@ -233,11 +233,9 @@ class Sampler:
         first_samples: list[int] | None = None,
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished. num_samples and max_new_tokens: for all prompts, or
-        one for each.
-        further: called when a sample has ended, with its prompt's index, where the samples that a prompt needs depend
-        on what they say. It returns how many are needed at least beside all that have ended. What is missing joins the
-        running ones, before other prompts; a prompt is finished when nothing is.
+        """Yield (prompt index, its samples) as prompts are finished. num_samples, max_new_tokens: for all prompts, or one
+        for each. further(prompt index, sample), where the samples decide how many a prompt needs: called for each that
+        has ended, it returns how many are needed at least beside those that have; so many join the running call.
         first_samples: of each prompt, the number of its first sample, to continue where an earlier call ended; None: 0.
         batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
         when slots are free (`distributed.work_queue`); None: all of them.
@@ -246,8 +244,8 @@ class Sampler:
         the slots nor the order matter (except for ties within rounding, which other batch shapes may break otherwise).
         Raises InputError, a ValueError, for settings out of range and for a prompt that leaves too little context.
         """
-        limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-        asked = list(num_samples) if isinstance(num_samples, list) else [num_samples] * len(prompts)
+        limits = for_each(max_new_tokens, prompts)
+        asked = for_each(num_samples, prompts)
         group = max(asked, default=1)
         if not len(keys) == len(limits) == len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(keys)} keys and {len(limits)} limits of new tokens")
@@ -305,9 +303,9 @@ class Sampler:
         if not call.queue:
             for place in next(call.batches, []):
                 prompt = call.order[place]
-                new = [(prompt, number) for number in range(call.asked[prompt])]
-                call.waiting[call.prompts[prompt]] += sum(call.is_copied(*sample) for sample in new)
-                call.queue.extend(new)
+                numbers = range(call.asked[prompt])
+                call.queue.extend((prompt, number) for number in numbers)
+                call.waiting[call.prompts[prompt]] += sum(call.is_copied(prompt, number) for number in numbers)
         if not call.queue:
             return []
 
@@ -324,15 +322,14 @@ class Sampler:
         while call.queue and len(new) < call.cache.slots - len(call.rows) and tokens_left > 0:
             if self._needs_new_cache(call):
                 break
-            prompt = call.queue[0][0]
+            prompt, number = call.queue[0]
             if call.shared and prompt not in call.places:
                 if len(call.places) == call.cache.prompts:
                     break
                 call.places[prompt] = len(call.places)
-            sample = call.queue.popleft()
-            new.append(sample)
+            new.append(call.queue.popleft())
             ids = call.prompts[prompt]
-            if call.is_copied(*sample) and ids not in call.held and ids not in to_run:
+            if call.is_copied(prompt, number) and ids not in call.held and ids not in to_run:
                 to_run.add(ids)
                 tokens_left -= len(ids)
         return new
@@ -426,8 +423,8 @@ class Sampler:
             group = call.groups.setdefault(row.prompt, {})
             group[row.number] = row.sample
             if call.further is not None:
-                missing = min(call.further(row.prompt, row.sample), call.group)
-                self._ask(call, row.prompt, len(group) + missing)
+                needed = call.further(row.prompt, row.sample)
+                self._ask(call, row.prompt, len(group) + min(needed, call.group))  # the rest after the next one
             if len(group) == call.asked[row.prompt]:
                 whole.append(row.prompt)
         if call.shared:
@@ -449,8 +446,8 @@ class Sampler:
             call.places[mover] = place
 
     def _ask(self, call: Call, prompt: int, total: int) -> None:
-        """Put what a prompt lacks of so many samples at the front of the queue: a prompt that has begun comes before
-        others, so that few have at a time, and at the end few slots wait for the last votes."""
+        """Put the samples that a prompt lacks of so many at the front of the queue. What has begun comes first: few
+        prompts then have a place at a time, and no longer one is left when shorter slots are made."""
         for number in range(call.asked[prompt], total):
             call.queue.appendleft((prompt, number))
             call.waiting[call.prompts[prompt]] += call.is_copied(prompt, number)
@@ -509,6 +506,11 @@ class Sampler:
         places = min(len(rest), slots, 4 * slots // call.group + 1)
         settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.group, slots)}
         call.cache = SlotCache(self.model, slots, max(limits), call.choose, **settings)
+
+
+def for_each(setting: int | list[int], prompts: list) -> list[int]:
+    """A new list of a setting of each prompt, which may be given once for all of them."""
+    return list(setting) if isinstance(setting, list) else [setting] * len(prompts)
 
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
