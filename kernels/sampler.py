@@ -172,7 +172,7 @@ class Call:
     slot_tokens: int = 0  # tokens of the longest sample that the cache was made for
     rows: list[Row] = field(default_factory=list)
     queue: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, number) of samples without a slot
-    waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # copies still to make of each distinct prompt
+    waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of each distinct prompt, copies still to make
     held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # of prompts with copies still to make
     places: dict[int, int] = field(default_factory=dict)  # of each shared prompt in use: 0, 1, 2, ...
     groups: dict[int, dict[int, Sample]] = field(default_factory=dict)  # finished samples of unfinished prompts
@@ -184,6 +184,11 @@ class Call:
     def is_copied(self, prompt: int, number: int) -> bool:
         """Whether this sample starts with a copy of its prompt: each does, or the first one if prompts are shared."""
         return number == 0 or not self.shared
+
+    @property
+    def holds_prompts(self) -> bool:
+        """Whether a prompt is held until it is finished, because further samples may need a copy."""
+        return self.further is not None and not self.shared
 
 
 class Sampler:
@@ -276,7 +281,7 @@ class Sampler:
             first_samples=first_samples or [0] * len(prompts),
             batches=batches or iter([list(range(len(prompts)))]),
             order=sorted(range(len(prompts)), key=lambda p: -len(prompts[p]) - limits[p]),
-            shared=self._shares_prompts(prompts, limits, group),
+            shared=self._shares_prompts(prompts, limits, group, further is not None),
         )
         return self._run(call)
 
@@ -305,7 +310,8 @@ class Sampler:
                 prompt = call.order[place]
                 numbers = range(call.asked[prompt])
                 call.queue.extend((prompt, number) for number in numbers)
-                call.waiting[call.prompts[prompt]] += sum(call.is_copied(prompt, number) for number in numbers)
+                copies = sum(call.is_copied(prompt, number) for number in numbers)
+                call.waiting[call.prompts[prompt]] += copies + call.holds_prompts
         if not call.queue:
             return []
 
@@ -433,6 +439,7 @@ class Sampler:
             if call.rows:
                 call.cache.arrange([call.places[row.prompt] for row in call.rows])
         for prompt in whole:
+            call.waiting[call.prompts[prompt]] -= call.holds_prompts
             group = call.groups.pop(prompt)
             yield prompt, [group[number] for number in range(len(group))]
 
@@ -455,12 +462,15 @@ class Sampler:
 
     # ------------------------------------------------------------------- sizes
 
-    def _shares_prompts(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
+    def _shares_prompts(
+        self, prompts: list[list[int]], limits: list[int], num_samples: int, one_by_one: bool
+    ) -> bool:
         """Whether prompts are kept once for all their samples. That takes a second call of attention; it pays if it
-        saves reading more than a quarter of the keys of a row halfway to its limit."""
+        saves reading more than a quarter of the keys of a row halfway to its limit. But it computes num_samples rows of
+        each prompt, running or not: too many for a CPU where they come one by one, about half of them at a time."""
         if self.share_prompts is not None:
             return self.share_prompts and bool(prompts)
-        if not prompts or num_samples < 2:
+        if not prompts or num_samples < 2 or (one_by_one and self.model.device.type == "cpu"):
             return False
         prompt = sum(map(len, prompts)) / len(prompts)
         own = sum(limits) / len(limits) / 2

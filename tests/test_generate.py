@@ -184,8 +184,8 @@ def test_sample_is_a_function_of_seed_key_and_index(models):
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_further_samples_join_a_running_call(models, monkeypatch, share_prompts):
     """Guards: samples asked for while others run that are lost, drawn twice, of another number, or kept beyond the need;
-    a shared prompt that is run again for them, or whose place is given away before they come; a cache of shorter slots
-    that is made while longer prompts may still need samples."""
+    a prompt that is run again for them, or whose place is given away before they come; a cache of shorter slots that is
+    made while longer prompts may still need samples."""
     prompts = [*make_prompts(9), [7] * 60, [9] * 50]
     keys = [f"problem {i}" for i in range(11)]
     settings = {"keys": keys, "temperature": 1.0, "max_new_tokens": 12, "stop_ids": [3, 5, 8], "seed": 4}
@@ -224,8 +224,7 @@ def test_further_samples_join_a_running_call(models, monkeypatch, share_prompts)
     for slots, at_first, steps in [(1, 3, 1), (4, 2, 3), (7, [3, 1, 2] * 3 + [2, 3], 1), (64, 3, 1)]:
         runs.clear()
         assert draw(slots, at_first, steps) == expected, slots
-        if share_prompts:
-            assert sorted(runs) == sorted(map(tuple, prompts))
+        assert sorted(runs) == sorted(map(tuple, prompts))
 
     monkeypatch.setattr(sampler, "free_memory", lambda device: 0)
     monkeypatch.setattr(sampler, "slots_that_fit", lambda *_: 5)
