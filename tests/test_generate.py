@@ -202,7 +202,7 @@ def test_further_samples_join_a_running_call(models, monkeypatch, share_prompts)
     for group in Sampler(model, 16).sample(prompts, num_samples=7, **settings):
         count = next(n for n in range(8) if lacking(group[:n]) == 0)
         expected.append([sample.ids for sample in group[:count]])
-    assert len({len(group) for group in expected}) == 4
+    assert len({len(group) for group in expected}) >= 4
 
     def draw(slots, at_first, steps=1):
         ended = defaultdict(list)
