@@ -391,43 +391,54 @@ def verify_solutions(
     # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
     turns = [verification_prompt(s, args.worked_examples, references.get(s["id"])) for s in todo]
     prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, "verify", resumed=output.was_there)
-    fitting = [i for i, limit in enumerate(limits) if limit is not None]
-    unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
-    # 2. Ask for the fewest votes that settle a solution, and for further ones as soon as no stop can make them
-    #    superfluous. They end in any order, which doesn't matter: the rules of --stop only count.
-    first = [len(votes[i]) for i in unsettled]
+    def needed(i: int) -> int:
+        """The fewest votes that solution i lacks, whatever they say; 0: it is settled."""
+        return fewest_further_votes(votes[i], args) if limits[i] is not None else 0
+
+    def settings(asked: list[int]) -> dict:
+        """The sampler's settings, for as many votes on these solutions as each needs."""
+        return {
+            "keys": [todo[i]["id"] for i in asked],
+            "num_samples": [needed(i) for i in asked],
+            "first_samples": [len(votes[i]) for i in asked],
+            "max_new_tokens": [limits[i] for i in asked],
+            "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed,
+        }  # fmt: skip
+
+    def write(i: int, samples: list[Sample]) -> None:
+        """Append the next verifications of solution i, and count their votes."""
+        numbered = enumerate(samples, len(votes[i]))
+        verifications = [make_verification(engine, todo[i], prompts[i], sample, k) for k, sample in numbered]
+        output.append(verifications)
+        votes[i] += [vote_of(verification) for verification in verifications]
+
+    # 2. The votes that each solution needs in any case. By default these are all.
+    unsettled = [i for i in range(len(todo)) if needed(i) > 0]
+    first_prompts = [prompts[i] for i in unsettled]
+    stream = sample_from_queue(engine, first_prompts, "verify", "verifications", **settings(unsettled))
+    mine = []  # this rank's
+    for place, samples in stream:
+        write(unsettled[place], samples)
+        mine.append(unsettled[place])
+
+    # 3. Further votes, each as soon as no stop can make it superfluous. They end in any order, which doesn't matter: the
+    #    rules of --stop only count.
+    unsettled = [i for i in mine if needed(i) > 0]
+    if not unsettled:
+        return
+    counted = [list(votes[i]) for i in unsettled]
 
     def count_vote(place: int, sample: Sample) -> int:
-        """How many votes the solution needs at least, now that this one is known."""
+        """How many more votes the solution needs at least, now that this one is known."""
         i = unsettled[place]
         verification = parse_verification(engine.text(sample.ids, prompts[i]), len(todo[i]["steps"]))
-        votes[i].append(vote_of(asdict(verification)))
-        return fewest_further_votes(votes[i], args)
+        counted[place].append(vote_of(asdict(verification)))
+        return fewest_further_votes(counted[place], args)
 
-    stream = sample_from_queue(
-        engine,
-        [prompts[i] for i in unsettled],
-        "verify",
-        "verifications",
-        keys=[todo[i]["id"] for i in unsettled],
-        num_samples=[fewest_further_votes(votes[i], args) for i in unsettled],
-        first_samples=first,
-        further=None if args.stop == "all" else count_vote,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=[limits[i] for i in unsettled],
-        seed=args.seed,
-    )
-
-    # 3. A solution's verifications are written when it needs no more.
-    for place, samples in stream:
-        i = unsettled[place]
-        verifications = []
-        for number, sample in enumerate(samples, first[place]):
-            verifications.append(make_verification(engine, todo[i], prompts[i], sample, number))
-        output.append(verifications)
+    stream = engine.stream([prompts[i] for i in unsettled], further=count_vote, **settings(unsettled))
+    for place, samples in with_progress(stream, engine.sampler, "verify further", len(unsettled), 1):
+        write(unsettled[place], samples)
 
 
 def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:
