@@ -281,14 +281,15 @@ def find_incomplete(problems: list[dict], output: records.RecordFile, num_sample
 
 
 def sample_from_queue(
-    engine: Engine, prompts: list[list[int]], title: str, queue: str, *, num_samples: int, **settings
+    engine: Engine, prompts: list[list[int]], title: str, queue: str, *, num_samples: int | list[int], **settings
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (prompt index, its samples) as they are finished, with a progress bar of this title. The ranks share the
     prompts by a work queue of this name; settings as for `Sampler.stream`."""
     batches = distributed.work_queue(len(prompts), queue)
     stream = engine.stream(prompts, num_samples=num_samples, batches=batches, **settings)
     per_rank = math.ceil(len(prompts) / distributed.world_size())
-    return with_progress(stream, engine.sampler, title, per_rank, num_samples)
+    of_each = max(num_samples, default=0) if isinstance(num_samples, list) else num_samples
+    return with_progress(stream, engine.sampler, title, per_rank, of_each)
 
 
 def generate_solutions(

@@ -378,17 +378,6 @@ def hash_prompt(args: argparse.Namespace) -> str:
     return records.hash_text(verification_prompt(solution, args.worked_examples, reference))
 
 
-def size_of_round(args: argparse.Namespace, votes: list[list[Vote]]) -> int:
-    """How many votes each unsettled solution gets in the next round: 16 under `--stop all`; else the fewest that any of
-    them needs, which no stop can make superfluous, or more where a round would leave slots empty."""
-    fewest = min(fewest_further_votes(so_far, args) for so_far in votes)
-    if args.stop == "all":
-        return fewest
-    slots = (args.slots or CPU_SLOTS) * distributed.world_size()
-    most = args.num_verifications - max(len(so_far) for so_far in votes)
-    return min(most, max(fewest, math.ceil(2 * slots / len(votes))))
-
-
 def verify_solutions(
     args: argparse.Namespace,
     engine: Engine,
@@ -402,48 +391,54 @@ def verify_solutions(
     # 1. The prompts. One that is too long for the context is left out; the solution's label is then no_votes.
     turns = [verification_prompt(s, args.worked_examples, references.get(s["id"])) for s in todo]
     prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, "verify", resumed=output.was_there)
-    fitting = [i for i, limit in enumerate(limits) if limit is not None]
-    unsettled = [i for i in fitting if fewest_further_votes(votes[i], args) > 0]
 
-    # 2. Rounds of votes, on the solutions that the earlier ones left unsettled. By default one round settles all.
-    rounds = 0
-    while unsettled:
-        rounds += 1
-        count = size_of_round(args, [votes[i] for i in unsettled])
-        stream = sample_from_queue(
-            engine,
-            [prompts[i] for i in unsettled],
-            "verify" if rounds == 1 else f"verify, round {rounds}",
-            f"verifications {rounds}",
-            keys=[todo[i]["id"] for i in unsettled],
-            num_samples=count,
-            first_samples=[len(votes[i]) for i in unsettled],
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            max_new_tokens=[limits[i] for i in unsettled],
-            seed=args.seed,
-        )
-        # 3. A solution's verifications are written as soon as the round's last one ends; those beyond the stop never.
-        new: list[tuple[int, list[Vote]]] = []
-        for place, samples in stream:
-            i = unsettled[place]
-            so_far = list(votes[i])
-            verifications = []
-            for sample in samples:
-                if fewest_further_votes(so_far, args) > 0:
-                    verification = make_verification(engine, todo[i], prompts[i], sample, number=len(so_far))
-                    verifications.append(verification)
-                    so_far.append(vote_of(verification))
-            output.append(verifications)
-            new.append((i, so_far))
-        if args.stop == "all":
-            return
-        # 4. Every rank learns all votes, so that the next round is the same for all.
-        for of_rank in distributed.gather([new]):
-            for i, so_far in of_rank:
-                votes[i] = so_far
-        unsettled = [i for i in unsettled if fewest_further_votes(votes[i], args) > 0]
+    def needed(i: int) -> int:
+        """The fewest votes that solution i lacks, whatever they say; 0: it is settled."""
+        return fewest_further_votes(votes[i], args) if limits[i] is not None else 0
+
+    def settings(asked: list[int]) -> dict:
+        """The sampler's settings, for as many votes on these solutions as each needs."""
+        return {
+            "keys": [todo[i]["id"] for i in asked],
+            "num_samples": [needed(i) for i in asked],
+            "first_samples": [len(votes[i]) for i in asked],
+            "max_new_tokens": [limits[i] for i in asked],
+            "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed,
+        }  # fmt: skip
+
+    def write(i: int, samples: list[Sample]) -> None:
+        """Append the next verifications of solution i, and count their votes."""
+        numbered = enumerate(samples, len(votes[i]))
+        verifications = [make_verification(engine, todo[i], prompts[i], sample, k) for k, sample in numbered]
+        output.append(verifications)
+        votes[i] += [vote_of(verification) for verification in verifications]
+
+    # 2. The votes that each solution needs in any case. By default these are all.
+    unsettled = [i for i in range(len(todo)) if needed(i) > 0]
+    first_prompts = [prompts[i] for i in unsettled]
+    stream = sample_from_queue(engine, first_prompts, "verify", "verifications", **settings(unsettled))
+    mine = []  # this rank's
+    for place, samples in stream:
+        write(unsettled[place], samples)
+        mine.append(unsettled[place])
+
+    # 3. Further votes, each as soon as no stop can make it superfluous. They end in any order, which doesn't matter: the
+    #    rules of --stop only count.
+    unsettled = [i for i in mine if needed(i) > 0]
+    if not unsettled:
+        return
+    counted = [list(votes[i]) for i in unsettled]
+
+    def count_vote(place: int, sample: Sample) -> int:
+        """How many more votes the solution needs at least, now that this one is known."""
+        i = unsettled[place]
+        verification = parse_verification(engine.text(sample.ids, prompts[i]), len(todo[i]["steps"]))
+        counted[place].append(vote_of(asdict(verification)))
+        return fewest_further_votes(counted[place], args)
+
+    stream = engine.stream([prompts[i] for i in unsettled], further=count_vote, **settings(unsettled))
+    for place, samples in with_progress(stream, engine.sampler, "verify further", len(unsettled), 1):
+        write(unsettled[place], samples)
 
 
 def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:

@@ -197,6 +197,7 @@ class SlotCache:
         if prompts:
             self.prompt_keys = self.new_memory(prompts, prompt_length)
             self.prompt_values = self.new_memory(prompts, prompt_length)
+            self.prompt_hidden = torch.zeros((prompts, model.config.hidden_size), dtype=model.dtype, device=model.device)
         # What the host decides between two looks. A graph has their addresses: they are written in place.
         self.tokens = self.new_numbers(slots)  # the newest token of each row, not yet in its slot
         self.ends = self.new_numbers(slots)  # tokens that are in the slot
@@ -231,17 +232,27 @@ class SlotCache:
     # ------------------------------------------------------------------- rows that come, move and share
 
     def add(self, first: int, prompts: list[PromptKV]) -> Tensor:
-        """Fill the slots from `first` on with prompts, unless they are shared; returns the logits (rows, V) of the
-        first token of each."""
-        if not self.prompts:
-            for slot, prompt in enumerate(prompts, first):
-                copy_prompt(self.keys, self.values, slot, prompt)
+        """Fill the slots from `first` on with prompts; returns the logits (rows, V) of the first token of each."""
+        for slot, prompt in enumerate(prompts, first):
+            copy_prompt(self.keys, self.values, slot, prompt)
         return self.logits(torch.stack([prompt.hidden for prompt in prompts]))
 
     def share(self, place: int, prompt: PromptKV) -> None:
         """Keep a prompt at this place among the shared ones."""
         copy_prompt(self.prompt_keys, self.prompt_values, place, prompt)
+        self.prompt_hidden[place] = prompt.hidden
         self.prompt_lengths[place] = prompt.keys.shape[1]
+
+    def move_prompt(self, source: int, target: int) -> None:
+        """Copy a shared prompt to another place."""
+        for part in (self.prompt_hidden, self.prompt_lengths):
+            part[target] = part[source]
+        for cache in (self.prompt_keys, self.prompt_values):
+            cache[:, target] = cache[:, source]
+
+    def first_logits(self, places: list[int]) -> Tensor:
+        """The logits (rows, V) of the first token of new rows that have the shared prompts at these places."""
+        return self.logits(self.prompt_hidden[places])
 
     def arrange(self, place_of_row: list[int]) -> None:
         """Tell the first n rows which shared prompt each has. Called whenever rows have come, gone or moved.

@@ -158,7 +158,9 @@ class Call:
     prompts: list[tuple[int, ...]]
     keys: list[str]
     limits: list[int]  # new tokens of each prompt
-    num_samples: int
+    asked: list[int]  # of each prompt, how many samples were asked for so far
+    group: int  # most samples of a prompt that are in the queue or running at a time
+    further: Callable[[int, Sample], int] | None  # see `Sampler.stream`
     choose: Callable  # logits (n, V), uniform (n,) -> tensors (n,): token, log-prob, full log-prob (, certainty)
     stop_ids: set[int]
     seed: int
@@ -170,15 +172,23 @@ class Call:
     slot_tokens: int = 0  # tokens of the longest sample that the cache was made for
     rows: list[Row] = field(default_factory=list)
     queue: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, number) of samples without a slot
-    waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # samples in the queue of each distinct prompt
-    held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # of prompts with samples in the queue
-    places: dict[int, int] = field(default_factory=dict)  # where each prompt in use is shared
-    free_places: list[int] = field(default_factory=list)
+    waiting: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of each distinct prompt, copies still to make
+    held: dict[tuple[int, ...], PromptKV] = field(default_factory=dict)  # of prompts with copies still to make
+    places: dict[int, int] = field(default_factory=dict)  # of each shared prompt in use: 0, 1, 2, ...
     groups: dict[int, dict[int, Sample]] = field(default_factory=dict)  # finished samples of unfinished prompts
 
     def tokens(self, prompt: int) -> int:
         """Tokens that a sample of this prompt may come to, the prompt included."""
         return len(self.prompts[prompt]) + self.limits[prompt]
+
+    def is_copied(self, prompt: int, number: int) -> bool:
+        """Whether this sample starts with a copy of its prompt: each does, or the first one if prompts are shared."""
+        return number == 0 or not self.shared
+
+    @property
+    def holds_prompts(self) -> bool:
+        """Whether a prompt is held until it is finished, because further samples may need a copy."""
+        return self.further is not None and not self.shared
 
 
 class Sampler:
@@ -216,7 +226,8 @@ class Sampler:
         prompts: list[list[int]],
         *,
         keys: list[str],
-        num_samples: int = 1,
+        num_samples: int | list[int] = 1,
+        further: Callable[[int, Sample], int] | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -227,7 +238,9 @@ class Sampler:
         first_samples: list[int] | None = None,
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished. max_new_tokens: for all prompts, or one for each.
+        """Yield (prompt index, its samples) as prompts are finished. num_samples, max_new_tokens: for all prompts, or one
+        for each. further(prompt index, sample), where the samples decide how many a prompt needs: called for each that
+        has ended, it returns how many are needed at least beside those that have; so many join the running call.
         first_samples: of each prompt, the number of its first sample, to continue where an earlier call ended; None: 0.
         batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
         when slots are free (`distributed.work_queue`); None: all of them.
@@ -236,7 +249,9 @@ class Sampler:
         the slots nor the order matter (except for ties within rounding, which other batch shapes may break otherwise).
         Raises InputError, a ValueError, for settings out of range and for a prompt that leaves too little context.
         """
-        limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+        limits = for_each(max_new_tokens, prompts)
+        asked = for_each(num_samples, prompts)
+        group = max(asked, default=1)
         if not len(keys) == len(limits) == len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(keys)} keys and {len(limits)} limits of new tokens")
         if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and min(limits, default=1) > 0):
@@ -257,14 +272,16 @@ class Sampler:
             prompts=[tuple(prompt) for prompt in prompts],
             keys=keys,
             limits=limits,
-            num_samples=num_samples,
+            asked=asked,
+            group=group,
+            further=further,
             choose=choose,
             stop_ids=set(stop_ids),
             seed=seed,
             first_samples=first_samples or [0] * len(prompts),
             batches=batches or iter([list(range(len(prompts)))]),
             order=sorted(range(len(prompts)), key=lambda p: -len(prompts[p]) - limits[p]),
-            shared=self._shares_prompts(prompts, limits, num_samples),
+            shared=self._shares_prompts(prompts, limits, group, further is not None),
         )
         return self._run(call)
 
@@ -291,8 +308,10 @@ class Sampler:
         if not call.queue:
             for place in next(call.batches, []):
                 prompt = call.order[place]
-                call.waiting[call.prompts[prompt]] += call.num_samples
-                call.queue.extend((prompt, number) for number in range(call.num_samples))
+                numbers = range(call.asked[prompt])
+                call.queue.extend((prompt, number) for number in numbers)
+                copies = sum(call.is_copied(prompt, number) for number in numbers)
+                call.waiting[call.prompts[prompt]] += copies + call.holds_prompts
         if not call.queue:
             return []
 
@@ -309,14 +328,14 @@ class Sampler:
         while call.queue and len(new) < call.cache.slots - len(call.rows) and tokens_left > 0:
             if self._needs_new_cache(call):
                 break
-            prompt = call.queue[0][0]
+            prompt, number = call.queue[0]
             if call.shared and prompt not in call.places:
-                if not call.free_places:
+                if len(call.places) == call.cache.prompts:
                     break
-                call.places[prompt] = call.free_places.pop()
+                call.places[prompt] = len(call.places)
             new.append(call.queue.popleft())
             ids = call.prompts[prompt]
-            if ids not in call.held and ids not in to_run:
+            if call.is_copied(prompt, number) and ids not in call.held and ids not in to_run:
                 to_run.add(ids)
                 tokens_left -= len(ids)
         return new
@@ -324,7 +343,7 @@ class Sampler:
     def _start(self, call: Call, new: list[tuple[int, int]]) -> None:
         """Run the prompts of new samples, put them into the next slots, and draw their first tokens."""
         # 1. Run each distinct prompt that hasn't been run.
-        wanted = [call.prompts[prompt] for prompt, _ in new]
+        wanted = [call.prompts[prompt] for prompt, number in new if call.is_copied(prompt, number)]
         to_run = [ids for ids in dict.fromkeys(wanted) if ids not in call.held]
         if to_run:
             call.held |= zip(to_run, prefill(self.model, to_run, PREFILL_TOKENS), strict=True)
@@ -332,11 +351,13 @@ class Sampler:
         # 2. Into the cache: once per prompt if shared, else to the slot of each sample.
         if call.shared:
             for prompt, number in new:
-                if number == 0:
+                if call.is_copied(prompt, number):
                     call.cache.share(call.places[prompt], call.held[call.prompts[prompt]])
-        logits = call.cache.add(len(call.rows), [call.held[ids] for ids in wanted])  # (len(new), V)
+            logits = call.cache.first_logits([call.places[prompt] for prompt, _ in new])  # (len(new), V)
+        else:
+            logits = call.cache.add(len(call.rows), [call.held[ids] for ids in wanted])  # (len(new), V)
 
-        # 3. Keep what other samples in the queue need, with memory of its own, and let the rest go.
+        # 3. Keep what is to be copied again, with memory of its own, and let the rest go.
         call.waiting.subtract(wanted)
         call.held = {ids: kv for ids, kv in call.held.items() if call.waiting[ids] > 0}
         for ids in to_run:
@@ -407,24 +428,49 @@ class Sampler:
         for row in finished:
             group = call.groups.setdefault(row.prompt, {})
             group[row.number] = row.sample
-            if len(group) == call.num_samples:
+            if call.further is not None:
+                needed = call.further(row.prompt, row.sample)
+                self._ask(call, row.prompt, len(group) + min(needed, call.group))  # the rest after the next one
+            if len(group) == call.asked[row.prompt]:
                 whole.append(row.prompt)
         if call.shared:
-            call.free_places += [call.places.pop(prompt) for prompt in whole]
+            for prompt in whole:
+                self._free_place(call, prompt)
             if call.rows:
                 call.cache.arrange([call.places[row.prompt] for row in call.rows])
         for prompt in whole:
+            call.waiting[call.prompts[prompt]] -= call.holds_prompts
             group = call.groups.pop(prompt)
-            yield prompt, [group[number] for number in range(call.num_samples)]
+            yield prompt, [group[number] for number in range(len(group))]
+
+    def _free_place(self, call: Call, prompt: int) -> None:
+        """Give up a prompt's place among the shared ones. The last one moves there: the CPU looks at all of them."""
+        place = call.places.pop(prompt)
+        last = len(call.places)
+        if place < last:
+            (mover,) = [other for other, its_place in call.places.items() if its_place == last]
+            call.cache.move_prompt(last, place)
+            call.places[mover] = place
+
+    def _ask(self, call: Call, prompt: int, total: int) -> None:
+        """Put the samples that a prompt lacks of so many at the front of the queue. What has begun comes first: few
+        prompts then have a place at a time, and no longer one is left when shorter slots are made."""
+        for number in range(call.asked[prompt], total):
+            call.queue.appendleft((prompt, number))
+            call.waiting[call.prompts[prompt]] += call.is_copied(prompt, number)
+            call.asked[prompt] += 1
 
     # ------------------------------------------------------------------- sizes
 
-    def _shares_prompts(self, prompts: list[list[int]], limits: list[int], num_samples: int) -> bool:
+    def _shares_prompts(
+        self, prompts: list[list[int]], limits: list[int], num_samples: int, one_by_one: bool
+    ) -> bool:
         """Whether prompts are kept once for all their samples. That takes a second call of attention; it pays if it
-        saves reading more than a quarter of the keys of a row halfway to its limit."""
+        saves reading more than a quarter of the keys of a row halfway to its limit. But it computes num_samples rows of
+        each prompt, running or not: too many for a CPU where they come one by one, about half of them at a time."""
         if self.share_prompts is not None:
             return self.share_prompts and bool(prompts)
-        if not prompts or num_samples < 2:
+        if not prompts or num_samples < 2 or (one_by_one and self.model.device.type == "cpu"):
             return False
         prompt = sum(map(len, prompts)) / len(prompts)
         own = sum(limits) / len(limits) / 2
@@ -455,11 +501,11 @@ class Sampler:
             slots = CPU_SLOTS
         elif slots is None:
             per_slot = prompt_lengths
-            if call.shared:  # there is a place for a prompt per num_samples / 4 slots, see below
-                per_slot = [math.ceil(4 * length / call.num_samples) for length in prompt_lengths]
+            if call.shared:  # there is a place for a prompt per group / 4 slots, see below
+                per_slot = [math.ceil(4 * length / call.group) for length in prompt_lengths]
             size = self.model.dtype.itemsize
             slots = min(MOST_SLOTS, slots_that_fit(free, 0, self.model.config, per_slot, limits, size))
-        slots = min(slots, len(rest) * call.num_samples)
+        slots = min(slots, len(rest) * call.group)
 
         settings = {"steps": self.steps, "graphs": self.graphs}
         if not call.shared:
@@ -467,10 +513,14 @@ class Sampler:
             return
         # Four times as many places for prompts as full groups would need: a prompt keeps its place until its last
         # sample ends.
-        places = min(len(rest), slots, 4 * slots // call.num_samples + 1)
-        settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.num_samples, slots)}
+        places = min(len(rest), slots, 4 * slots // call.group + 1)
+        settings |= {"prompts": places, "prompt_length": max(prompt_lengths), "group": min(call.group, slots)}
         call.cache = SlotCache(self.model, slots, max(limits), call.choose, **settings)
-        call.free_places = list(reversed(range(places)))  # the lowest first: the CPU looks at all up to the highest
+
+
+def for_each(setting: int | list[int], prompts: list) -> list[int]:
+    """A new list of a setting of each prompt, which may be given once for all of them."""
+    return list(setting) if isinstance(setting, list) else [setting] * len(prompts)
 
 
 def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, num_samples: int) -> Iterator:
@@ -481,5 +531,5 @@ def with_progress(stream: Iterator, sampler: Sampler, title: str, prompts: int, 
         for i, samples in stream:
             speed = per_second(sampler.tokens - before, time.perf_counter() - started)
             bar.set_postfix_str(f"{speed:,.0f} tok/s", refresh=False)
-            bar.update(len(samples))
+            bar.update(num_samples)
             yield i, samples

@@ -18,7 +18,7 @@ import sys
 import time
 import weakref
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -129,6 +129,7 @@ def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p, mod
         monkeypatch.setattr(SlotCache, name, lambda *args: happened.update([name]) or original(*args))
 
     spy("add", SlotCache.add)
+    spy("first_logits", SlotCache.first_logits)
     spy("move", SlotCache.move)
     prompts = make_prompts(11)
     limits = [1, 30, 3, 17, 1, 60, 2, 8, 25, 1, 12]
@@ -141,7 +142,7 @@ def test_logprobs_equal_a_teacher_forced_forward(models, monkeypatch, top_p, mod
         max_new_tokens=limits,
         stop_ids=[],
     )
-    assert happened["add"] > 5 and happened["move"] > 5
+    assert happened["add"] + happened["first_logits"] > 5 and happened["move"] > 5
     for prompt, limit, group in zip(prompts, limits, samples, strict=True):
         assert [len(sample.ids) for sample in group] == [limit] * 4
         for sample in group:
@@ -178,6 +179,59 @@ def test_sample_is_a_function_of_seed_key_and_index(models):
     assert len(texts) == sum(len(ids) > 5 for group in expected.values() for ids in group) > 10  # no two alike
     same_text = draw([prompts[4]] * 3, ["one", "two", "problem 4"], slots=2)
     assert same_text["one"] != same_text["two"] and same_text["problem 4"] == expected["problem 4"]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_further_samples_join_a_running_call(models, monkeypatch, share_prompts):
+    """Guards: samples asked for while others run that are lost, drawn twice, of another number, or kept beyond the need;
+    a prompt that is run again for them, or whose place is given away before they come; a cache of shorter slots that is
+    made while longer prompts may still need samples."""
+    prompts = [*make_prompts(9), [7] * 60, [9] * 50]
+    keys = [f"problem {i}" for i in range(11)]
+    settings = {"keys": keys, "temperature": 1.0, "max_new_tokens": 12, "stop_ids": [3, 5, 8], "seed": 4}
+    settings["first_samples"] = [i % 3 for i in range(11)]
+    model = models["Qwen2"][0]
+
+    def lacking(samples):
+        """Until three have an even sum, or there are seven."""
+        even = sum(sum(sample.ids) % 2 == 0 for sample in samples)
+        return min(max(0, 3 - even), 7 - len(samples))
+
+    # Of one call with everything in it, the samples up to the first at which none is lacking.
+    expected = []
+    for group in Sampler(model, 16).sample(prompts, num_samples=7, **settings):
+        count = next(n for n in range(8) if lacking(group[:n]) == 0)
+        expected.append([sample.ids for sample in group[:count]])
+    assert len({len(group) for group in expected}) >= 4
+
+    def draw(slots, at_first, steps=1):
+        ended = defaultdict(list)
+
+        def further(prompt, sample):
+            ended[prompt].append(sample)
+            return lacking(ended[prompt])
+
+        engine = Sampler(model, slots, steps, share_prompts)
+        groups = engine.sample(prompts, num_samples=at_first, further=further, **settings)
+        assert [len(ended[i]) for i in range(11)] == [len(group) for group in groups]
+        return [[sample.ids for sample in group] for group in groups]
+
+    runs, original = [], decode.prefill
+    monkeypatch.setattr(
+        "kernels.sampler.prefill",
+        lambda model, prompts, *args: runs.extend(prompts) or original(model, prompts, *args),
+    )
+    for slots, at_first, steps in [(1, 3, 1), (4, 2, 3), (7, [3, 1, 2] * 3 + [2, 3], 1), (64, 3, 1)]:
+        runs.clear()
+        assert draw(slots, at_first, steps) == expected, slots
+        assert sorted(runs) == sorted(map(tuple, prompts))
+
+    monkeypatch.setattr(sampler, "free_memory", lambda device: 0)
+    monkeypatch.setattr(sampler, "slots_that_fit", lambda *_: 5)
+    made, init = [], SlotCache.__init__
+    monkeypatch.setattr(SlotCache, "__init__", lambda self, *args, **flags: made.append(1) or init(self, *args, **flags))
+    assert draw(None, 3) == expected
+    assert 2 <= len(made) <= 5
 
 
 def test_each_distinct_prompt_is_run_once(models, monkeypatch):

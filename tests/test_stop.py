@@ -77,12 +77,13 @@ def test_lead_looks_at_even_numbers(outputs):
 
 
 def test_records_depend_on_neither_slots_nor_kills(outputs, solutions, tmp_path, monkeypatch):
-    """Guards: rounds of other sizes that leave other records; a resumed run that counts a settled solution as unfinished,
+    """Guards: votes that end in another order and leave other records; a resumed run that counts a settled solution as unfinished,
     or an unfinished one as settled, or begins its votes again."""
     expected = read(outputs / "settled/verifications.jsonl")
     arguments = ["--solutions", solutions, "--stop", "settled"]
-    run(monkeypatch, verify.main, *FLAGS, *arguments, "--out", tmp_path / "few", "--slots", 10)
-    assert read(tmp_path / "few/verifications.jsonl") == expected
+    for slots in (8, 32):  # `expected` is of 256
+        run(monkeypatch, verify.main, *FLAGS, *arguments, "--out", tmp_path / str(slots), "--slots", slots)
+        assert read(tmp_path / f"{slots}/verifications.jsonl") == expected
 
     lines = (outputs / "settled/verifications.jsonl").read_bytes().splitlines(keepends=True)
     for kept in (30, len(lines)):

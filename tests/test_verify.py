@@ -919,6 +919,30 @@ def test_settled_by_brute_force(total, columns):
             assert len(prefix) + fewest == first, prefix
 
 
+@pytest.mark.parametrize("stop", ["settled", "lead"])
+def test_votes_that_end_in_any_order(stop):
+    """Guards: a vote that is asked for too early, so that the stop comes before it, and one that is never asked for,
+    when later votes are known before earlier ones."""
+    rng = random.Random(0)
+    args = SimpleNamespace(stop=stop, lead=2, num_verifications=9)
+    counts = Counter()
+    for _ in range(3000):
+        share = rng.random()
+        votes = [None if rng.random() < 0.1 else (rng.random() < share, rng.random() < share) for _ in range(9)]
+        stops_at = next(n for n in range(10) if verify.fewest_further_votes(votes[:n], args) == 0)
+        running = list(range(verify.fewest_further_votes([], args)))
+        asked = len(running)
+        known = []
+        while running:
+            known.append(votes[running.pop(rng.randrange(len(running)))])
+            needed = len(known) + verify.fewest_further_votes(known, args)
+            running.extend(range(asked, needed))
+            asked = max(asked, needed)
+        assert asked == stops_at
+        counts[asked] += 1
+    assert len(counts) >= 4
+
+
 def test_lead():
     """Guards: a look after three votes or an odd number; one column behind; unparsed votes that count for a side."""
     yes, no, split = (True, True), (False, False), (True, False)
