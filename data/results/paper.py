@@ -44,7 +44,7 @@ The commands are in [paper/](paper), each file to be run whole, in this order: [
   **no flag** means that the code here can't run the row.
 - *Tiny world*: percent, means over seeds ± half the 95 % interval. Its problems and models are its own, so its numbers
   compare with each other, not with the paper's. "not run" would be possible; "not comparable" would mean nothing; "-"
-  stands beside **no flag**.
+  isn't possible with the code here.
 
 Where this code does something in another way than the paper or its released code, [differences from the
 paper](../README.md#differences-from-the-paper) gives the reason; the footnotes repeat what bears on a row.
@@ -141,7 +141,7 @@ the released script's checkpoint. `--kind policy` learns from solutions that the
 solutions, for a 70B generator, which no single GPU has memory for, or for training without a chat template.
 
 [^checkpoint]: The step of the checkpoints. The PRM-CoT's row of the table is from another one than Figures 5 and 6.
-By a reviewer, earlier checkpoints of the ORM's run are considerably better than that of step 300. Here step 300;
+According to a reviewer, earlier checkpoints of the ORM's run are considerably better than that of step 300. Here step 300;
 `--steps 150`, a measurement, and then `--steps 300` with the same `--out` give both. 25 epochs are `--steps 1650`.
 
 [^decoding]: Decoding and number of samples. Most cells are fractions that one sample gives; AMC23's are averages of
@@ -431,7 +431,7 @@ def figure_table(tiny: Tiny) -> str:
         rows.append([figure, curve, value, command("grpo.sh", code), tiny.heldout(run), notes(unpublished)])
     rows.insert(3, ["4", "training reward, PRM-CoT", UNKNOWN, command("grpo.sh", "reward/mean"), tiny.reward(),
                     notes("design")])  # fmt: skip
-    rows.append(["7", f"content {UNKNOWN}", UNKNOWN, "-", "-", ""])
+    rows.append(["7", f"content {UNKNOWN}", UNKNOWN, "not known", "not known", ""])
     return table(["figure", "curve", "paper", "command", "tiny world, held-out", "not published"], rows)
 
 

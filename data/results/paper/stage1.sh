@@ -41,7 +41,7 @@ stage verify.py "${verify[@]}" "${critique[@]}" --method hybrid_outcome --num_ve
 # published.
 stage verify.py "${verify[@]}" --method reference_guided --num_verifications 1 --answers data/train/gold/skywork.jsonl
 
-# Are the labels right? The gold answers tell so of outcomes only. The paper gives no numbers for it.
+# Are the labels right? Gold answers tell it of outcomes, not of steps. The submission has no numbers for it.
 # tokens: none
 python evaluate.py labels --verifications "$runs/verify/verifications.jsonl" --gold data/train/gold/skywork.jsonl \
   --labels "$runs"/verify/labels_*.jsonl --out "$runs/labels.json"
