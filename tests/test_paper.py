@@ -31,6 +31,7 @@ import torch
 from test_generate import PROCESSES
 from test_prepare import FILES as SETS
 from test_prepare import SHARED as PUBLIC
+from test_project import anchor
 from test_real_tokenizers import SHARED, copy_tokenizer
 from test_train_prm import make_label, write_jsonl
 from transformers import AutoTokenizer
@@ -40,17 +41,9 @@ PAPER = ROOT / "data" / "results" / "paper"
 FILES = ["data", "stage1", "stage2", "processbench", "grpo", "benchmarks", "hacking"]
 METHODS = list(paper.METHODS)
 BENCHMARKS = ["math500", "aime24", "aime25", "amc23", "olympiadbench", "minerva"]
-POLICIES = [
-    "orm",
-    "prm",
-    "prm_cot",
-    "step_augmented",
-    "selective_advantage",
-    "selective_half",
-    "global_step",
-    "majority",
-]
-POLICIES += ["random", "rlvr"]
+PREPARED = [f"data.prepare {name}" for name in ["skywork", *BENCHMARKS, "processbench"]]  # downloads
+POLICIES = ["orm", "prm", "prm_cot", "step_augmented", "step_augmented_prm", "selective_advantage", "selective_half"]
+POLICIES += ["global_step", "majority", "random", "rlvr"]
 RUNS = "runs/paper"
 
 # --------------------------------------------------------------------------- the commands, as bash runs them
@@ -101,8 +94,10 @@ def record_commands(tree: Path, file: str) -> list[Command]:
     """The commands of a shell file, run by bash in a tree of directories that has copies of the shell files."""
     shutil.copytree(PAPER, tree / "data/results/paper", dirs_exist_ok=True)
     (tree / "stubs.sh").write_text(STUBS)
+    for name in [*METHODS, "policy"]:  # which training would make
+        (tree / RUNS / name).mkdir(parents=True, exist_ok=True)
     output = tree / f"{file}.txt"
-    output.unlink(missing_ok=True)
+    output.write_text("")
     environment = os.environ | {"BASH_ENV": str(tree / "stubs.sh"), "RECORD": str(output)}
     environment.pop("METHODS", None)
     script = tree / f"data/results/paper/{file}.sh"
@@ -126,7 +121,8 @@ def write_inputs(root: Path) -> None:
     """A handful of everything that a command reads, but for the models."""
     labels = [make_label(i) for i in range(4)]
     problems = [{"id": f"t{i}", "problem": label["problem"]} for i, label in enumerate(labels)]
-    solutions = [{**label, "problem_id": f"t{i}"} for i, label in enumerate(labels)]
+    labels.append(make_label(0, id="t0/1", answer="9"))  # so that a problem has a right answer and a wrong one
+    solutions = [{**label, "problem_id": label["id"].split("/")[0]} for label in labels]
     verifications = [
         {"id": f"{x['id']}/{j}", "solution_id": x["id"], "sample": j, "text": x["text"], "tokens": 40}
         for x in labels
@@ -202,8 +198,10 @@ def test_the_page_leads_somewhere():
             assert part.removeprefix("METHODS=") in (PAPER / file).read_text() + settings, f"{file}: {part}"
     body, _, footnotes = text.partition("## What is not published")
     assert set(re.findall(r"\[\^(\w+)\]", body)) == set(re.findall(r"^\[\^(\w+)\]:", footnotes, re.M))
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (PAPER.parent / target).exists(), target
+    for target, section in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", text):
+        linked = PAPER.parent / target
+        assert linked.exists(), target
+        assert not section or section in map(anchor, re.findall(r"^#+ (.*)", linked.read_text(), re.M)), section
 
 
 def test_numbers_of_an_earlier_world_are_marked(monkeypatch):
@@ -269,7 +267,7 @@ def test_each_input_is_some_commands_output(commands):
     """Guards: a file that reads what no file before it writes."""
     there = {"data/train/gold/skywork.jsonl"}
     for c in commands:
-        if c.name.startswith("data.prepare") and c.name != "data.prepare overlap":
+        if c.name in PREPARED:
             folder, name = c.flags["--out"][0], c.words[0]
             subsets = ("gsm8k", "math", "olympiadbench", "omnimath") if name == "processbench" else ()
             there |= {f"{folder}/{name}.jsonl", f"{folder}/gold/{name}.jsonl"}
@@ -286,6 +284,24 @@ def test_each_input_is_some_commands_output(commands):
         there |= set(c.flags["--out"])
         if c.file == "data":  # shuf, head and tail
             there |= {f"data/train/{name}.jsonl" for name in ("problems", "labelled", "rl")}
+
+
+def test_a_restart_does_what_is_left(tmp_path):
+    """Guards: a loop that trains or judges again what is done, above all where training/ has been removed since."""
+    for file, stamp in (("stage2", "trained"), ("processbench", "judged")):
+        first = record_commands(tmp_path, file)
+        assert len(first) == 3 * len(METHODS) + (file == "stage2")
+        assert record_commands(tmp_path, file) == []
+        (tmp_path / RUNS / "single" / stamp).unlink()
+        assert record_commands(tmp_path, file) == first[:3]
+
+
+def test_each_policy_is_measured(commands):
+    """Guards: a policy that grpo.sh trains and no benchmark sees."""
+    (benchmark,) = (c for c in commands if c.name == "evaluate benchmark")
+    trained = [c.flags["--out"][0] for c in commands if c.file == "grpo" and c.name == "grpo"]
+    assert {path for path in benchmark.flags["--model"] if "/grpo/" in path} == set(trained)
+    assert set(trained) == {f"{RUNS}/grpo/{name}" for name in POLICIES}
 
 
 def most_tokens(command: Command, verified: dict[tuple, int]) -> list[int]:
@@ -516,7 +532,7 @@ def run_in_fork(script: str, words: list[str], where: Path, environment: dict[st
     status = 1
     try:
         signal.alarm(900)  # a collective may hang
-        output = os.open(where / f"output{environment.get('RANK', '')}.txt", os.O_WRONLY | os.O_CREAT)
+        output = os.open(where / f"output{environment.get('RANK', '')}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(where)
@@ -539,7 +555,7 @@ def run_in_fork(script: str, words: list[str], where: Path, environment: dict[st
 
 def run_all(jobs: list[tuple], models: list[Path]) -> None:
     """Run jobs (script, words, directory, processes) one after another, each in forks of this process, which has
-    imported everything and has loaded each tokenizer once. Exit statuses are written to status.txt."""
+    imported everything and has loaded each tokenizer once. Exit statuses are appended to status.txt."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -563,7 +579,8 @@ def run_all(jobs: list[tuple], models: list[Path]) -> None:
                 run_in_fork(script, words, where, environment)
             children.append(child)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        (where / "status.txt").write_text(" ".join(map(str, statuses)))
+        with open(where / "status.txt", "a") as file:
+            print(*statuses, file=file)
 
 
 @pytest.mark.slow
@@ -574,7 +591,7 @@ def test_every_command_runs(commands, world, tmp_path, capsys):
     jobs = []
     lines = [f"stand-ins, {tokenizers}, {RANKS} ranks for torchrun"]
     for i, command in enumerate(commands):
-        if command.name.startswith("data.prepare") and command.name != "data.prepare overlap":
+        if command.name in PREPARED:
             continue  # see the next test
         where = tmp_path / str(i)
         where.mkdir()
@@ -608,6 +625,47 @@ def test_every_command_runs(commands, world, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_methods_share_their_verifications(commands, world, tmp_path):
+    """Guards: calls of verify.py that can't follow one another in one --out, as those of stage1.sh do; verifications
+    that are sampled again, or not at all; a method whose labels the comparison at the end doesn't find."""
+    if not (world / "Qwen").exists():
+        write_models(world)
+    for path in ("Qwen/Qwen3-32B", "data/train/gold/skywork.jsonl", f"{RUNS}/solutions.jsonl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).symlink_to(world / path)
+    # Random weights verify nothing: the first verification of each solution is there, so that labels have votes and
+    # critics a text, and the second is missing.
+    out = tmp_path / RUNS / "verify"
+    out.mkdir()
+    there = [json.loads(line) for line in (world / RUNS / "verify/verifications.jsonl").read_text().splitlines()]
+    first = [record for record in there if record["sample"] == 0]
+    write_jsonl(out / "verifications.jsonl", first)
+    calls = [c for c in commands if c.file == "stage1" and c.name in ("verify", "evaluate labels")]
+    assert [c.name for c in calls] == ["verify"] * len(METHODS) + ["evaluate labels"]
+    jobs = [(c.script, scale_down(c)[0], tmp_path, RANKS if c.processes else 0) for c in calls]
+    process = PROCESSES.Process(target=run_all, args=(jobs, [world / "Qwen/Qwen3-32B"]))
+    process.start()
+    process.join(1_200)
+    process.kill()
+    said = "\n".join(path.read_text()[-3_000:] for path in sorted(tmp_path.glob("output*.txt")))
+    assert (tmp_path / "status.txt").read_text() == "0 0\n" * len(METHODS) + "0\n", said
+
+    def read(path: Path) -> list[dict]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    solutions = {record["id"] for record in read(tmp_path / RUNS / "solutions.jsonl")}
+    verified = [(r["solution_id"], r["sample"]) for r in read(out / "verifications.jsonl")]
+    assert len(verified) == len(set(verified)) and set(verified) == {(s, j) for s in solutions for j in (0, 1)}
+    assert {r["solution_id"] for r in read(out / "verifications_reference.jsonl")} == solutions
+    criticised = {(r["method"], r["id"]) for r in read(out / "critiques.jsonl")}
+    assert criticised == {(name, s) for name in ("meta_critique", "hybrid", "hybrid_outcome") for s in solutions}
+    for method in METHODS:
+        assert {record["id"] for record in read(out / f"labels_{method}.jsonl")} == solutions
+    compared = {row["method"] for row in json.loads((tmp_path / RUNS / "labels.json").read_text())["rows"]}
+    assert {f"{method} (file)" for method in METHODS} <= compared
+
+
+@pytest.mark.slow
 def test_every_set_is_prepared(commands, monkeypatch, tmp_path):
     """Guards: a set that data.sh asks for and prepare.py doesn't know. The download is replaced by two rows."""
     row = {"problem": "What is 1 + 1?", "answer": "2", "final_answer": ["2"], "generator": "g", "steps": ["1 + 1 = 2"],
@@ -623,7 +681,7 @@ def test_every_set_is_prepared(commands, monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "find_file", find_file)
     monkeypatch.setattr(prepare, "KNOWN", [(name, ".jsonl", 2, None) for name in prepare.SOURCES])
     monkeypatch.chdir(tmp_path)
-    prepared = [c for c in commands if c.name.startswith("data.prepare") and c.name != "data.prepare overlap"]
+    prepared = [c for c in commands if c.name in PREPARED]
     assert len(prepared) == 8
     for command in prepared:
         monkeypatch.setattr(sys, "argv", [command.script, *command.words])

@@ -14,8 +14,9 @@ python -m data.prepare olympiadbench --out data/benchmarks
 python -m data.prepare minerva --out data/benchmarks
 python -m data.prepare processbench --out data/benchmarks
 
-# ours: the problems of all benchmarks are left out, and the order of a shuffled file chooses. The paper chose 8,000 and
-# 17,000 "by difficulty"; how, and whether they overlap, is not published.
+# ours: the problems of all benchmarks are left out, and the order of a shuffled file chooses. How the paper chose its
+# 8,000 problems, "of mixed difficulty", and its 17,000, and whether they overlap, is not published. A problem that the
+# set has twice may be in both halves.
 python -m data.prepare overlap --train data/train/skywork.jsonl --out data/train/clean.jsonl \
   --benchmarks data/benchmarks/*.jsonl data/benchmarks/processbench/*.jsonl
 shuf --random-source=data/train/clean.jsonl data/train/clean.jsonl > data/train/problems.jsonl

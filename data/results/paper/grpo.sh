@@ -22,9 +22,10 @@ stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward selective_advantage --min_st
   --out "$runs/grpo/selective_advantage"
 stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward global_step --min_steps 3 --max_steps 20 \
   --out "$runs/grpo/global_step"
-# In the released code only: what selective_advantage sets to 0 is halved.
+# In the released code only: what selective_advantage sets to 0 is halved; and a PRM rewards the steps.
 stage grpo.py "${grpo[@]}" "${prm_cot[@]}" --reward selective_advantage --min_steps 4 --max_steps 20 \
   --selective_discount 0.5 --out "$runs/grpo/selective_half"
+stage grpo.py "${grpo[@]}" "${prm[@]}" --reward step_augmented --out "$runs/grpo/step_augmented_prm"
 
 # tokens, of each run without a judge:
 #   sampled by 7B:  300 steps x 256 problems x 16 responses x 2,048 = 2,516,582,400; at most 8.4 hours on 8 H200

@@ -11,6 +11,7 @@ source "$(dirname "$0")/settings.sh"
 judge=(--data data/benchmarks/processbench/*.jsonl --votes 1 --max_new_tokens 4096)
 
 for method in $methods; do
+  [[ -f "$runs/$method/judged" ]] && continue
   # tokens: 3,400 cases x 4,096 = 13,926,400 by 14B for each model; no rate measured
   stage evaluate.py processbench "${judge[@]}" --kind orm --model "$runs/$method/orm" \
     --out "$runs/$method/processbench_orm.jsonl"
@@ -18,4 +19,5 @@ for method in $methods; do
     --out "$runs/$method/processbench_prm.jsonl"
   stage evaluate.py processbench "${judge[@]}" --kind prm_cot --model "$runs/$method/prm_cot" \
     --out "$runs/$method/processbench_prm_cot.jsonl"
+  touch "$runs/$method/judged"
 done

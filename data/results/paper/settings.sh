@@ -1,16 +1,17 @@
 # What the files of this folder share: models, directories, the settings of GRPO, and how a stage is started.
 #
 # The paper's numbers stand as flags in the commands, even where they are the defaults; `ours` marks each choice that
-# neither the paper nor its released code gives. `tokens` is what a command samples at most, its limits multiplied;
+# neither the paper nor its released code makes. `tokens` is what a command samples at most, its limits multiplied;
 # most outputs end sooner. Hours follow from these tokens and a measured rate: on an H200 a 7B model samples 10,410
 # tokens per second (data/results/README.md, "Speed", workload B). For 14B and 32B no rate is measured.
 #
-# Each file can be stopped and started again: what is done is kept.
+# Each file can be stopped and started again: it resumes. The loops of stage2.sh and processbench.sh leave a file for
+# each method that is done, and skip it from then on. benchmarks.sh, once it has ended, measures everything anew.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 generator=Qwen/Qwen2.5-14B-Instruct
-verifier=Qwen/Qwen3-32B
+verifier=Qwen/Qwen3-32B # as the released code; the paper calls it Qwen-3-32B-Instruct
 base=Qwen/Qwen2.5-14B-Instruct # of the reward models
 policy=Qwen/Qwen2.5-Math-7B
 gpus=8 # ours: of 141 GB for the verifier and for GRPO, while 80 GB are enough for the other stages

@@ -6,9 +6,16 @@
 # The verifier wants cards of 141 GB: 80 GB leave space for two answers at a time beside its 61 GiB of weights.
 source "$(dirname "$0")/settings.sh"
 
+# ours: the prompt, which asks for <step> tags; the release's asks for numbered prose and a last line "Answer: ...".
 # tokens: 8,000 problems x 8 solutions x 8,192 = 524,288,000 by 14B; no rate measured
 stage generate.py --model "$generator" --problems data/train/labelled.jsonl --out "$runs/solutions.jsonl" \
   --num_samples 8 --temperature 0.7 --top_p 0.95 --max_new_tokens 8192
+
+# In the released code only: right and wrong solutions in equal numbers, chosen with the answers. To label these, give
+# verify.py this file as --solutions, and another --out.
+# tokens: none
+python -m data.prepare balance --solutions "$runs/solutions.jsonl" --gold data/train/gold/skywork.jsonl \
+  --out "$runs/balanced.jsonl"
 
 # Thinking is on, as Qwen3's template has it. ours: the wording of the prompt and its two worked examples.
 verify=(--model "$verifier" --solutions "$runs/solutions.jsonl" --out "$runs/verify"
@@ -30,10 +37,11 @@ stage verify.py "${verify[@]}" "${critique[@]}" --method hybrid --num_verificati
 stage verify.py "${verify[@]}" "${critique[@]}" --method hybrid_outcome --num_verifications 16
 
 # tokens: 64,000 solutions x 1 verification x 8,192 = 524,288,000 by 32B; no rate measured
-# ours: one verification; the release samples 8 and keeps one, by a rule that is not published.
+# ours: one verification; the release samples 8 or 16 (its scripts differ) and keeps one, by a rule that is not
+# published.
 stage verify.py "${verify[@]}" --method reference_guided --num_verifications 1 --answers data/train/gold/skywork.jsonl
 
-# Are the labels right? The paper gives no numbers for it.
+# Are the labels right? Gold answers tell it of outcomes, not of steps. The submission has no numbers for it.
 # tokens: none
 python evaluate.py labels --verifications "$runs/verify/verifications.jsonl" --gold data/train/gold/skywork.jsonl \
   --labels "$runs"/verify/labels_*.jsonl --out "$runs/labels.json"
