@@ -199,24 +199,26 @@ def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float
 # --------------------------------------------------------------------------- shared by the commands
 
 
+def average(metrics: list[Metric]) -> Metric:
+    """The plain mean over subsets, benchmarks or files; n counts them."""
+    n = len(metrics)
+    mean = sum(metric.value for metric in metrics) / n
+    # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
+    half = sum((high - low) ** 2 for _, _, (low, high) in metrics) ** 0.5 / 2 / n
+    return Metric(mean, n, (mean - half, mean + half))
+
+
 def average_rows(benchmark: str, rows: list[dict], metrics: list[str]) -> list[dict]:
-    """Each metric's plain mean over the subsets or benchmarks of one model, if there are several; n counts them."""
+    """`average` of each metric over the subsets or benchmarks of one model, if there are several."""
     averages = []
-    for metric in metrics:
-        measured = [row for row in rows if row["metric"] == metric]
-        n = len(measured)
-        if n < 2:
+    for name in metrics:
+        measured = [row for row in rows if row["metric"] == name]
+        if len(measured) < 2:
             continue
-        values, low, high = np.array([[row["value"], *row["interval"]] for row in measured]).T  # (n,) each
-        # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
-        half = ((high - low) ** 2).sum() ** 0.5 / 2 / n
-        mean = values.mean()
-        average = Metric(float(mean), n, (float(mean - half), float(mean + half)))
+        mean = average([Metric(row["value"], row["n"], row["interval"]) for row in measured])
         seconds = sum(row["seconds"] for row in measured)
         tokens = sum(row["tokens"] for row in measured)
-        averages += records.result_rows(
-            benchmark, "average", {metric: average}, measured[0]["settings"], seconds, tokens
-        )
+        averages += records.result_rows(benchmark, "average", {name: mean}, measured[0]["settings"], seconds, tokens)
     return averages
 
 
@@ -333,7 +335,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 class Graded:
     """P problems with k graded samples each, and their accuracy with its 95 % interval over problems."""
 
-    samples: list[list[dict]]  # P lists of k solutions: problem_id, text, answer, finish, tokens
+    samples: list[list[dict]]  # P lists of k solutions: problem_id, problem, text, answer, finish, tokens
     correct: np.ndarray  # (P, k) bool; an answer that can't be graded isn't correct
     unknown: int  # answers that can't be graded
     tokens: int  # of all samples
@@ -383,8 +385,9 @@ def heldout_accuracy(
         of_problem = []
         for sample in samples:
             text = engine.text(sample.ids, prompts[i])
-            solution = {"problem_id": problems[i]["id"], "text": text, "answer": extract_answer(text)}
-            of_problem.append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
+            solution = {"problem_id": problems[i]["id"], "problem": problems[i]["problem"], "text": text}
+            solution |= {"answer": extract_answer(text), "finish": sample.finish, "tokens": len(sample.ids)}
+            of_problem.append(solution)
         solutions.append(of_problem)
     return grade_samples(distributed.gather(solutions), gold, seed)
 

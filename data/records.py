@@ -1032,6 +1032,30 @@ class MetricsFile:
             self.file.close()
 
 
+def describe_rollout(rollout: Any, advantage: float, tokenizer) -> dict:
+    """The record of a `grpo.Rollout` that --dump_rollouts writes, and `report.show_rollout` shows."""
+    return {
+        "problem_id": rollout.problem_id,
+        "prompt": tokenizer.decode(rollout.prompt),
+        "text": rollout.text,
+        "ids": rollout.ids,
+        "finish": rollout.finish,
+        "valid": rollout.valid,
+        "reward": rollout.reward,
+        "advantage": advantage,
+        "token_advantages": rollout.token_advantages.tolist(),
+        "judgement": vars(rollout.judgement) if rollout.judgement is not None else None,
+    }
+
+
+def write_rollouts(out: Path, step: int, rollouts: list, advantages: Iterable, tokenizer) -> None:
+    """Write the responses of a step, with one advantage for each, to the file of this step in the run's directory."""
+    rows = []
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rows.append(describe_rollout(rollout, float(advantage), tokenizer))
+    write_lines(out / "rollouts" / f"step_{step:07d}.jsonl", rows)
+
+
 # --------------------------------------------------------------------------- the command line
 
 LARGEST = 1e30  # for numbers that have to be finite, and need no other bound
