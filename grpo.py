@@ -741,20 +741,19 @@ def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, 
     and the accuracy doesn't, it is being gamed."""
     settings = {"temperature": args.heldout_temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     result = heldout_accuracy(run.policy, problems, run.gold, num_samples=1, **settings)
-    samples = [sample for (sample,) in result.samples]
-    correct = torch.from_numpy(result.correct[:, 0])
-    valid = torch.tensor([format_valid(sample["text"]) for sample in samples])
+    rollouts = []
+    for (s,) in result.samples:
+        rollouts.append(Rollout(s["problem_id"], [], [], [], s["text"], s["finish"], s["problem"]))
+    correct = torch.from_numpy(result.correct[:, 0])  # (P,)
+    valid = torch.tensor([format_valid(r.text) for r in rollouts])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
-    if len(samples) < len(problems):
-        numbers["too_long"] = 1 - len(samples) / len(problems)
+    if len(rollouts) < len(problems):
+        numbers["too_long"] = 1 - len(rollouts) / len(problems)
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
     if run.judge is not None:
-        mine = []
-        for sample in distributed.my_part(samples):
-            r = Rollout(sample["problem_id"], [], [], [], sample["text"], sample["finish"], sample["problem"])
-            mine.append(r)
+        mine = distributed.my_part(rollouts)
         score_rollouts(mine, run.judge, run.policy.tokenizer, {}, args, step)
         numbers["reward"] = mean(distributed.gather([r.reward for r in mine]))
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
@@ -847,13 +846,9 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
 
 
 def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
-    """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new tokens."""
-    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
-    prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, args.problems)
-    fitting = []
-    for problem, prompt, limit in zip(problems, prompts, limits, strict=True):
-        if limit is not None and len(prompt) <= args.max_prompt_tokens:
-            fitting.append(problem | {"prompt": prompt, "limit": limit})
+    """The problems whose prompts leave space for a response, by `Engine.fit_problems`."""
+    fitting = engine.fit_problems(problems, args.max_new_tokens, args.problems)
+    fitting = [p for p in fitting if len(p["prompt"]) <= args.max_prompt_tokens]
     if not fitting:
         raise InputError(f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and "
                          f"the {engine.context} tokens that the model's context has; change one")  # fmt: skip
