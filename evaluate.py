@@ -494,10 +494,7 @@ def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benc
 
 def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> list[tuple]:
     """(model, benchmark, the problems that fit the model's context, `limit_metrics`) of every model and file."""
-    files = {}
-    for name, path in name_files("problems", args.problems).items():
-        files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-        require_answers([problem["id"] for problem in files[name]], gold)
+    files = records.read_problem_sets("problems", args.problems, gold, args.limit)
     plan = []
     for model in args.model:
         tokenizer, context = check_model(model)

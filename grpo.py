@@ -441,7 +441,8 @@ def micro_batch_loss(
     packed = ids, lengths, targets, args.temperature, layout
     if reference is not None:  # first, while no activations of the policy are kept
         with torch.no_grad():
-            ref_logprobs = reference.packed(*packed)[0][response]  # (N,)
+            ref_logprobs, _ = reference.packed(*packed)
+        ref_logprobs = ref_logprobs[response]  # (N,)
     logprobs, entropy = model.packed(*packed)
     logprobs = logprobs[response]  # (N,)
     current = logprobs.detach()
@@ -450,16 +451,18 @@ def micro_batch_loss(
 
     # 2. Old log-probs are those of the policy before the first update of this batch. In that update they are the
     # current ones: the ratio is 1 in value and carries the gradient.
-    for r, values in zip(batch, current.split([len(r.ids) for r in batch]), strict=True):
+    of_responses = current.split([len(r.ids) for r in batch])
+    for r, of_response in zip(batch, of_responses, strict=True):
         if r.old_logprobs is None:
-            r.old_logprobs = values
+            r.old_logprobs = of_response
     old_logprobs = torch.cat([r.old_logprobs for r in batch])
 
     # 3. The loss, token by token, and how far the sampler's log-probs are from the trainer's.
     sampled = torch.tensor([x for r in batch for x in r.logprobs], device=model.device)
     advantages = torch.cat([r.token_advantages for r in batch]).to(model.device)
     if args.tis_cap:
-        advantages = advantages * (old_logprobs - sampled).exp().clamp(max=args.tis_cap)
+        importance = (old_logprobs - sampled).exp()
+        advantages = advantages * importance.clamp(max=args.tis_cap)
     weights = torch.cat([r.token_weights for r in batch]).to(model.device)
     settings = {"clip_low": args.clip_low, "clip_high": args.clip_high, "kl_coef": args.kl_coef}
     loss, stats = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, **settings)
@@ -478,9 +481,9 @@ def update_policy(
     # 1. What each token brings into the loss.
     lengths = [len(r.ids) for r in rollouts]
     weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens)  # (N,)
-    for r, advantage, of_response in zip(rollouts, advantages, weights.split(lengths), strict=True):
-        r.token_advantages = advantage
-        r.token_weights = of_response
+    for r, of_advantage, of_weight in zip(rollouts, advantages, weights.split(lengths), strict=True):
+        r.token_advantages = of_advantage
+        r.token_weights = of_weight
 
     # 2. Gradients add up over micro-batches, and over ranks: FSDP averages them, and the loss is a sum.
     totals = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
@@ -536,11 +539,13 @@ class Setup:
 def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
     """The loop."""
     out = Path(args.out)
+    source = find_model(args.policy)
+    tokenizer = run.policy.tokenizer
     signals = distributed.stop_on_signal()
     if run.start == 0 and run.heldout:
         metrics.append({"step": 0, **heldout_metrics(run, args, 0)})
     if run.start == args.steps:  # an earlier run may have been killed just before its last export
-        distributed.export(run.model, find_model(args.policy), out)
+        distributed.export(run.model, source, out)
     steps = range(run.start, args.steps)
     bar = tqdm(steps, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=distributed.rank() > 0)
     for step in bar:
@@ -553,7 +558,7 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
 
         # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
         with clock("score"):
-            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step, clock)
+            score_rollouts(rollouts, run.judge, tokenizer, run.gold, args, step, clock)
             groups = distributed.gather(groups_of(rollouts, args.group_size))
             rollouts = [r for group in groups for r in group]  # all B responses, on every rank
             distributed.free_cached_memory()
@@ -569,25 +574,27 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
                 trained = update_policy(run.model, run.optimizer, run.reference, rollouts, token_advantages, args)
             distributed.copy_weights(run.policy.sampler.model, run.model)
 
-        record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
+        # What a reader watches, and what a later run resumes from.
+        done = step + 1
+        last = done == args.steps
+        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+        record = {"step": done, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind), **trained}
         sampled = sum(len(r.ids) for r in rollouts)
         judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
-        record |= trained | clock.metrics(sample=sampled, score=judged, update=sampled)
-        last = step + 1 == args.steps
-        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
-        if run.heldout and (last or (step + 1) % args.heldout_every == 0):
-            record |= heldout_metrics(run, args, step + 1)
+        record |= clock.metrics(sample=sampled, score=judged, update=sampled)
+        if run.heldout and (last or done % args.heldout_every == 0):
+            record |= heldout_metrics(run, args, done)
         if distributed.rank() == 0:
-            report.print_step(bar, record, rollouts, advantages, run.policy.tokenizer, args.sample_every)
+            report.print_step(bar, record, rollouts, advantages, tokenizer, args.sample_every)
             if args.dump_rollouts:
-                records.write_rollouts(out, step + 1, rollouts, advantages, run.policy.tokenizer)
+                records.write_rollouts(out, done, rollouts, advantages, tokenizer)
         metrics.append(record)
-        if last or stopped or (step + 1) % args.save_every == 0:
+        if last or stopped or done % args.save_every == 0:
             # First what the run resumes from: whatever goes wrong with the copy for others then costs nothing.
-            distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
-            distributed.export(run.model, find_model(args.policy), out)
+            distributed.save_checkpoint(out / "training", done, run.model, run.optimizer)
+            distributed.export(run.model, source, out)
         if stopped and not last:
-            distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
+            distributed.log(f"{out}: stopped by a signal after step {done} and saved; the same command resumes it")
             raise SystemExit(143)
 
 
@@ -864,9 +871,7 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     heldout = {}
     if gold:
         paths = [path for path in args.heldout or [] if path]
-        for name, path in records.name_files("heldout", paths).items():
-            heldout[name] = records.read(path, ["id", "problem"])
-            records.require_answers([problem["id"] for problem in heldout[name]], gold)
+        heldout = records.read_problem_sets("heldout", paths, gold)
     # A resumed run must find the same problems, and the same policy, to which the KL term refers.
     source = find_model(args.policy, "--policy")
     args.problems_sha256 = records.hash_file(args.problems)

@@ -424,6 +424,17 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     return named
 
 
+def read_problem_sets(
+    flag: str, paths: list[str], gold: dict[str, str], limit: int | None = None
+) -> dict[str, list[dict]]:
+    """name -> the first `limit` problems of each file, by `name_files`. Raises InputError for one without an answer."""
+    sets = {}
+    for name, path in name_files(flag, paths).items():
+        sets[name] = read(path, ["id", "problem"], "python -m data.make_tiny problems")[:limit]
+        require_answers([problem["id"] for problem in sets[name]], gold)
+    return sets
+
+
 def merge_labels(files: dict[str, list[dict]]) -> list[dict]:
     """The solutions (id, steps, answer) of files of labels, each once. Raises InputError if two files have different
     ones under an id, because they were made from different solutions."""
