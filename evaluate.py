@@ -366,9 +366,8 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
     correct = np.equal(grades, True)  # (P, k); None, an answer that can't be graded, isn't
     unknown = sum(group.count(None) for group in grades)
     tokens = sum(sample["tokens"] for sample in chain.from_iterable(samples))
-    per_problem = correct.mean(axis=1)  # (P,)
-    low, high = bootstrap_interval(per_problem, seed)
-    return Graded(samples, correct, unknown, tokens, float(per_problem.mean()), low, high)
+    accuracy = measure(correct.mean(axis=1), seed)
+    return Graded(samples, correct, unknown, tokens, accuracy.value, *accuracy.interval)
 
 
 def heldout_accuracy(
@@ -560,7 +559,8 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         judgements = score_shared(judge, solutions, args.seed, f"{benchmark.name}, judged")  # P * k
         tokens += sum(judgement.tokens for judgement in judgements)
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
-        others |= best_of_k(graded.correct, answers, [judgements[i : i + k] for i in range(0, P * k, k)])
+        by_problem = [judgements[i : i + k] for i in range(0, P * k, k)]
+        others |= best_of_k(graded.correct, answers, by_problem)
         unparsed = [judgement.verdict is None for judgement in judgements]
         others["unparsed"] = np.reshape(unparsed, (P, k)).mean(axis=1)
     metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
@@ -580,9 +580,11 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     last = {benchmark.name: accuracies(benchmark) for benchmark in benchmarks if benchmark.model == last_model}
     rows = []
     for benchmark in benchmarks:
-        mine = accuracies(benchmark)
         others = last.get(benchmark.name, {})
-        change = [mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others]
+        change = []
+        for problem_id, accuracy in accuracies(benchmark).items():
+            if problem_id in others:
+                change.append(accuracy - others[problem_id])
         if benchmark.model != last_model and change:
             metrics = {headline: measure(np.array(change), seed)}
             settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
@@ -768,7 +770,9 @@ def vote_report(
     then only hard solutions have many, and no row is on more votes than all have."""
     by_solution = group_by_solution(solutions, verifications)
     numbers = [group[-1]["sample"] + 1 for group in by_solution.values() if group]  # each group is in order
-    most = min(numbers, default=0) if stopped else max(numbers, default=0)
+    most = max(numbers, default=0)
+    if stopped:
+        most = min(numbers, default=0)
     rows = []
     for N in PREFIXES:
         if most >= N:
@@ -822,7 +826,9 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     for file in files.values():
         labels = {label["id"]: label for label in file if label["id"] in gold}
         method = file[0]["method"]
-        judged = with_reference if method == "reference_guided" else verifications
+        judged = verifications
+        if method == "reference_guided":
+            judged = with_reference
         if labels:
             rows.append(file_row(method, labels, judged, critiques, gold))
     solutions = [solution for solution in solutions if solution["id"] in gold]
