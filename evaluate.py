@@ -182,7 +182,8 @@ def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) ->
     for _ in range(RESAMPLES):
         drawn = rng.integers(P, size=P)  # P rows, with replacement
         times = np.bincount(drawn, minlength=P)  # (P,) how often each row was drawn
-        means.append((times @ values) / np.maximum(times @ sizes, 1e-12))
+        size = np.maximum(times @ sizes, 1e-12)
+        means.append(times @ values / size)
     return np.stack(means)
 
 
@@ -313,7 +314,8 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         turns = [judge_prompt(prompt, case) for case in cases]
         _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
     device = distributed.init_distributed(args.device)
-    results = records.ResultsFile(args.out, args, [*args.data, find_model(args.model)])
+    inputs = [*args.data, find_model(args.model)]
+    results = records.ResultsFile(args.out, args, inputs)
 
     # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
@@ -444,7 +446,8 @@ def best_of_k(
         scores["vote"] = sum_by_answer(answers, scores["verdict"], k)
         for rule, of_rule in scores.items():
             chosen = of_rule[:, :k].argmax(axis=1)  # (P,) the first of equals
-            found[f"best@{k}/{rule}"] = correct[np.arange(P), chosen].astype(float)
+            hits = correct[np.arange(P), chosen]
+            found[f"best@{k}/{rule}"] = hits.astype(float)
     return found
 
 
@@ -483,7 +486,8 @@ def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benc
     for name, path in name_files("solutions", args.solutions).items():
         started = time.time()
         samples = list(records.read_samples(path).values())[: args.limit]
-        require_answers([group[0]["problem_id"] for group in samples], gold)
+        problem_ids = [group[0]["problem_id"] for group in samples]
+        require_answers(problem_ids, gold)
         graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0]), "seed": args.seed}
         model = samples[0][0]["model"]
@@ -526,9 +530,10 @@ def sample_benchmarks(
         # A model that has been trained on under the same name isn't the one that sampled.
         source = {"model": model, "model_sha256": records.hash_model(find_model(model))}
         source["prompt_sha256"] = records.hash_text(SOLVE_PROMPT)
+        file_name = model.strip("/").replace("/", "-")
         graded = {}
         for suffix, how in passes.items():
-            path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
+            path = directory / f"{file_name}_{name}{suffix}.jsonl"
             described = argparse.Namespace(**source, **how)
             with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
                 if find_incomplete(problems, output, described.num_samples):
@@ -580,11 +585,9 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     last = {benchmark.name: accuracies(benchmark) for benchmark in benchmarks if benchmark.model == last_model}
     rows = []
     for benchmark in benchmarks:
+        mine = accuracies(benchmark)
         others = last.get(benchmark.name, {})
-        change = []
-        for problem_id, accuracy in accuracies(benchmark).items():
-            if problem_id in others:
-                change.append(accuracy - others[problem_id])
+        change = [mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others]
         if benchmark.model != last_model and change:
             metrics = {headline: measure(np.array(change), seed)}
             settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
@@ -625,7 +628,8 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     else:
         benchmarks = sample_benchmarks(plan_samples(args, gold), gold, args, device)
     models = [find_model(model) for model in [*(args.model or []), args.prm] if model]
-    results = records.ResultsFile(args.out, args, [*(args.solutions or args.problems), *args.gold, *models])
+    inputs = [*(args.solutions or args.problems), *args.gold, *models]
+    results = records.ResultsFile(args.out, args, inputs)
 
     # 2. Benchmark by benchmark: sample, grade, measure, write.
     judge = None
@@ -665,7 +669,8 @@ def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     for solution, _, _, reference in found:
         if reference is not None:
             answers[solution["id"]] = (solution["answer"], reference)
-    grades = dict(zip(answers, grade_all(list(answers.values())), strict=True))
+    graded = grade_all(list(answers.values()))
+    grades = dict(zip(answers, graded, strict=True))
     gold: dict[str, Gold] = {}
     for solution, step_labels, outcome, _ in found:
         gold[solution["id"]] = (step_labels, grades.get(solution["id"], outcome))
@@ -709,9 +714,9 @@ def label_row(about: dict, labels: dict[str, dict], counts: dict[str, np.ndarray
     the labels that were `kept`, and that of `all` that had a vote, so that dropping the hard ones can't pass for
     accuracy."""
     kept = [count for solution_id, count in counts.items() if labels[solution_id]["dropped"] is None]
+    ties = [label.get("ties", 0) for label in labels.values()]
     reasons = [label["dropped"] for label in labels.values() if label["dropped"]]
-    row = {**about, "ties": sum(label.get("ties", 0) for label in labels.values())}
-    row["dropped"] = dict(Counter(reasons))
+    row = {**about, "ties": sum(ties), "dropped": dict(Counter(reasons))}
     row["kept"] = summarize(kept, len(labels))
     row["all"] = summarize(list(counts.values()), len(labels))
     return row
@@ -749,9 +754,8 @@ def vote_rows(N: int, solutions: list[dict], used: list[dict], gold: dict[str, G
     cost = {"N": N, "verifications": len(used), "unparsed": len(used) - len(parsed), "tokens": tokens}
     rows = []
     for method, aggregate in AGGREGATES.items():
-        labels = {}
-        for solution, label in zip(solutions, label_solutions(solutions, used, aggregate, seed), strict=True):
-            labels[solution["id"]] = vars(label)
+        voted = label_solutions(solutions, used, aggregate, seed)
+        labels = {solution["id"]: vars(label) for solution, label in zip(solutions, voted, strict=True)}
         counts = count_labels(labels, gold)
         row = label_row({"method": method, **cost}, labels, counts)
         if method == "single":
@@ -818,8 +822,9 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     path = path.with_name("critiques.jsonl")
     critiques = records.read(path, ["method", "tokens"]) if path.exists() else []
     gold = read_gold(args.gold, solutions)
+    without_gold = len(solutions) - len(gold)
     unknown = sum(outcome is None for _, outcome in gold.values())
-    counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold), "unknown_outcomes": unknown}
+    counts = {"solutions": len(gold), "without_gold": without_gold, "unknown_outcomes": unknown}
 
     # 2. Measure the files as they are, then what each way of voting makes of the verifications.
     rows = []

@@ -159,6 +159,11 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
 # --------------------------------------------------------------------------- 2. judge and reward
 
 
+def mean(values: list[float]) -> float:
+    """0 of nothing."""
+    return sum(values) / max(len(values), 1)
+
+
 def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
     """Set `judgement` of the valid responses only, and `step_spans` for the step designs."""
     valid = [r for r in rollouts if r.valid]
@@ -189,8 +194,8 @@ def step_augmented_reward(group: Group, seed: str, gold: dict[str, str]) -> list
         if not r.valid or r.verdict is None:
             rewards.append(0.0)
             continue
-        steps = r.step_verdicts or [False]
-        rewards.append(0.4 * (sum(steps) / len(steps)) + 0.6 * r.verdict)
+        share = mean(r.step_verdicts or [])
+        rewards.append(0.4 * share + 0.6 * r.verdict)
     return rewards
 
 
@@ -207,12 +212,13 @@ def majority_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float
     """r = 1 if the answer equals the group's most frequent one, as the grader sees it (TTRL)."""
     answers = [extract_answer(r.text) for r in group]
     winner = majority_answer(answers)
-    return [float(cluster is not None and cluster == winner) for cluster in cluster_answers(tuple(answers))]
+    clusters = cluster_answers(tuple(answers))
+    return [float(cluster is not None and cluster == winner) for cluster in clusters]
 
 
 def self_certainty_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
     """r = mean over the tokens of KL(uniform || p), recorded by the sampler (Intuitor)."""
-    return [sum(r.certainty) / max(len(r.certainty), 1) for r in group]
+    return [mean(r.certainty) for r in group]
 
 
 def random_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
@@ -566,7 +572,8 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
         # 3. How much better than its group is each response, and each of its tokens?
         with clock("update"):
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
-            advantages = group_advantages(rewards, args.group_size, std_norm=args.loss_norm != "dr_grpo")  # (B,)
+            std_norm = args.loss_norm != "dr_grpo"
+            advantages = group_advantages(rewards, args.group_size, std_norm)  # (B,)
             token_advantages = spread_advantages(rollouts, advantages, args)  # B tensors (T_i,)
 
             # 4. One clipped update (or several), and the sampler gets the new weights.
@@ -697,14 +704,15 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
 
     judgements = [r.judgement for r in rollouts if r.judgement is not None]
     step_verdicts = [j.step_verdicts for j in judgements if j.step_verdicts]
-    judges_steps = REWARD_MODELS[prm_kind].judges_steps
+    mismatched = []  # another number of step verdicts than steps
+    if REWARD_MODELS[prm_kind].judges_steps:
+        mismatched = [j.verdict is not None and j.step_verdicts is None for j in judgements]
     values: dict[str, list] = {}  # of each response, or of each judgement
     values["reward/verdict"] = [j.verdict is True for j in judgements]
     values["reward/steps_correct"] = [mean(verdicts) for verdicts in step_verdicts]
     values["reward/unknown"] = [r.ungradable for r in rollouts]
     values["reward/unparsed"] = [j.verdict is None for j in judgements]
-    mismatched = [j.verdict is not None and j.step_verdicts is None for j in judgements]
-    values["reward/count_mismatch"] = mismatched if judges_steps else []
+    values["reward/count_mismatch"] = mismatched
     values["reward/too_long"] = [j.too_long for j in judgements]
     values["reward/shortened"] = [j.shortened for j in judgements]
     values["format/valid"] = [r.valid for r in rollouts]
@@ -719,11 +727,6 @@ def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int
     for name, of_each in values.items():
         metrics[name] = mean(of_each)
     return metrics
-
-
-def mean(values: list[float]) -> float:
-    """0 of nothing."""
-    return sum(values) / max(len(values), 1)
 
 
 def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str, float]:
@@ -749,8 +752,9 @@ def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, 
     settings = {"temperature": args.heldout_temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     result = heldout_accuracy(run.policy, problems, run.gold, num_samples=1, **settings)
     rollouts = []
-    for (s,) in result.samples:
-        rollouts.append(Rollout(s["problem_id"], [], [], [], s["text"], s["finish"], s["problem"]))
+    for (sample,) in result.samples:
+        r = Rollout(sample["problem_id"], [], [], [], sample["text"], sample["finish"], sample["problem"])
+        rollouts.append(r)
     correct = torch.from_numpy(result.correct[:, 0])  # (P,)
     valid = torch.tensor([format_valid(r.text) for r in rollouts])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
@@ -844,11 +848,13 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     if args.gold and (args.gold != TINY["gold"] or Path(args.gold[0]).is_file()):
         gold = records.read_answers(args.gold)
     if REWARDS[args.reward].reads_answers:
-        gold = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None} | gold
+        own = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None}
+        gold = own | gold
         problem_ids = [p["id"] for p in problems]
         records.require_answers(problem_ids, gold)
         # A resumed run must find the same answers; those for monitoring may change, as --heldout may.
-        args.gold_sha256 = records.hash_text(str([gold[problem_id] for problem_id in problem_ids]))
+        answers = [gold[problem_id] for problem_id in problem_ids]
+        args.gold_sha256 = records.hash_text(str(answers))
     return gold
 
 
@@ -900,7 +906,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
         raise InputError(f"--steps {args.steps}: {out} has already {start}; ask for more, or choose another --out")
     if judge is not None:
         history = (records.read_args(out) or {}).get("prm_sha256", [])
-        args.prm_sha256 = records.note_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
+        fingerprint = records.hash_model(find_model(args.prm, "--prm"))
+        args.prm_sha256 = records.note_model(history, start, fingerprint)
     distributed.copy_weights(inference, model)
     resumed = f", resumed after step {start}" if start else ""
     measured = "" if gold else ", no --gold: held-out accuracy isn't measured"
