@@ -739,10 +739,11 @@ def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str
         if len(values) == len(files):
             metrics[f"heldout/{key}"] = mean(values)
     if len(files) > 1:
-        accuracies = [Metric(of["accuracy"], 1, (of["low"], of["high"])) for of in files.values()]
-        metrics["heldout/low"], metrics["heldout/high"] = average(accuracies).interval
+        accuracies = []
         for name, numbers in files.items():
+            accuracies.append(Metric(numbers["accuracy"], 1, (numbers["low"], numbers["high"])))
             metrics |= {f"heldout/{name}/{key}": value for key, value in numbers.items()}
+        metrics["heldout/low"], metrics["heldout/high"] = average(accuracies).interval
     return metrics
 
 
