@@ -167,16 +167,12 @@ def sizes_up_to(n: int) -> list[int]:
     return [*(k for k in powers if k < n), n]
 
 
-def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
-    """Means of values (P, ...) over resamples of the P rows -> (RESAMPLES, ...). Raises ValueError for no rows.
-
-    With sizes, of the same shape: sum(values) / sum(sizes), a mean over parts (steps) of which a row has several.
-    """
+def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray) -> np.ndarray:
+    """sum(values) / sum(sizes) over resamples of their P rows, (P, ...) each -> (RESAMPLES, ...): a mean over parts
+    (steps), of which a row may have several. Raises ValueError for no rows."""
     P = len(values)
     if P == 0:
         raise ValueError("nothing to resample: no rows")
-    if sizes is None:
-        sizes = np.ones(values.shape)
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(RESAMPLES):
@@ -196,7 +192,8 @@ def interval95(values: np.ndarray) -> tuple[float, float]:
 def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float]:
     """(low, high): 95 % interval of the mean of per_problem (P,). Problems are resampled, as the samples of one problem
     aren't independent of each other."""
-    return interval95(bootstrap(np.asarray(per_problem, dtype=float), seed))
+    values = np.asarray(per_problem, dtype=float)
+    return interval95(bootstrap(values, seed, np.ones(len(values))))
 
 
 def measure(per_problem: np.ndarray, seed: int) -> Metric:
