@@ -572,8 +572,7 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
         # 3. How much better than its group is each response, and each of its tokens?
         with clock("update"):
             rewards = torch.tensor([r.reward for r in rollouts])  # (B,)
-            std_norm = args.loss_norm != "dr_grpo"
-            advantages = group_advantages(rewards, args.group_size, std_norm)  # (B,)
+            advantages = group_advantages(rewards, args.group_size, std_norm=args.loss_norm != "dr_grpo")  # (B,)
             token_advantages = spread_advantages(rollouts, advantages, args)  # B tensors (T_i,)
 
             # 4. One clipped update (or several), and the sampler gets the new weights.
