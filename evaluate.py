@@ -82,8 +82,8 @@ def grade_all(
     """`grade` of many (prediction, reference) pairs, in order, by several workers; equal pairs are graded once."""
     unique = list(dict.fromkeys(pairs))
     with ThreadPoolExecutor(workers) as threads:  # a thread waits for its worker, so no more than `workers` run
-        verdicts = threads.map(lambda pair: grade(*pair, timeout), unique)
-        known = dict(zip(unique, verdicts, strict=True))
+        verdicts = list(threads.map(lambda pair: grade(*pair, timeout), unique))
+    known = dict(zip(unique, verdicts, strict=True))
     return [known[pair] for pair in pairs]
 
 
@@ -117,10 +117,12 @@ def processbench_f1(labels: list[int], predictions: list[int | None]) -> dict:
         hits.append(label == prediction)
     error_acc = sum(error_hits) / max(len(error_hits), 1)
     correct_acc = sum(correct_hits) / max(len(correct_hits), 1)
-    f1 = 0.0
-    if error_acc + correct_acc > 0:
-        f1 = 2 * error_acc * correct_acc / (error_acc + correct_acc)
-    return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": f1}
+    return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": float(harmonic_mean(error_acc, correct_acc))}
+
+
+def harmonic_mean(a: float | np.ndarray, b: float | np.ndarray) -> float | np.ndarray:
+    """2 a b / (a + b) of fractions, or of arrays of them; 0 of two zeros."""
+    return 2 * a * b / np.maximum(a + b, 1e-12)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -165,22 +167,19 @@ def sizes_up_to(n: int) -> list[int]:
     return [*(k for k in powers if k < n), n]
 
 
-def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
-    """Means of values (P, ...) over resamples of the P rows -> (RESAMPLES, ...). Raises ValueError for no rows.
-
-    With sizes, of the same shape: sum(values) / sum(sizes), a mean over parts (steps) of which a row has several.
-    """
+def bootstrap(values: np.ndarray, seed: int, sizes: np.ndarray) -> np.ndarray:
+    """sum(values) / sum(sizes) over resamples of their P rows, (P, ...) each -> (RESAMPLES, ...): a mean over parts
+    (steps), of which a row may have several. Raises ValueError for no rows."""
     P = len(values)
     if P == 0:
         raise ValueError("nothing to resample: no rows")
-    if sizes is None:
-        sizes = np.ones(values.shape)
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(RESAMPLES):
         drawn = rng.integers(P, size=P)  # P rows, with replacement
         times = np.bincount(drawn, minlength=P)  # (P,) how often each row was drawn
-        means.append((times @ values) / np.maximum(times @ sizes, 1e-12))
+        size = np.maximum(times @ sizes, 1e-12)
+        means.append(times @ values / size)
     return np.stack(means)
 
 
@@ -193,30 +192,38 @@ def interval95(values: np.ndarray) -> tuple[float, float]:
 def bootstrap_interval(per_problem: np.ndarray, seed: int) -> tuple[float, float]:
     """(low, high): 95 % interval of the mean of per_problem (P,). Problems are resampled, as the samples of one problem
     aren't independent of each other."""
-    return interval95(bootstrap(np.asarray(per_problem, dtype=float), seed))
+    values = np.asarray(per_problem, dtype=float)
+    return interval95(bootstrap(values, seed, np.ones(len(values))))
+
+
+def measure(per_problem: np.ndarray, seed: int) -> Metric:
+    """The mean of per_problem (P,) with its `bootstrap_interval`."""
+    return Metric(float(per_problem.mean()), len(per_problem), bootstrap_interval(per_problem, seed))
 
 
 # --------------------------------------------------------------------------- shared by the commands
 
 
+def average(metrics: list[Metric]) -> Metric:
+    """The plain mean over subsets, benchmarks or files; n counts them."""
+    n = len(metrics)
+    mean = sum(metric.value for metric in metrics) / n
+    # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
+    half = sum((high - low) ** 2 for _, _, (low, high) in metrics) ** 0.5 / 2 / n
+    return Metric(mean, n, (mean - half, mean + half))
+
+
 def average_rows(benchmark: str, rows: list[dict], metrics: list[str]) -> list[dict]:
-    """Each metric's plain mean over the subsets or benchmarks of one model, if there are several; n counts them."""
+    """`average` of each metric over the subsets or benchmarks of one model, if there are several."""
     averages = []
-    for metric in metrics:
-        measured = [row for row in rows if row["metric"] == metric]
-        n = len(measured)
-        if n < 2:
+    for name in metrics:
+        measured = [row for row in rows if row["metric"] == name]
+        if len(measured) < 2:
             continue
-        values, low, high = np.array([[row["value"], *row["interval"]] for row in measured]).T  # (n,) each
-        # The samples are independent, so the variances of the sum add up, and with them the squares of the half-widths.
-        half = ((high - low) ** 2).sum() ** 0.5 / 2 / n
-        mean = values.mean()
-        average = Metric(float(mean), n, (float(mean - half), float(mean + half)))
+        mean = average([Metric(row["value"], row["n"], row["interval"]) for row in measured])
         seconds = sum(row["seconds"] for row in measured)
         tokens = sum(row["tokens"] for row in measured)
-        averages += records.result_rows(
-            benchmark, "average", {metric: average}, measured[0]["settings"], seconds, tokens
-        )
+        averages += records.result_rows(benchmark, "average", {name: mean}, measured[0]["settings"], seconds, tokens)
     return averages
 
 
@@ -257,27 +264,28 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
         verdicts = [judgement.verdict for judgement in judgements]
         truths = [records.final_answer_correct(case, f"case {i}") for i, case in enumerate(cases)]
         right = np.array(verdicts) == np.array(truths)  # (n,); None equals neither
-        accuracy = Metric(float(right.mean()), n, bootstrap_interval(right, seed))
-        return {"outcome_acc": accuracy, "unparsed": Metric(verdicts.count(None) / n, n)}
+        unparsed = Metric(verdicts.count(None) / n, n)
+        return {"outcome_acc": measure(right, seed), "unparsed": unparsed}
 
     labels = [case["label"] for case in cases]
     predictions = [first_error(judgement.step_verdicts) for judgement in judgements]
     found = processbench_f1(labels, predictions)
 
     # F1 is no mean over cases: each resample of the cases has accuracies of its own, and F1 follows from them.
-    is_wrong = np.array(labels) != -1
+    is_wrong = np.array(labels) != -1  # (n,)
     groups = np.stack([is_wrong, ~is_wrong], axis=1).astype(float)  # (n, 2): in which group a case is
     hits = np.array(labels) == np.array(predictions)  # (n,)
-    error_acc, correct_acc = bootstrap(hits[:, None] * groups, seed, groups).T  # (RESAMPLES,) each
-    f1 = 2 * error_acc * correct_acc / np.maximum(error_acc + correct_acc, 1e-12)
+    resampled = bootstrap(hits[:, None] * groups, seed, groups)  # (RESAMPLES, 2)
+    error_acc, correct_acc = resampled.T
+    f1 = harmonic_mean(error_acc, correct_acc)
 
     num_wrong = int(is_wrong.sum())
-    return {
-        "f1": Metric(found["f1"], n, interval95(f1)),
-        "error_acc": Metric(found["error_acc"], num_wrong, interval95(error_acc)),
-        "correct_acc": Metric(found["correct_acc"], n - num_wrong, interval95(correct_acc)),
-        "unparsed": Metric(predictions.count(None) / n, n),
-    }
+    metrics = {}
+    metrics["f1"] = Metric(found["f1"], n, interval95(f1))
+    metrics["error_acc"] = Metric(found["error_acc"], num_wrong, interval95(error_acc))
+    metrics["correct_acc"] = Metric(found["correct_acc"], n - num_wrong, interval95(correct_acc))
+    metrics["unparsed"] = Metric(predictions.count(None) / n, n)
+    return metrics
 
 
 def run_processbench(parser: argparse.ArgumentParser) -> None:
@@ -297,19 +305,20 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
         cases = read_cases(path)[: args.limit]
         subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
     tokenizer, context = check_model(args.model)
+    prompt = REWARD_MODELS[args.kind].prompt
     limits = {}
     for name, cases in subsets.items():
-        turns = [judge_prompt(REWARD_MODELS[args.kind].prompt, case) for case in cases]
+        turns = [judge_prompt(prompt, case) for case in cases]
         _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
     device = distributed.init_distributed(args.device)
-    results = records.ResultsFile(args.out, args, [*args.data, find_model(args.model)])
+    inputs = [*args.data, find_model(args.model)]
+    results = records.ResultsFile(args.out, args, inputs)
 
     # 2. Subset by subset: judge, measure, write.
     settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
-    judge = Judge(
-        open_engine(args.model, device, args.slots), args.kind, args.max_new_tokens, args.votes, args.temperature
-    )
+    engine = open_engine(args.model, device, args.slots)
+    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
     for subset, cases in subsets.items():
         rows = results.earlier.pop((args.model, "processbench", subset), None)
         if rows is None:
@@ -333,7 +342,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
 class Graded:
     """P problems with k graded samples each, and their accuracy with its 95 % interval over problems."""
 
-    samples: list[list[dict]]  # P lists of k solutions: problem_id, text, answer, finish, tokens
+    samples: list[list[dict]]  # P lists of k solutions: problem_id, problem, text, answer, finish, tokens
     correct: np.ndarray  # (P, k) bool; an answer that can't be graded isn't correct
     unknown: int  # answers that can't be graded
     tokens: int  # of all samples
@@ -346,16 +355,18 @@ def grade_samples(samples: list[list[dict]], gold: dict[str, str], seed: int) ->
     """Grade P >= 1 lists of k samples against gold (problem id -> answer). Under torchrun every rank has all samples,
     grades its share, and returns the same."""
     k = len(samples[0])
-    mine = chain.from_iterable(distributed.my_part(samples))
-    verdicts = grade_all([(sample["answer"], gold[sample["problem_id"]]) for sample in mine])
-    grades = distributed.gather([verdicts[i : i + k] for i in range(0, len(verdicts), k)])  # P lists of k
+    pairs = []
+    for sample in chain.from_iterable(distributed.my_part(samples)):
+        pairs.append((sample["answer"], gold[sample["problem_id"]]))
+    verdicts = grade_all(pairs)
+    mine = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
+    grades = distributed.gather(mine)  # P lists of k
 
-    correct = np.array([[verdict is True for verdict in group] for group in grades])  # (P, k)
+    correct = np.equal(grades, True)  # (P, k); None, an answer that can't be graded, isn't
     unknown = sum(group.count(None) for group in grades)
     tokens = sum(sample["tokens"] for sample in chain.from_iterable(samples))
-    per_problem = correct.mean(axis=1)  # (P,)
-    low, high = bootstrap_interval(per_problem, seed)
-    return Graded(samples, correct, unknown, tokens, float(per_problem.mean()), low, high)
+    accuracy = measure(correct.mean(axis=1), seed)
+    return Graded(samples, correct, unknown, tokens, accuracy.value, *accuracy.interval)
 
 
 def heldout_accuracy(
@@ -368,23 +379,19 @@ def heldout_accuracy(
     if all are too long.
     """
     require_answers([problem["id"] for problem in problems], gold)
-    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
-    prompts, limits = engine.fit_prompts(turns, max_new_tokens, "held-out problems")
-    mine = distributed.my_part([i for i, limit in enumerate(limits) if limit is not None])
-    groups = engine.sample(
-        [prompts[i] for i in mine],
-        keys=[problems[i]["id"] for i in mine],
-        max_new_tokens=[limits[i] for i in mine],
-        seed=seed,
-        **settings,
-    )
+    mine = distributed.my_part(engine.fit_problems(problems, max_new_tokens, "held-out problems"))
+    prompts = [problem["prompt"] for problem in mine]
+    keys = [problem["id"] for problem in mine]
+    limits = [problem["limit"] for problem in mine]
+    groups = engine.sample(prompts, keys=keys, max_new_tokens=limits, seed=seed, **settings)
     solutions = []
-    for i, samples in zip(mine, groups, strict=True):
+    for problem, samples in zip(mine, groups, strict=True):
         of_problem = []
         for sample in samples:
-            text = engine.text(sample.ids, prompts[i])
-            solution = {"problem_id": problems[i]["id"], "text": text, "answer": extract_answer(text)}
-            of_problem.append({**solution, "finish": sample.finish, "tokens": len(sample.ids)})
+            text = engine.text(sample.ids, problem["prompt"])
+            solution = {"problem_id": problem["id"], "problem": problem["problem"], "text": text}
+            solution |= {"answer": extract_answer(text), "finish": sample.finish, "tokens": len(sample.ids)}
+            of_problem.append(solution)
         solutions.append(of_problem)
     return grade_samples(distributed.gather(solutions), gold, seed)
 
@@ -407,8 +414,8 @@ def benchmark_numbers(graded: Graded, others: dict[str, np.ndarray], seed: int) 
 
     metrics = {}
     for name, values in per_problem.items():
-        metrics[name] = Metric(float(values.mean()), P, bootstrap_interval(values, seed))
-    truncated = sum(sample["finish"] == "length" for group in graded.samples for sample in group)
+        metrics[name] = measure(values, seed)
+    truncated = sum(sample["finish"] == "length" for sample in chain.from_iterable(graded.samples))
     metrics["unknown"] = Metric(graded.unknown / (P * k), P)
     metrics["truncated"] = Metric(truncated / (P * k), P)
     return metrics
@@ -436,7 +443,8 @@ def best_of_k(
         scores["vote"] = sum_by_answer(answers, scores["verdict"], k)
         for rule, of_rule in scores.items():
             chosen = of_rule[:, :k].argmax(axis=1)  # (P,) the first of equals
-            found[f"best@{k}/{rule}"] = correct[np.arange(P), chosen].astype(float)
+            hits = correct[np.arange(P), chosen]
+            found[f"best@{k}/{rule}"] = hits.astype(float)
     return found
 
 
@@ -475,18 +483,18 @@ def grade_files(args: argparse.Namespace, gold: dict[str, str]) -> Iterator[Benc
     for name, path in name_files("solutions", args.solutions).items():
         started = time.time()
         samples = list(records.read_samples(path).values())[: args.limit]
-        require_answers([group[0]["problem_id"] for group in samples], gold)
+        problem_ids = [group[0]["problem_id"] for group in samples]
+        require_answers(problem_ids, gold)
         graded = grade_samples(samples, gold, args.seed)
         settings = {"num_samples": len(samples[0]), "seed": args.seed}
-        yield Benchmark(samples[0][0]["model"], name, settings, graded, None, {}, time.time() - started)
+        model = samples[0][0]["model"]
+        seconds = time.time() - started
+        yield Benchmark(model, name, settings, graded, greedy=None, limits={}, seconds=seconds)
 
 
 def plan_samples(args: argparse.Namespace, gold: dict[str, str]) -> list[tuple]:
     """(model, benchmark, the problems that fit the model's context, `limit_metrics`) of every model and file."""
-    files = {}
-    for name, path in name_files("problems", args.problems).items():
-        files[name] = records.read(path, ["id", "problem"], "python -m data.make_tiny problems")[: args.limit]
-        require_answers([problem["id"] for problem in files[name]], gold)
+    files = records.read_problem_sets("problems", args.problems, gold, args.limit)
     plan = []
     for model in args.model:
         tokenizer, context = check_model(model)
@@ -513,23 +521,26 @@ def sample_benchmarks(
     opened = ""  # the model that the engine has
     for model, name, problems, limits in plan:
         started = time.time()
+        if model != opened:
+            engine = None  # there may not be memory for two
+            opened = model
         # A model that has been trained on under the same name isn't the one that sampled.
         source = {"model": model, "model_sha256": records.hash_model(find_model(model))}
         source["prompt_sha256"] = records.hash_text(SOLVE_PROMPT)
-        graded: dict[str, Graded | None] = {"_greedy": None}
+        file_name = model.strip("/").replace("/", "-")
+        graded = {}
         for suffix, how in passes.items():
-            path = directory / f"{model.strip('/').replace('/', '-')}_{name}{suffix}.jsonl"
+            path = directory / f"{file_name}_{name}{suffix}.jsonl"
             described = argparse.Namespace(**source, **how)
             with records.RecordFile(path, described, may_change=set(), remembered_field="problem") as output:
-                if find_incomplete(problems, output, how["num_samples"]):
-                    if opened != model:
-                        engine = None  # there may not be memory for two
-                        engine = open_engine(model, device, args.slots)
-                        opened = model
+                if find_incomplete(problems, output, described.num_samples):
+                    engine = engine or open_engine(model, device, args.slots)
                     generate_solutions(engine, problems, output, described)
             groups = records.read_samples(path)  # it may also have problems beyond --limit
-            graded[suffix] = grade_samples([groups[problem["id"]] for problem in problems], gold, args.seed)
-        yield Benchmark(model, name, settings, graded[""], graded["_greedy"], limits, time.time() - started)
+            samples = [groups[problem["id"]] for problem in problems]
+            graded[suffix] = grade_samples(samples, gold, args.seed)
+        seconds = time.time() - started
+        yield Benchmark(model, name, settings, graded[""], graded.get("_greedy"), limits, seconds)
 
 
 def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.Namespace) -> list[dict]:
@@ -550,7 +561,8 @@ def measure_benchmark(benchmark: Benchmark, judge: Judge | None, args: argparse.
         judgements = score_shared(judge, solutions, args.seed, f"{benchmark.name}, judged")  # P * k
         tokens += sum(judgement.tokens for judgement in judgements)
         answers = [[sample["answer"] for sample in group] for group in graded.samples]
-        others |= best_of_k(graded.correct, answers, [judgements[i : i + k] for i in range(0, P * k, k)])
+        by_problem = [judgements[i : i + k] for i in range(0, P * k, k)]
+        others |= best_of_k(graded.correct, answers, by_problem)
         unparsed = [judgement.verdict is None for judgement in judgements]
         others["unparsed"] = np.reshape(unparsed, (P, k)).mean(axis=1)
     metrics = benchmark_numbers(graded, others, args.seed) | benchmark.limits
@@ -572,11 +584,11 @@ def compare_with_last(benchmarks: list[Benchmark], headline: str, seed: int) -> 
     for benchmark in benchmarks:
         mine = accuracies(benchmark)
         others = last.get(benchmark.name, {})
-        change = np.array([mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others])
-        if benchmark.model != last_model and len(change) > 0:
-            metric = Metric(float(change.mean()), len(change), bootstrap_interval(change, seed))
+        change = [mine[problem_id] - others[problem_id] for problem_id in mine if problem_id in others]
+        if benchmark.model != last_model and change:
+            metrics = {headline: measure(np.array(change), seed)}
             settings = {"model": f"{benchmark.model} minus {last_model}", **benchmark.settings}
-            rows += records.result_rows(benchmark.name, "all", {headline: metric}, settings, 0.0, 0)
+            rows += records.result_rows(benchmark.name, "all", metrics, settings, 0.0, 0)
     return rows
 
 
@@ -613,7 +625,8 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
     else:
         benchmarks = sample_benchmarks(plan_samples(args, gold), gold, args, device)
     models = [find_model(model) for model in [*(args.model or []), args.prm] if model]
-    results = records.ResultsFile(args.out, args, [*(args.solutions or args.problems), *args.gold, *models])
+    inputs = [*(args.solutions or args.problems), *args.gold, *models]
+    results = records.ResultsFile(args.out, args, inputs)
 
     # 2. Benchmark by benchmark: sample, grade, measure, write.
     judge = None
@@ -653,7 +666,8 @@ def read_gold(path: str, solutions: list[dict]) -> dict[str, Gold]:
     for solution, _, _, reference in found:
         if reference is not None:
             answers[solution["id"]] = (solution["answer"], reference)
-    grades = dict(zip(answers, grade_all(list(answers.values())), strict=True))
+    graded = grade_all(list(answers.values()))
+    grades = dict(zip(answers, graded, strict=True))
     gold: dict[str, Gold] = {}
     for solution, step_labels, outcome, _ in found:
         gold[solution["id"]] = (step_labels, grades.get(solution["id"], outcome))
@@ -683,41 +697,43 @@ def summarize(counts: list[np.ndarray], num_labels: int) -> dict:
     return summary
 
 
-def label_row(about: dict, labels: dict[str, dict], gold: dict[str, Gold]) -> tuple[dict, dict[str, np.ndarray]]:
-    """A row of the report for labels (solution id -> step_labels, outcome, dropped, ties), and each solution's counts.
-    The accuracy is that of the labels that were `kept`, and that of `all` that had a vote, so that dropping the hard
-    ones can't pass for accuracy."""
-    counts: dict[str, np.ndarray] = {}
-    kept = []
+def count_labels(labels: dict[str, dict], gold: dict[str, Gold]) -> dict[str, np.ndarray]:
+    """solution id -> `count_right` of its label, for the labels (step_labels, outcome) that had a vote."""
+    counts = {}
     for solution_id, label in labels.items():
-        if label["step_labels"] is None:  # nothing voted
-            continue
-        counts[solution_id] = count_right(label["step_labels"], label["outcome"], gold[solution_id])
-        if label["dropped"] is None:
-            kept.append(counts[solution_id])
-    row = {
-        **about,
-        "ties": sum(label.get("ties", 0) for label in labels.values()),
-        "dropped": dict(Counter(label["dropped"] for label in labels.values() if label["dropped"])),
-        "kept": summarize(kept, len(labels)),
-        "all": summarize(list(counts.values()), len(labels)),
-    }
-    return row, counts
+        if label["step_labels"] is not None:
+            counts[solution_id] = count_right(label["step_labels"], label["outcome"], gold[solution_id])
+    return counts
+
+
+def label_row(about: dict, labels: dict[str, dict], counts: dict[str, np.ndarray]) -> dict:
+    """A row of the report for labels (solution id -> dropped, ties) and their `count_labels`. The accuracy is that of
+    the labels that were `kept`, and that of `all` that had a vote, so that dropping the hard ones can't pass for
+    accuracy."""
+    kept = [count for solution_id, count in counts.items() if labels[solution_id]["dropped"] is None]
+    ties = [label.get("ties", 0) for label in labels.values()]
+    reasons = [label["dropped"] for label in labels.values() if label["dropped"]]
+    row = {**about, "ties": sum(ties), "dropped": dict(Counter(reasons))}
+    row["kept"] = summarize(kept, len(labels))
+    row["all"] = summarize(list(counts.values()), len(labels))
+    return row
 
 
 def paired_gain(counts: dict[str, np.ndarray], base: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
     """metric -> [difference, low, high] of two labellings of the same solutions; 95 % interval over their problems."""
     by_problem: dict[str, np.ndarray] = {}  # (2, 4) each: how much more is right, of how much
     for solution_id, (right, of) in base.items():
-        gain = np.stack([counts[solution_id][0] - right, of])
+        more = counts[solution_id][0] - right
         problem_id = records.problem_of(solution_id)
-        by_problem[problem_id] = by_problem.get(problem_id, 0) + gain
+        by_problem[problem_id] = by_problem.get(problem_id, 0) + np.stack([more, of])
     gains, sizes = np.stack(list(by_problem.values()), axis=1)  # (P, 4) each
     resampled = bootstrap(gains, seed, sizes)  # (RESAMPLES, 4)
     found = {}
     for m, metric in enumerate(LABEL_METRICS):
-        if sizes[:, m].any():
-            found[metric] = [float(gains[:, m].sum() / sizes[:, m].sum()), *interval95(resampled[:, m])]
+        size = sizes[:, m].sum()
+        if size > 0:
+            difference = float(gains[:, m].sum() / size)
+            found[metric] = [difference, *interval95(resampled[:, m])]
     return found
 
 
@@ -731,12 +747,14 @@ def vote_rows(N: int, solutions: list[dict], used: list[dict], gold: dict[str, G
     # Which verification came first is chance; the average over all parsed ones is a steadier measure of one.
     singles = {solution_id: np.mean(several, axis=0) for solution_id, several in of_each.items()}
 
-    cost = {"verifications": len(used), "unparsed": len(used) - len(parsed), "tokens": sum(v["tokens"] for v in used)}
+    tokens = sum(v["tokens"] for v in used)
+    cost = {"N": N, "verifications": len(used), "unparsed": len(used) - len(parsed), "tokens": tokens}
     rows = []
     for method, aggregate in AGGREGATES.items():
         voted = label_solutions(solutions, used, aggregate, seed)
         labels = {solution["id"]: vars(label) for solution, label in zip(solutions, voted, strict=True)}
-        row, counts = label_row({"method": method, "N": N, **cost}, labels, gold)
+        counts = count_labels(labels, gold)
+        row = label_row({"method": method, **cost}, labels, counts)
         if method == "single":
             row["all"] = summarize(list(singles.values()), len(labels))
         elif singles:
@@ -753,7 +771,9 @@ def vote_report(
     then only hard solutions have many, and no row is on more votes than all have."""
     by_solution = group_by_solution(solutions, verifications)
     numbers = [group[-1]["sample"] + 1 for group in by_solution.values() if group]  # each group is in order
-    most = min(numbers, default=0) if stopped else max(numbers, default=0)
+    most = max(numbers, default=0)
+    if stopped:
+        most = min(numbers, default=0)
     rows = []
     for N in PREFIXES:
         if most >= N:
@@ -771,8 +791,8 @@ def file_row(
     for verification in verifications:
         if verification["solution_id"] in labels and (verification["sample"] == 0 or not only_first):
             tokens += verification["tokens"]
-    row, _ = label_row({"method": f"{method} (file)", "N": None, "tokens": tokens}, labels, gold)
-    return row
+    about = {"method": f"{method} (file)", "N": None, "tokens": tokens}
+    return label_row(about, labels, count_labels(labels, gold))
 
 
 def run_labels(parser: argparse.ArgumentParser) -> None:
@@ -799,15 +819,18 @@ def run_labels(parser: argparse.ArgumentParser) -> None:
     path = path.with_name("critiques.jsonl")
     critiques = records.read(path, ["method", "tokens"]) if path.exists() else []
     gold = read_gold(args.gold, solutions)
+    without_gold = len(solutions) - len(gold)
     unknown = sum(outcome is None for _, outcome in gold.values())
-    counts = {"solutions": len(gold), "without_gold": len(solutions) - len(gold), "unknown_outcomes": unknown}
+    counts = {"solutions": len(gold), "without_gold": without_gold, "unknown_outcomes": unknown}
 
     # 2. Measure the files as they are, then what each way of voting makes of the verifications.
     rows = []
     for file in files.values():
         labels = {label["id"]: label for label in file if label["id"] in gold}
         method = file[0]["method"]
-        judged = with_reference if method == "reference_guided" else verifications
+        judged = verifications
+        if method == "reference_guided":
+            judged = with_reference
         if labels:
             rows.append(file_row(method, labels, judged, critiques, gold))
     solutions = [solution for solution in solutions if solution["id"] in gold]

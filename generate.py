@@ -239,6 +239,17 @@ class Engine:
         """`fit_prompts` of this model."""
         return fit_prompts(self.tokenizer, self.context, turns, max_new_tokens, name, resumed, self.thinking)
 
+    def fit_problems(self, problems: list[dict], max_new_tokens: int, name: str, resumed: bool = False) -> list[dict]:
+        """The problems that can be sampled by `fit_prompts`, each with its `prompt` (token ids) and its `limit` of new
+        tokens."""
+        turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
+        prompts, limits = self.fit_prompts(turns, max_new_tokens, name, resumed)
+        fitting = []
+        for problem, prompt, limit in zip(problems, prompts, limits, strict=True):
+            if limit is not None:
+                fitting.append(problem | {"prompt": prompt, "limit": limit})
+        return fitting
+
     def text(self, ids: list[int], prompt: list[int] | None = None) -> str:
         """The text of token ids, without special tokens. Given their prompt, with the `<think>` that may stand at its
         end: without it, a thought that is cut off would pass for the solution."""
@@ -304,30 +315,27 @@ def generate_solutions(
     """
     # 1. The prompts that leave space for a solution.
     incomplete = find_incomplete(problems, output, args.num_samples)
-    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in incomplete]
-    prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, str(output.path), resumed=output.was_there)
-    fitting = [i for i, limit in enumerate(limits) if limit is not None]
+    fitting = engine.fit_problems(incomplete, args.max_new_tokens, str(output.path), resumed=output.was_there)
 
     # 2. The samples.
     stream = sample_from_queue(
         engine,
-        [prompts[i] for i in fitting],
+        [problem["prompt"] for problem in fitting],
         "generate",
         f"solutions of {output.path}",  # a benchmark fills several files in one run
-        keys=[incomplete[i]["id"] for i in fitting],
+        keys=[problem["id"] for problem in fitting],
         num_samples=args.num_samples,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=top_k,
-        max_new_tokens=[limits[i] for i in fitting],
+        max_new_tokens=[problem["limit"] for problem in fitting],
         seed=args.seed,
     )
     for place, samples in stream:
-        i = fitting[place]
-        problem = incomplete[i]
+        problem = fitting[place]
         solutions = []
         for k, sample in enumerate(samples):
-            text = engine.text(sample.ids, prompts[i])
+            text = engine.text(sample.ids, problem["prompt"])
             solution = {
                 "id": f"{problem['id']}/{k}",
                 "problem_id": problem["id"],

@@ -30,14 +30,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from data import records, report
 from data.records import COUNT, POSITIVE, SEED, TEMPERATURE, integer, real
 
 # evaluate has the one grader: the verifiable baseline's reward and the held-out monitor must agree with evaluation
-from evaluate import cluster_answers, grade_all, heldout_accuracy, majority_answer, name_files, require_answers
+from evaluate import Metric, average, cluster_answers, grade_all, heldout_accuracy, majority_answer
 from generate import SOLVE_PROMPT, Engine, format_valid, open_engine, open_model
 from kernels import distributed
 from kernels.chat import find_model, locate_steps
@@ -135,12 +134,15 @@ def batch_for_step(step: int, problems: list[dict], batch_size: int, seed: int) 
 
 def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> list[Rollout]:
     """G responses to each problem, groups consecutive; without top_p, because the loss uses the full distribution."""
+    prompts = [p["prompt"] for p in problems]
+    keys = [f"{step}/{p['place']}/{p['id']}" for p in problems]
+    limits = [p.get("limit", args.max_new_tokens) for p in problems]
     groups = engine.sample(
-        [p["prompt"] for p in problems],
-        keys=[f"{step}/{p['place']}/{p['id']}" for p in problems],
+        prompts,
+        keys=keys,
         num_samples=args.group_size,
         temperature=args.temperature,
-        max_new_tokens=[p.get("limit", args.max_new_tokens) for p in problems],
+        max_new_tokens=limits,
         seed=args.seed,
         certainty=REWARDS[args.reward].needs_certainty,
     )
@@ -148,13 +150,18 @@ def sample_rollouts(engine: Engine, problems: list[dict], args, step: int) -> li
     for p, samples in zip(problems, groups, strict=True):
         for sample in samples:
             text = engine.text(sample.ids, p["prompt"])
-            r = Rollout(p["id"], p["prompt"], sample.ids, sample.logprobs, text, sample.finish, problem=p["problem"])
+            r = Rollout(p["id"], p["prompt"], sample.ids, sample.logprobs, text, sample.finish, p["problem"])
             r.certainty = sample.certainty
             rollouts.append(r)
     return rollouts
 
 
 # --------------------------------------------------------------------------- 2. judge and reward
+
+
+def mean(values: list[float]) -> float:
+    """0 of nothing."""
+    return sum(values) / max(len(values), 1)
 
 
 def judge_responses(rollouts: list[Rollout], judge: Callable, tokenizer, seed: str, args) -> None:
@@ -187,14 +194,15 @@ def step_augmented_reward(group: Group, seed: str, gold: dict[str, str]) -> list
         if not r.valid or r.verdict is None:
             rewards.append(0.0)
             continue
-        steps = r.step_verdicts or [False]
-        rewards.append(0.4 * (sum(steps) / len(steps)) + 0.6 * r.verdict)
+        share = mean(r.step_verdicts or [])
+        rewards.append(0.4 * share + 0.6 * r.verdict)
     return rewards
 
 
 def rlvr_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
     """r = 1 if the answer is graded right against the reference."""
-    grades = grade_all([(extract_answer(r.text) or "", gold[r.problem_id]) for r in group])
+    pairs = [(extract_answer(r.text), gold[r.problem_id]) for r in group]
+    grades = grade_all(pairs)
     for r, grade in zip(group, grades, strict=True):
         r.ungradable = grade is None
     return [float(grade is True) for grade in grades]
@@ -204,12 +212,13 @@ def majority_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float
     """r = 1 if the answer equals the group's most frequent one, as the grader sees it (TTRL)."""
     answers = [extract_answer(r.text) for r in group]
     winner = majority_answer(answers)
-    return [float(cluster is not None and cluster == winner) for cluster in cluster_answers(tuple(answers))]
+    clusters = cluster_answers(tuple(answers))
+    return [float(cluster is not None and cluster == winner) for cluster in clusters]
 
 
 def self_certainty_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
     """r = mean over the tokens of KL(uniform || p), recorded by the sampler (Intuitor)."""
-    return [sum(r.certainty) / max(len(r.certainty), 1) for r in group]
+    return [mean(r.certainty) for r in group]
 
 
 def random_reward(group: Group, seed: str, gold: dict[str, str]) -> list[float]:
@@ -243,9 +252,11 @@ def score_rollouts(
         for group in groups_of(rollouts, args.group_size):
             for r, value in zip(group, reward.of_group(group, seed, gold), strict=True):
                 r.reward = value
-                if reward.least_steps and not args.min_steps <= len(split_steps(r.text)) <= args.max_steps:
-                    r.wrong_step_count = True
-                    r.reward = 0.0
+    if reward.least_steps:
+        for r in rollouts:
+            r.wrong_step_count = not args.min_steps <= len(split_steps(r.text)) <= args.max_steps
+            if r.wrong_step_count:
+                r.reward = 0.0
 
 
 # --------------------------------------------------------------------------- 3. advantages
@@ -374,8 +385,16 @@ def pack_responses(rollouts: list[Rollout], device: torch.device) -> tuple[Tenso
 def deal_groups(rollouts: list[Rollout], rank: int, ranks: int) -> list[Group]:
     """The groups of one rank: responses that follow each other and have one prompt, which is packed and run once for
     all of them. Dealt out by size, so that ranks have similar work."""
-    groups = [list(group) for _, group in groupby(rollouts, key=lambda r: r.prompt)]
-    groups.sort(key=lambda group: len(group[0].prompt) + sum(len(r.ids) for r in group))
+    groups: list[Group] = []
+    for r in rollouts:
+        if not groups or groups[-1][0].prompt != r.prompt:
+            groups.append([])
+        groups[-1].append(r)
+
+    def size(group: Group) -> int:
+        return len(group[0].prompt) + sum(len(r.ids) for r in group)
+
+    groups.sort(key=size)
     return groups[rank::ranks]
 
 
@@ -428,7 +447,8 @@ def micro_batch_loss(
     packed = ids, lengths, targets, args.temperature, layout
     if reference is not None:  # first, while no activations of the policy are kept
         with torch.no_grad():
-            ref_logprobs = reference.packed(*packed)[0][response]  # (N,)
+            ref_logprobs, _ = reference.packed(*packed)
+        ref_logprobs = ref_logprobs[response]  # (N,)
     logprobs, entropy = model.packed(*packed)
     logprobs = logprobs[response]  # (N,)
     current = logprobs.detach()
@@ -437,16 +457,18 @@ def micro_batch_loss(
 
     # 2. Old log-probs are those of the policy before the first update of this batch. In that update they are the
     # current ones: the ratio is 1 in value and carries the gradient.
-    for r, values in zip(batch, current.split([len(r.ids) for r in batch]), strict=True):
+    of_responses = current.split([len(r.ids) for r in batch])
+    for r, of_response in zip(batch, of_responses, strict=True):
         if r.old_logprobs is None:
-            r.old_logprobs = values
+            r.old_logprobs = of_response
     old_logprobs = torch.cat([r.old_logprobs for r in batch])
 
     # 3. The loss, token by token, and how far the sampler's log-probs are from the trainer's.
     sampled = torch.tensor([x for r in batch for x in r.logprobs], device=model.device)
     advantages = torch.cat([r.token_advantages for r in batch]).to(model.device)
     if args.tis_cap:
-        advantages = advantages * (old_logprobs - sampled).exp().clamp(max=args.tis_cap)
+        importance = (old_logprobs - sampled).exp()
+        advantages = advantages * importance.clamp(max=args.tis_cap)
     weights = torch.cat([r.token_weights for r in batch]).to(model.device)
     settings = {"clip_low": args.clip_low, "clip_high": args.clip_high, "kl_coef": args.kl_coef}
     loss, stats = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, **settings)
@@ -465,9 +487,9 @@ def update_policy(
     # 1. What each token brings into the loss.
     lengths = [len(r.ids) for r in rollouts]
     weights = loss_weights(lengths, args.loss_norm, args.max_new_tokens)  # (N,)
-    for r, advantage, of_response in zip(rollouts, advantages, weights.split(lengths), strict=True):
-        r.token_advantages = advantage
-        r.token_weights = of_response
+    for r, of_advantage, of_weight in zip(rollouts, advantages, weights.split(lengths), strict=True):
+        r.token_advantages = of_advantage
+        r.token_weights = of_weight
 
     # 2. Gradients add up over micro-batches, and over ranks: FSDP averages them, and the loss is a sum.
     totals = dict.fromkeys(("kl", "clip_fraction", "surrogate", "entropy", "gap"), 0.0)
@@ -523,11 +545,13 @@ class Setup:
 def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) -> None:
     """The loop."""
     out = Path(args.out)
+    source = find_model(args.policy)
+    tokenizer = run.policy.tokenizer
     signals = distributed.stop_on_signal()
     if run.start == 0 and run.heldout:
         metrics.append({"step": 0, **heldout_metrics(run, args, 0)})
     if run.start == args.steps:  # an earlier run may have been killed just before its last export
-        distributed.export(run.model, find_model(args.policy), out)
+        distributed.export(run.model, source, out)
     steps = range(run.start, args.steps)
     bar = tqdm(steps, initial=run.start, total=args.steps, desc="grpo", unit="step", disable=distributed.rank() > 0)
     for step in bar:
@@ -540,7 +564,7 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
 
         # 2. Judge them. Problems were dealt out one by one, so whole groups come back, in the order of the batch.
         with clock("score"):
-            score_rollouts(rollouts, run.judge, run.policy.tokenizer, run.gold, args, step, clock)
+            score_rollouts(rollouts, run.judge, tokenizer, run.gold, args, step, clock)
             groups = distributed.gather(groups_of(rollouts, args.group_size))
             rollouts = [r for group in groups for r in group]  # all B responses, on every rank
             distributed.free_cached_memory()
@@ -556,23 +580,27 @@ def train(run: Setup, args: argparse.Namespace, metrics: records.MetricsFile) ->
                 trained = update_policy(run.model, run.optimizer, run.reference, rollouts, token_advantages, args)
             distributed.copy_weights(run.policy.sampler.model, run.model)
 
-        record = {"step": step + 1, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind)}
+        # What a reader watches, and what a later run resumes from.
+        done = step + 1
+        last = done == args.steps
+        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
+        record = {"step": done, **rollout_metrics(rollouts, advantages, args.group_size, args.prm_kind), **trained}
         sampled = sum(len(r.ids) for r in rollouts)
         judged = sum(r.judgement.tokens for r in rollouts if r.judgement is not None)
-        record |= trained | clock.metrics(sample=sampled, score=judged, update=sampled)
-        last = step + 1 == args.steps
-        stopped = distributed.max_over_ranks(len(signals)) > 0  # a collective: a signal to one rank stops all
-        if run.heldout and (last or (step + 1) % args.heldout_every == 0):
-            record |= heldout_metrics(run, args, step + 1)
+        record |= clock.metrics(sample=sampled, score=judged, update=sampled)
+        if run.heldout and (last or done % args.heldout_every == 0):
+            record |= heldout_metrics(run, args, done)
         if distributed.rank() == 0:
-            show_step(bar, record, rollouts, advantages, run.policy.tokenizer, args)
+            report.print_step(bar, record, rollouts, advantages, tokenizer, args.sample_every)
+            if args.dump_rollouts:
+                records.write_rollouts(out, done, rollouts, advantages, tokenizer)
         metrics.append(record)
-        if last or stopped or (step + 1) % args.save_every == 0:
+        if last or stopped or done % args.save_every == 0:
             # First what the run resumes from: whatever goes wrong with the copy for others then costs nothing.
-            distributed.save_checkpoint(out / "training", step + 1, run.model, run.optimizer)
-            distributed.export(run.model, find_model(args.policy), out)
+            distributed.save_checkpoint(out / "training", done, run.model, run.optimizer)
+            distributed.export(run.model, source, out)
         if stopped and not last:
-            distributed.log(f"{out}: stopped by a signal after step {step + 1} and saved; the same command resumes it")
+            distributed.log(f"{out}: stopped by a signal after step {done} and saved; the same command resumes it")
             raise SystemExit(143)
 
 
@@ -668,51 +696,53 @@ REWARDS = {
 
 def rollout_metrics(rollouts: list[Rollout], advantages: Tensor, group_size: int, prm_kind: str) -> dict[str, float]:
     """The reward, its parts, and indicators of reward hacking: means over the batch."""
-    judged = [r for r in rollouts if r.judgement is not None]
-    judges_steps = REWARD_MODELS[prm_kind].judges_steps
-    mismatched = [r.verdict is not None and r.step_verdicts is None and judges_steps for r in judged]
     rewards = [r.reward for r in rollouts]
+    metrics = {"reward/mean": mean(rewards), "reward/std": 0.0}
+    if len(rewards) > 1:
+        metrics["reward/std"] = torch.tensor(rewards).std().item()
+
+    judgements = [r.judgement for r in rollouts if r.judgement is not None]
+    step_verdicts = [j.step_verdicts for j in judgements if j.step_verdicts]
+    mismatched = []  # another number of step verdicts than steps
+    if REWARD_MODELS[prm_kind].judges_steps:
+        mismatched = [j.verdict is not None and j.step_verdicts is None for j in judgements]
+    values: dict[str, list] = {}  # of each response, or of each judgement
+    values["reward/verdict"] = [j.verdict is True for j in judgements]
+    values["reward/steps_correct"] = [mean(verdicts) for verdicts in step_verdicts]
+    values["reward/unknown"] = [r.ungradable for r in rollouts]
+    values["reward/unparsed"] = [j.verdict is None for j in judgements]
+    values["reward/count_mismatch"] = mismatched
+    values["reward/too_long"] = [j.too_long for j in judgements]
+    values["reward/shortened"] = [j.shortened for j in judgements]
+    values["format/valid"] = [r.valid for r in rollouts]
     formats = [describe_format(r.text) for r in rollouts]
-
-    def mean(values: list) -> float:
-        return sum(map(float, values)) / max(len(values), 1)
-
-    return {
-        "reward/mean": mean(rewards),
-        "reward/std": torch.tensor(rewards).std().item() if len(rewards) > 1 else 0.0,
-        "reward/verdict": mean([r.verdict is True for r in judged]),
-        "reward/steps_correct": mean([mean(r.step_verdicts) for r in judged if r.step_verdicts]),
-        "reward/unknown": mean([r.ungradable for r in rollouts]),
-        "reward/unparsed": mean([r.verdict is None for r in judged]),
-        "reward/count_mismatch": mean(mismatched),
-        "reward/too_long": mean([r.judgement.too_long for r in judged]),
-        "reward/shortened": mean([r.judgement.shortened for r in judged]),
-        "format/valid": mean([r.valid for r in rollouts]),
-        **{f"format/{name}": mean([numbers[name] for numbers in formats]) for name in formats[0]},
-        "response/steps": mean([len(split_steps(r.text)) for r in rollouts]),
-        "response/length": mean([len(r.ids) for r in rollouts]),
-        "response/penalised": mean([r.wrong_step_count for r in rollouts]),
-        "response/truncated": mean([r.finish == "length" for r in rollouts]),
-        "group/zero_std": mean((advantages.view(-1, group_size) == 0).all(1).tolist()),
-    }
+    for name in formats[0]:
+        values[f"format/{name}"] = [numbers[name] for numbers in formats]
+    values["response/steps"] = [len(split_steps(r.text)) for r in rollouts]
+    values["response/length"] = [len(r.ids) for r in rollouts]
+    values["response/penalised"] = [r.wrong_step_count for r in rollouts]
+    values["response/truncated"] = [r.finish == "length" for r in rollouts]
+    values["group/zero_std"] = (advantages.view(-1, group_size) == 0).all(dim=1).tolist()
+    for name, of_each in values.items():
+        metrics[name] = mean(of_each)
+    return metrics
 
 
 def heldout_metrics(run: Setup, args: argparse.Namespace, step: int) -> dict[str, float]:
-    """`measure_heldout`: its mean over files as heldout/accuracy and so on; of several, each as
-    heldout/<name>/accuracy."""
+    """`measure_heldout` of each file as heldout/<name>/accuracy and so on, and as heldout/accuracy the mean over files.
+    Of one file, only the latter."""
     files = {name: measure_heldout(run, problems, args, step) for name, problems in run.heldout.items()}
     metrics = {}
     for key in next(iter(files.values())):
         values = [numbers[key] for numbers in files.values() if key in numbers]
         if len(values) == len(files):
-            metrics[f"heldout/{key}"] = sum(values) / len(values)
+            metrics[f"heldout/{key}"] = mean(values)
     if len(files) > 1:
-        # The files' errors are independent of each other, so the squares of the half-widths add up.
-        half = sum((numbers["high"] - numbers["low"]) ** 2 for numbers in files.values()) ** 0.5 / 2 / len(files)
-        metrics["heldout/low"] = metrics["heldout/accuracy"] - half
-        metrics["heldout/high"] = metrics["heldout/accuracy"] + half
+        accuracies = []
         for name, numbers in files.items():
+            accuracies.append(Metric(numbers["accuracy"], 1, (numbers["low"], numbers["high"])))
             metrics |= {f"heldout/{name}/{key}": value for key, value in numbers.items()}
+        metrics["heldout/low"], metrics["heldout/high"] = average(accuracies).interval
     return metrics
 
 
@@ -721,59 +751,24 @@ def measure_heldout(run: Setup, problems: list[dict], args: argparse.Namespace, 
     and the accuracy doesn't, it is being gamed."""
     settings = {"temperature": args.heldout_temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     result = heldout_accuracy(run.policy, problems, run.gold, num_samples=1, **settings)
-    samples = [sample for (sample,) in result.samples]
-    correct = torch.from_numpy(result.correct[:, 0])
-    valid = torch.tensor([format_valid(sample["text"]) for sample in samples])
+    rollouts = []
+    for (sample,) in result.samples:
+        r = Rollout(sample["problem_id"], [], [], [], sample["text"], sample["finish"], sample["problem"])
+        rollouts.append(r)
+    correct = torch.from_numpy(result.correct[:, 0])  # (P,)
+    valid = torch.tensor([format_valid(r.text) for r in rollouts])
     numbers = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
     numbers["valid"] = valid.float().mean().item()
-    if len(samples) < len(problems):
-        numbers["too_long"] = 1 - len(samples) / len(problems)
+    if len(rollouts) < len(problems):
+        numbers["too_long"] = 1 - len(rollouts) / len(problems)
     if valid.any():  # the accuracy of no response isn't a number
         numbers["accuracy_of_valid"] = correct[valid].float().mean().item()
     if run.judge is not None:
-        text_of = {p["id"]: p["problem"] for p in problems}
-        mine = []
-        for sample in distributed.my_part(samples):
-            r = Rollout(sample["problem_id"], [], [], [], sample["text"], sample["finish"])
-            r.problem = text_of[r.problem_id]
-            mine.append(r)
+        mine = distributed.my_part(rollouts)
         score_rollouts(mine, run.judge, run.policy.tokenizer, {}, args, step)
-        rewards = distributed.gather([r.reward for r in mine])
-        numbers["reward"] = sum(rewards) / len(rewards)
+        numbers["reward"] = mean(distributed.gather([r.reward for r in mine]))
         numbers["reward_minus_accuracy"] = numbers["reward"] - numbers["accuracy"]
     return numbers
-
-
-def describe_rollout(r: Rollout, advantage: float, tokenizer) -> dict:
-    """What --dump_rollouts writes of a response, and `report.show_rollout` shows."""
-    return {
-        "problem_id": r.problem_id,
-        "prompt": tokenizer.decode(r.prompt),
-        "text": r.text,
-        "ids": r.ids,
-        "finish": r.finish,
-        "valid": r.valid,
-        "reward": r.reward,
-        "advantage": advantage,
-        "token_advantages": r.token_advantages.tolist(),
-        "judgement": vars(r.judgement) if r.judgement is not None else None,
-    }
-
-
-def show_step(bar: tqdm, record: dict, rollouts: list[Rollout], advantages: Tensor, tokenizer, args) -> None:
-    """What rank 0 prints and writes of a step beside its metrics."""
-    step = record["step"]
-    if record["reward/unparsed"] == 1:  # no response is rewarded, so the update is noise
-        texts = [r.judgement.text for r in rollouts if r.judgement is not None]
-        tqdm.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict; check --prm, --prm_kind and "
-                   f"--prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
-    if args.dump_rollouts:
-        rows = [describe_rollout(r, a, tokenizer) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
-        records.write_lines(Path(args.out) / "rollouts" / f"step_{step:07d}.jsonl", rows)
-    if (step - 1) % args.sample_every == 0:
-        shown = report.show_rollout(describe_rollout(rollouts[0], advantages[0].item(), tokenizer))
-        tqdm.write(f"--- step {step} · {report.printable(rollouts[0].problem)}\n{shown}")
-    bar.set_postfix({"reward": record["reward/mean"], "valid": record["format/valid"]}, refresh=False)
 
 
 # --------------------------------------------------------------------------- set-up
@@ -853,23 +848,20 @@ def load_gold(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     if args.gold and (args.gold != TINY["gold"] or Path(args.gold[0]).is_file()):
         gold = records.read_answers(args.gold)
     if REWARDS[args.reward].reads_answers:
-        gold = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None} | gold
-        for p in problems:
-            if p["id"] not in gold:
-                raise InputError(f"--reward {args.reward}: problem {p['id']} has no reference answer; give --gold")
+        own = {p["id"]: p["answer"] for p in problems if p.get("answer") is not None}
+        gold = own | gold
+        problem_ids = [p["id"] for p in problems]
+        records.require_answers(problem_ids, gold)
         # A resumed run must find the same answers; those for monitoring may change, as --heldout may.
-        args.gold_sha256 = records.hash_text(str([gold[p["id"]] for p in problems]))
+        answers = [gold[problem_id] for problem_id in problem_ids]
+        args.gold_sha256 = records.hash_text(str(answers))
     return gold
 
 
 def fitting_problems(problems: list[dict], engine: Engine, args) -> list[dict]:
-    """The problems whose prompts leave space for a response, each with its `prompt` and the `limit` of new tokens."""
-    turns = [SOLVE_PROMPT.format(problem=problem["problem"]) for problem in problems]
-    prompts, limits = engine.fit_prompts(turns, args.max_new_tokens, args.problems)
-    fitting = []
-    for problem, prompt, limit in zip(problems, prompts, limits, strict=True):
-        if limit is not None and len(prompt) <= args.max_prompt_tokens:
-            fitting.append(problem | {"prompt": prompt, "limit": limit})
+    """The problems whose prompts leave space for a response, by `Engine.fit_problems`."""
+    fitting = engine.fit_problems(problems, args.max_new_tokens, args.problems)
+    fitting = [p for p in fitting if len(p["prompt"]) <= args.max_prompt_tokens]
     if not fitting:
         raise InputError(f"{args.problems}: no problem fits into both --max_prompt_tokens {args.max_prompt_tokens} and "
                          f"the {engine.context} tokens that the model's context has; change one")  # fmt: skip
@@ -884,9 +876,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
     gold = load_gold(args, problems)
     heldout = {}
     if gold:
-        for name, path in name_files("heldout", [path for path in args.heldout or [] if path]).items():
-            heldout[name] = records.read(path, ["id", "problem"])
-            require_answers([problem["id"] for problem in heldout[name]], gold)
+        paths = [path for path in args.heldout or [] if path]
+        heldout = records.read_problem_sets("heldout", paths, gold)
     # A resumed run must find the same problems, and the same policy, to which the KL term refers.
     source = find_model(args.policy, "--policy")
     args.problems_sha256 = records.hash_file(args.problems)
@@ -915,7 +906,8 @@ def set_up(args: argparse.Namespace, device: torch.device) -> Setup:
         raise InputError(f"--steps {args.steps}: {out} has already {start}; ask for more, or choose another --out")
     if judge is not None:
         history = (records.read_args(out) or {}).get("prm_sha256", [])
-        args.prm_sha256 = records.note_model(history, start, records.hash_model(find_model(args.prm, "--prm")))
+        fingerprint = records.hash_model(find_model(args.prm, "--prm"))
+        args.prm_sha256 = records.note_model(history, start, fingerprint)
     distributed.copy_weights(inference, model)
     resumed = f", resumed after step {start}" if start else ""
     measured = "" if gold else ", no --gold: held-out accuracy isn't measured"

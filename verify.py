@@ -598,6 +598,26 @@ def critique_and_merge(
             yield solution["id"], (critiques[solution["id"]], merges[solution["id"]])
 
 
+def hash_judged(solution: dict, text: str) -> str:
+    """Fingerprint of a solution and the verification of it that is criticised."""
+    return records.hash_text(hash_solution(solution) + text)
+
+
+def sample_critiques(
+    args: argparse.Namespace, engine: Engine, number: int, judged: list[tuple[dict, str]], output: records.RecordFile
+) -> None:
+    """Append a record to critiques.jsonl for each solution with its verification. number: of the round."""
+    digests = {solution["id"]: hash_judged(solution, text) for solution, text in judged}
+    stream = critique_and_merge(args, engine, number, judged)
+    stream = with_progress(stream, engine.sampler, f"critique {number}", len(judged), num_samples=2)
+    for solution_id, (critique, merge) in stream:
+        record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
+        record |= {"round": number, "critique": critique.text, "merged": merge.text}
+        record["tokens"] = critique.tokens + merge.tokens
+        record["judged_sha256"] = digests[solution_id]
+        output.append([record])
+
+
 # What names a record of critiques.jsonl; N, because the choice of the text depends on it.
 CRITIQUE_KEY = ("id", "method", "num_verifications", "round")
 
@@ -631,16 +651,14 @@ def improve_labels(
         for number in range(1, args.critique_rounds + 1):
             # 1. The texts of this round. A dropped label has none, so a merge that does not parse ends the rounds.
             todo = []
-            digests = {}  # solution id -> what is criticised
             for (solution, _), label in zip(mine, improved, strict=True):
                 if label.text is None:
                     continue
                 key = (solution["id"], args.method, args.num_verifications, number)
                 text = chosen_text(label, texts_file)
-                digests[solution["id"]] = records.hash_text(hash_solution(solution) + text)
                 if key not in output.done:
                     todo.append((solution, text))
-                elif output.done[key][1] not in (None, digests[solution["id"]]):  # None: an older run wrote it
+                elif output.done[key][1] not in (None, hash_judged(solution, text)):  # None: an older run wrote it
                     raise InputError(f"{output.path}: another text of {solution['id']} was criticised; remove the file")
 
             # 2. Two calls for each.
@@ -649,13 +667,7 @@ def improve_labels(
                 output.check_made_with(model_sha256=records.hash_model(find_model(args.model)), prompt_sha256=prompts)
                 if engine is None:
                     engine = open_engine(args.model, device, args.slots, thinking=not args.no_thinking)
-                stream = critique_and_merge(args, engine, number, todo)
-                progress = with_progress(stream, engine.sampler, f"critique {number}", len(todo), num_samples=2)
-                for solution_id, (critique, merge) in progress:
-                    record = {"id": solution_id, "method": args.method, "num_verifications": args.num_verifications}
-                    record |= {"round": number, "critique": critique.text, "merged": merge.text}
-                    tokens = {"tokens": critique.tokens + merge.tokens}
-                    output.append([record | tokens | {"judged_sha256": digests[solution_id]}])
+                sample_critiques(args, engine, number, todo, output)
 
             # 3. The labels of the merges.
             for i, (solution, label) in enumerate(mine):

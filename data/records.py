@@ -424,6 +424,17 @@ def name_files(flag: str, paths: list[str]) -> dict[str, str]:
     return named
 
 
+def read_problem_sets(
+    flag: str, paths: list[str], gold: dict[str, str], limit: int | None = None
+) -> dict[str, list[dict]]:
+    """name -> the first `limit` problems of each file, by `name_files`. Raises InputError for one without an answer."""
+    sets = {}
+    for name, path in name_files(flag, paths).items():
+        sets[name] = read(path, ["id", "problem"], "python -m data.make_tiny problems")[:limit]
+        require_answers([problem["id"] for problem in sets[name]], gold)
+    return sets
+
+
 def merge_labels(files: dict[str, list[dict]]) -> list[dict]:
     """The solutions (id, steps, answer) of files of labels, each once. Raises InputError if two files have different
     ones under an id, because they were made from different solutions."""
@@ -1030,6 +1041,30 @@ class MetricsFile:
     def __exit__(self, *_) -> None:
         if distributed.rank() == 0:
             self.file.close()
+
+
+def describe_rollout(rollout: Any, advantage: float, tokenizer) -> dict:
+    """The record of a `grpo.Rollout` that --dump_rollouts writes, and `report.show_rollout` shows."""
+    return {
+        "problem_id": rollout.problem_id,
+        "prompt": tokenizer.decode(rollout.prompt),
+        "text": rollout.text,
+        "ids": rollout.ids,
+        "finish": rollout.finish,
+        "valid": rollout.valid,
+        "reward": rollout.reward,
+        "advantage": advantage,
+        "token_advantages": rollout.token_advantages.tolist(),
+        "judgement": vars(rollout.judgement) if rollout.judgement is not None else None,
+    }
+
+
+def write_rollouts(out: Path, step: int, rollouts: list, advantages: Iterable, tokenizer) -> None:
+    """Write the responses of a step, with one advantage for each, to the file of this step in the run's directory."""
+    rows = []
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rows.append(describe_rollout(rollout, float(advantage), tokenizer))
+    write_lines(out / "rollouts" / f"step_{step:07d}.jsonl", rows)
 
 
 # --------------------------------------------------------------------------- the command line

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
@@ -371,6 +372,20 @@ def show_rollout(rollout: dict) -> str:
         f"reward {rollout['reward']:.2f}, advantage {rollout['advantage']:+.2f}, judged {judgement['verdict']}"
     )
     return "\n".join([paint(head, rollout["reward"] > 0), printable(f"{rollout['text']}\n\n{judgement['text']}")])
+
+
+def print_step(bar, metrics: dict, rollouts: list, advantages: Sequence, tokenizer, sample_every: int) -> None:
+    """What grpo.py prints of a step: a warning if no response can be rewarded, the first response of every
+    sample_every steps, and two metrics behind the progress bar."""
+    step = metrics["step"]
+    if metrics["reward/unparsed"] == 1:  # so the update is noise
+        texts = [r.judgement.text for r in rollouts if r.judgement is not None]
+        bar.write(f"warning: step {step}: not one of {len(texts)} judgements has a verdict; check --prm, --prm_kind and "
+                  f"--prm_max_new_tokens; the first one: {texts[0][:200]!r}")  # fmt: skip
+    if (step - 1) % sample_every == 0:
+        first = records.describe_rollout(rollouts[0], float(advantages[0]), tokenizer)
+        bar.write(f"--- step {step} · {printable(rollouts[0].problem)}\n{show_rollout(first)}")
+    bar.set_postfix({"reward": metrics["reward/mean"], "valid": metrics["format/valid"]}, refresh=False)
 
 
 def print_problem(labels: list[dict], voters: list[dict], rollouts: list[tuple[int, dict]]) -> None:

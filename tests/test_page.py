@@ -125,7 +125,7 @@ def make_responses(run: Path, args: argparse.Namespace) -> None:
     advantages = grpo.group_advantages(torch.tensor([r.reward for r in rollouts]), args.group_size)
     for rollout, tokens in zip(rollouts, grpo.spread_advantages(rollouts, advantages, args), strict=True):
         rollout.token_advantages = tokens
-    rows = [grpo.describe_rollout(r, a, tokenizer) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
+    rows = [records.describe_rollout(r, a, tokenizer) for r, a in zip(rollouts, advantages.tolist(), strict=True)]
     for step in (1, 2, 3, 4):
         write_lines(run / "grpo" / "rollouts" / f"step_{step:07d}.jsonl", rows)
     for name in ("tokenizer.json", "tokenizer_config.json"):
