@@ -399,6 +399,7 @@ def verify_solutions(
     def settings(asked: list[int]) -> dict:
         """The sampler's settings, for as many votes on these solutions as each needs."""
         return {
+            "prompts": [prompts[i] for i in asked],
             "keys": [todo[i]["id"] for i in asked],
             "num_samples": [needed(i) for i in asked],
             "first_samples": [len(votes[i]) for i in asked],
@@ -415,15 +416,14 @@ def verify_solutions(
 
     # 2. The votes that each solution needs in any case. By default these are all.
     unsettled = [i for i in range(len(todo)) if needed(i) > 0]
-    first_prompts = [prompts[i] for i in unsettled]
-    stream = sample_from_queue(engine, first_prompts, "verify", "verifications", **settings(unsettled))
+    stream = sample_from_queue(engine, title="verify", queue="verifications", **settings(unsettled))
     mine = []  # this rank's
     for place, samples in stream:
         write(unsettled[place], samples)
         mine.append(unsettled[place])
 
-    # 3. Further votes, each as soon as no stop can make it superfluous. They end in any order, which doesn't matter: the
-    #    rules of --stop only count.
+    # 3. Further votes, each as soon as no stop can make it superfluous. They end in any order, which doesn't matter:
+    #    the rules of --stop only count.
     unsettled = [i for i in mine if needed(i) > 0]
     if not unsettled:
         return
@@ -436,7 +436,7 @@ def verify_solutions(
         counted[place].append(vote_of(asdict(verification)))
         return fewest_further_votes(counted[place], args)
 
-    stream = engine.stream([prompts[i] for i in unsettled], further=count_vote, **settings(unsettled))
+    stream = engine.stream(further=count_vote, **settings(unsettled))
     for place, samples in with_progress(stream, engine.sampler, "verify further", len(unsettled), 1):
         write(unsettled[place], samples)
 

@@ -680,12 +680,27 @@ class Workshop:
         """Write a checkpoint that the stages can load."""
         save_model(model, self.world.directory / name, self.world.directory)
 
+    def save_unsure(self, model: Transformer, draw: Draw, name: str) -> None:
+        """Make a model that knows its task unsure of it, and write it."""
+        make_unsure(
+            model, draw, HOT[name], self.tokenizer, max_new_tokens=self.world.max_new_tokens, solution=SOLUTION,
+            progress=self.progress / f"{name}.pt",
+        )  # fmt: skip
+        self.save(model, name)
+
 
 def open_workshop(world: World, device: torch.device) -> Workshop:
+    """Read the tokenizer, remake the pool, and create the directory of progress if there is none."""
     pool, _, _ = make_sets(world)
     progress = Path("runs") / f"make_{world.directory.name}"
     progress.mkdir(parents=True, exist_ok=True)
     return Workshop(world, device, AutoTokenizer.from_pretrained(world.directory), pool, progress)
+
+
+def open_policy(world: World, device: torch.device) -> Engine:
+    """The finished policy, which writes what the base judges, and the tiny ProcessBench; in fp32 on a GPU, too."""
+    model, tokenizer, stop_ids = open_model(str(world.directory / "policy"), device, torch.float32)
+    return Engine(Sampler(model, 256), tokenizer, stop_ids)
 
 
 def make_solver(shop: Workshop) -> Transformer:
@@ -700,11 +715,7 @@ def make_policy(shop: Workshop) -> None:
     """The solver, unsure of every result: it has something to gain from reinforcement learning."""
     model = make_solver(shop)
     draw = draw_from(make_example, {"solve": 1.0}, shop.pool)
-    make_unsure(
-        model, draw, HOT["policy"], shop.tokenizer, max_new_tokens=shop.world.max_new_tokens, solution=SOLUTION,
-        progress=shop.progress / "policy.pt",
-    )  # fmt: skip
-    shop.save(model, "policy")
+    shop.save_unsure(model, draw, "policy")
 
 
 def make_verifier(shop: Workshop) -> None:
@@ -713,17 +724,12 @@ def make_verifier(shop: Workshop) -> None:
     model = make_solver(shop)
     draw = draw_from(make_example, VERIFIER_TASKS, shop.pool)
     train(model, draw, VERIFIER_STEPS, shop.tokenizer, SEED + 1, progress=shop.progress / "judge.pt")
-    make_unsure(
-        model, draw, HOT["verifier"], shop.tokenizer, max_new_tokens=shop.world.max_new_tokens, solution=SOLUTION,
-        progress=shop.progress / "verifier.pt",
-    )  # fmt: skip
-    shop.save(model, "verifier")
+    shop.save_unsure(model, draw, "verifier")
 
 
 def make_base(shop: Workshop) -> None:
     """What the reward models start from: it has begun to learn to judge in one pass, mostly what the policy wrote."""
-    policy, _, stop_ids = open_model(str(shop.world.directory / "policy"), shop.device, torch.float32)
-    own = sample_attempts(Engine(Sampler(policy, 256), shop.tokenizer, stop_ids), shop.pool, shop.world.max_new_tokens)
+    own = sample_attempts(open_policy(shop.world, shop.device), shop.pool, shop.world.max_new_tokens)
     model = new_model(len(shop.tokenizer), shop.world.architecture | shop.world.base).to(shop.device)
     draw = draw_judging(shop.pool, own)
     train(model, draw, BASE_STEPS, shop.tokenizer, SEED + 3, progress=shop.progress / "base.pt")
@@ -745,8 +751,7 @@ def make_case(about: dict, steps: list[str], labels: list[bool], right: bool) ->
 def write_processbench(world: World, device: torch.device) -> None:
     """processbench.jsonl in the real one's format: the policy's own solutions of held-out problems with the index of
     the first wrong step (-1: none), half of them with an error."""
-    model, tokenizer, stop_ids = open_model(str(world.directory / "policy"), device, torch.float32)
-    engine = Engine(Sampler(model, 256), tokenizer, stop_ids)
+    engine = open_policy(world, device)
     problems = make_sets(world, pool=0)[2]
     prompts = [engine.encode(SOLVE_PROMPT.format(problem=p.text)) for p in problems]
     groups = engine.sample(

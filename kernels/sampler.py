@@ -238,9 +238,9 @@ class Sampler:
         first_samples: list[int] | None = None,
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (prompt index, its samples) as prompts are finished. num_samples, max_new_tokens: for all prompts, or one
-        for each. further(prompt index, sample), where the samples decide how many a prompt needs: called for each that
-        has ended, it returns how many are needed at least beside those that have; so many join the running call.
+        """Yield (prompt index, its samples) as prompts are finished. num_samples, max_new_tokens: for all prompts, or
+        one for each. further(prompt index, sample), where the samples decide how many a prompt needs: called for each
+        that has ended, it returns how many are needed at least beside those that have; so many join the running call.
         first_samples: of each prompt, the number of its first sample, to continue where an earlier call ended; None: 0.
         batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
         when slots are free (`distributed.work_queue`); None: all of them.
@@ -462,9 +462,7 @@ class Sampler:
 
     # ------------------------------------------------------------------- sizes
 
-    def _shares_prompts(
-        self, prompts: list[list[int]], limits: list[int], num_samples: int, one_by_one: bool
-    ) -> bool:
+    def _shares_prompts(self, prompts: list[list[int]], limits: list[int], num_samples: int, one_by_one: bool) -> bool:
         """Whether prompts are kept once for all their samples. That takes a second call of attention; it pays if it
         saves reading more than a quarter of the keys of a row halfway to its limit. But it computes num_samples rows of
         each prompt, running or not: too many for a CPU where they come one by one, about half of them at a time."""

@@ -29,7 +29,7 @@ from evaluate import processbench_numbers
 from generate import SOLVE_PROMPT, Engine, format_valid, open_engine
 from kernels import distributed
 from kernels.text import extract_answer
-from train_prm import REWARD_MODELS, UNPARSED, Judge, Judgement, judge_prompt, score_solutions
+from train_prm import REWARD_MODELS, Judge, Judgement, judge_prompt, score_solutions
 
 import torch
 
@@ -106,16 +106,15 @@ def measure_judge(model: str, kind: str, device: torch.device, *, begin: bool) -
         judgements = judge_begun(engine, kind, cases)
     else:
         judgements = score_solutions(Judge(engine, kind, MAX_NEW_TOKENS), cases)
-    assert UNPARSED not in judgements  # every case has steps
     found = processbench_numbers(kind, cases, judgements, seed=0)
-    return {name: metric.value for name, metric in found.items() if name != "interval"}
+    return {name: metric.value for name, metric in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tried", required=True, help="what was changed")
-    parser.add_argument("--minutes", type=float, required=True, help="of training the checkpoints, and on what")
-    parser.add_argument("--machine", default="2 CPU cores")
+    parser.add_argument("--minutes", type=float, required=True, help="that training the checkpoints took")
+    parser.add_argument("--machine", default="2 CPU cores", help="on which that was")
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--lr", type=float, help="of Stage II; default: train_prm.py's")
     parser.add_argument("--device", default="cpu")
@@ -124,7 +123,6 @@ def main() -> None:
     args = parser.parse_args()
     device = distributed.find_device(args.device)
     gold = {row["id"]: row for row in records.read(TINY / "gold.jsonl", ["id", "answer", "steps"])}
-    lr = ["--lr", args.lr] if args.lr else []
     started = time.time()
     row = {"tried": args.tried, "minutes": args.minutes, "machine": args.machine, **measure_policy(gold, device)}
     for kind in REWARD_MODELS:
@@ -138,10 +136,14 @@ def main() -> None:
         run(verify.main, "--solutions", out / "solutions.jsonl", "--out", out / "verify", *slots, *common)
         for name, value in measure_labels(out, gold).items():
             row[f"{seed}/{name}"] = value
-        print("ROW", json.dumps(row), flush=True)
         for kind in REWARD_MODELS:
-            labels = out / "verify/labels_step_consistency.jsonl"
-            run(train_prm.main, "--kind", kind, "--labels", labels, "--out", out / kind, *lr, *common)
+            # The base by name, because it isn't what train_prm.py starts from by default.
+            settings = train_prm.TINY | {"model": TINY / "base", "kind": kind, "out": out / kind}
+            settings |= {"labels": out / "verify/labels_step_consistency.jsonl"}
+            settings |= {"seed": seed, "device": device.type}
+            if args.lr:
+                settings["lr"] = args.lr
+            run(train_prm.main, *(part for name, value in settings.items() for part in (f"--{name}", value)))
             for name, value in measure_judge(str(out / kind), kind, device, begin=False).items():
                 row[f"{seed}/{kind}/{name}"] = value
     row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
