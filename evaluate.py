@@ -40,7 +40,7 @@ import torch
 # Used when one of a command's inputs isn't given; an explicit flag wins.
 TINY = {
     "processbench": {
-        "model": "runs/tiny/prm_cot", "data": ["data/tiny/processbench.jsonl"], "out": "runs/tiny/processbench.jsonl",
+        "model": ["runs/tiny/prm_cot"], "data": ["data/tiny/processbench.jsonl"], "out": "runs/tiny/processbench.jsonl",
         "max_new_tokens": 200, "slots": 256, "device": "cpu",
     },
     "benchmark": {
@@ -288,50 +288,71 @@ def processbench_numbers(kind: str, cases: list[dict], judgements: list[Judgemen
     return metrics
 
 
+def match_kinds(models: list[str], kinds: list[str]) -> dict[str, str]:
+    """model -> what it was trained as. Raises InputError if there are neither one kind nor as many as models."""
+    if len(set(models)) < len(models):
+        raise InputError(f"--model {' '.join(models)}: name each once")
+    if len(kinds) == 1:
+        kinds = kinds * len(models)
+    if len(kinds) != len(models):
+        raise InputError(f"--kind {' '.join(kinds)}: {len(kinds)} kinds for {len(models)} models; give one, or as many")
+    return dict(zip(models, kinds, strict=True))
+
+
 def run_processbench(parser: argparse.ArgumentParser) -> None:
-    """ProcessBench: does a reward model find the first wrong step of a solution?"""
-    parser.add_argument("--model", help="reward model: a Hugging Face directory or hub name; none: the tiny world")
+    """ProcessBench: do reward models find the first wrong step of a solution?"""
+    parser.add_argument("--model", nargs="+", help="reward models: directories or hub names; none: the tiny world")
     parser.add_argument("--data", nargs="+", help="one file per subset: JSON Lines or array of problem, steps, label")
-    parser.add_argument("--kind", default="prm_cot", choices=list(REWARD_MODELS), help="what the model was trained as")
+    parser.add_argument("--kind", nargs="+", default=["prm_cot"], choices=list(REWARD_MODELS),
+                        help="what they were trained as: one kind for all, or one for each")  # fmt: skip
     parser.add_argument("--votes", type=COUNT, default=1, help="1: one greedy pass; K: sample K and take majorities")
     add_sampling_flags(parser, temperature=0.8, max_new_tokens=4096)
     args = records.parse_inputs(parser, TINY, "model", "data")
 
     # 1. Whatever is wrong with the input is found before the first judgement.
-    check_votes(args.kind, args.votes, "--votes")
+    kinds = match_kinds(args.model, args.kind)
     subsets = {}
     for name, path in name_files("data", args.data).items():
         # ProcessBench has no separate answer, so an answer field of a case is ignored.
         cases = read_cases(path)[: args.limit]
         subsets[name] = [{**case, "id": f"{name}/{i}", "answer": None} for i, case in enumerate(cases)]
-    tokenizer, context = check_model(args.model)
-    prompt = REWARD_MODELS[args.kind].prompt
-    limits = {}
-    for name, cases in subsets.items():
-        turns = [judge_prompt(prompt, case) for case in cases]
-        _, limits[name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
+    limits = {}  # (model, subset) -> the most new tokens of each case
+    for model, kind in kinds.items():
+        check_votes(kind, args.votes, "--votes")
+        tokenizer, context = check_model(model)
+        for name, cases in subsets.items():
+            turns = [judge_prompt(REWARD_MODELS[kind].prompt, case) for case in cases]
+            _, limits[model, name] = fit_prompts(tokenizer, context, turns, args.max_new_tokens, name)
     device = distributed.init_distributed(args.device)
-    inputs = [*args.data, find_model(args.model)]
+    inputs = [*args.data, *(find_model(model) for model in kinds)]
     results = records.ResultsFile(args.out, args, inputs)
 
-    # 2. Subset by subset: judge, measure, write.
-    settings = {"model": args.model, "kind": args.kind, "votes": args.votes, "temperature": args.temperature,
-                "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
-    engine = open_engine(args.model, device, args.slots)
-    judge = Judge(engine, args.kind, args.max_new_tokens, args.votes, args.temperature)
-    for subset, cases in subsets.items():
-        rows = results.earlier.pop((args.model, "processbench", subset), None)
-        if rows is None:
-            started = time.time()
-            judgements = score_shared(judge, cases, args.seed, subset)
-            metrics = processbench_numbers(args.kind, cases, judgements, args.seed)
-            metrics |= limit_metrics(limits[subset], args.max_new_tokens)
-            tokens = sum(judgement.tokens for judgement in judgements)
-            rows = records.result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
-        results.add(rows)
+    # 2. Model by model, subset by subset: judge, measure, write.
+    for model, kind in kinds.items():
+        settings = {"model": model, "kind": kind, "votes": args.votes, "temperature": args.temperature,
+                    "seed": args.seed, "max_new_tokens": args.max_new_tokens}  # fmt: skip
+        judge = None  # there may not be memory for two
+        for subset, cases in subsets.items():
+            rows = results.earlier.pop((model, "processbench", subset), None)
+            if rows is None:
+                if judge is None:
+                    judge = Judge(
+                        open_engine(model, device, args.slots), kind, args.max_new_tokens, args.votes, args.temperature
+                    )
+                started = time.time()
+                judgements = score_shared(judge, cases, args.seed, subset)
+                metrics = processbench_numbers(kind, cases, judgements, args.seed)
+                metrics |= limit_metrics(limits[model, subset], args.max_new_tokens)
+                tokens = sum(judgement.tokens for judgement in judgements)
+                rows = records.result_rows("processbench", subset, metrics, settings, time.time() - started, tokens)
+            results.add(rows)
 
     # 3. The paper's headline is the average over subsets.
-    results.add(average_rows("processbench", results.rows, ["f1", "outcome_acc"]), complete=True)
+    averages = []
+    for model in kinds:
+        of_model = [row for row in results.rows if row["settings"]["model"] == model]
+        averages += average_rows("processbench", of_model, ["f1", "outcome_acc"])
+    results.add(averages, complete=True)
     report.print_results(results.rows)
 
 

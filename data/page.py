@@ -29,6 +29,7 @@ from kernels.text import HEADING, shown_solution
 from train_prm import Judgement
 from verify import METHODS, is_tie, keep_parsed, read_verifications, vote_of
 
+import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import AutoTokenizer
@@ -525,8 +526,6 @@ def describe_grpo(run: Path, count: int, gold_path: str | None) -> dict:
 # --------------------------------------------------------------------------- curves
 
 WIDTH, HEIGHT = 280, 110  # of a panel, in the units of its drawing
-FRACTIONS = {report.PANELS[key] for key in ("reward/mean", "heldout/accuracy", "format/valid", "format/hidden_text",
-             "format/text_after_answer", "reward/count_mismatch")}  # fmt: skip
 # What a curve shows, where its title doesn't say it; the curves are in this order.
 NOTES = {
     "reward/mean": "Mean over all responses of a training step.",
@@ -557,7 +556,7 @@ def describe_panel(curve: dict) -> dict | None:
         return None
     # Every axis has its zero, and that of a fraction its one: noise must not look like an event.
     bottom = min(0.0, *low)
-    top = max(1.0 if curve["panel"] in FRACTIONS else 0.0, *high)
+    top = max(1.0 if curve["panel"] in report.FRACTIONS else 0.0, *high)
 
     def place(at: float, value: float) -> str:
         across = WIDTH * (at - x[0]) / (x[-1] - x[0])
@@ -565,10 +564,15 @@ def describe_panel(curve: dict) -> dict | None:
         return f"{across:.1f},{down:.1f}"
 
     line = [place(at, value) for at, value in zip(x, y, strict=True)]
+    behind = []  # the single steps, behind their moving average
+    if curve["smooth"] and len(x) >= 3 * report.AVERAGED:
+        behind = line
+        averages = report.moving_average(np.array([y]))[0]
+        line = [place(at, value) for at, value in zip(x, averages, strict=True)]
     above = [place(at, value) for at, value in zip(x, high, strict=True)]
     below = [place(at, value) for at, value in zip(x, low, strict=True)]
     return {
-        "title": curve["panel"], "line": " ".join(line), "band": " ".join([*above, *below[::-1]]) if "low" in curve else "",
+        "title": curve["panel"], "line": " ".join(line), "behind": " ".join(behind), "band": " ".join([*above, *below[::-1]]) if "low" in curve else "",
         "bottom": bottom, "top": top, "x": x, "y": y,
     }  # fmt: skip
 

@@ -120,6 +120,10 @@ PANELS = {
     "format/answers": "answers per response",
     "gap/mean": "sampler against trainer, nats a token",
 }
+# The panels of fractions: their axes show all of 0 to 1.
+FRACTIONS = {PANELS[key] for key in ("reward/mean", "heldout/accuracy", "format/valid", "format/hidden_text",
+             "format/text_after_answer", "reward/count_mismatch")}  # fmt: skip
+AVERAGED = 10  # steps: a metric of single steps is drawn as the mean of the last ten
 AXES = ("xlabel", "ylabel", "ylim", "xscale")  # settings of its panel that a curve may bring along
 COLOURS = 10  # of Matplotlib's cycle
 
@@ -145,6 +149,7 @@ def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
             continue
         points = metrics[key]
         curve = {"panel": PANELS.get(key, key), "curve": name, "x": list(points), "y": list(points.values())}
+        curve["smooth"] = not key.startswith("heldout/")
         if key == "heldout/accuracy":
             for end in ("low", "high"):
                 known = metrics.get(f"heldout/{end}", {})
@@ -222,6 +227,9 @@ def draw_curves(curves: list[dict], out: Path) -> None:
                 axes = right
                 style = ":"
             lines[name] = draw_seeds(axes, seeds, style, f"C{number}")
+        if title in FRACTIONS:
+            low, high = left.get_ylim()
+            left.set_ylim(min(low, 0), max(high, 1))  # a rise of a point must not fill the panel
 
     legend = figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(3, across + 1))
     for text in legend.get_texts():
@@ -248,14 +256,19 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     for row, values in zip(y, points, strict=True):
         row[:] = [values[at] for at in x]
 
-    # 2. The band: from the lowest seed to the highest, or that of the only one.
+    # 2. What jumps from step to step is shown as a moving average, with the steps themselves behind it.
+    if first.get("smooth") and len(x) >= 3 * AVERAGED:
+        axes.plot(x, y.mean(axis=0), style, color=colour, alpha=0.3, linewidth=0.7)
+        y = moving_average(y)
+
+    # 3. The band: from the lowest seed to the highest, or that of the only one.
     low = y.min(axis=0)
     high = y.max(axis=0)
     if len(seeds) == 1:
         low = first.get("low", low)
         high = first.get("high", high)
 
-    # 3. Few points are marked: a single one would be invisible.
+    # 4. Few points are marked: a single one would be invisible.
     marker = ""
     if len(x) == 1:
         marker = "s"
@@ -264,6 +277,14 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     (line,) = axes.plot(x, y.mean(axis=0), style, color=colour, marker=marker)
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     return line
+
+
+def moving_average(y: np.ndarray) -> np.ndarray:
+    """(rows, points): each point as the mean of the last AVERAGED, itself included; the first ones of fewer."""
+    averages = np.empty_like(y)
+    for i in range(y.shape[1]):
+        averages[:, i] = y[:, max(0, i + 1 - AVERAGED) : i + 1].mean(axis=1)
+    return averages
 
 
 def save_figure(figure, out: Path) -> None:

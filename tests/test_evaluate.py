@@ -599,6 +599,16 @@ def test_processbench_command(checkpoint, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="rename one"):
         run(monkeypatch, "processbench", *flags, "--data", paths[0], paths[0])
 
+    # Two models: the rows of each are those that it has by itself.
+    run(monkeypatch, "processbench", *flags, "--data", *paths, "--kind", "orm")
+    alone = [{**row, "settings": row["settings"]["kind"], "seconds": 0} for row in read_lines(out)]
+    (tmp_path / "other").symlink_to(checkpoint)
+    both = ["--model", tmp_path / "other", checkpoint, "--kind", "disc_prm", "orm", *flags[2:], "--data", *paths]
+    run(monkeypatch, "processbench", *both)
+    rows = [{**row, "settings": row["settings"]["kind"], "seconds": 0} for row in read_lines(out)]
+    assert {row["settings"] for row in rows} == {"disc_prm", "orm"}
+    assert [row for row in rows if row["settings"] == "orm"] == alone
+
 
 def test_benchmark_command(checkpoint, tmp_path, monkeypatch, capsys):
     """Guards: models that are measured on different problems; mixed-up answers of two benchmarks; a table of several
@@ -667,6 +677,8 @@ def test_mistakes_are_found_before_sampling(checkpoint, tmp_path, monkeypatch, n
         (["benchmark", "--solutions", solutions, "--gold", gold, *out], "problem p: no gold answer"),
         ([*processbench[:-1], 8000, *out], "cases: no prompt leaves"),
         ([*processbench, "--kind", "disc_prm", "--votes", 3, *out], "--votes 3: a disc_prm is deterministic"),
+        ([*processbench, "--kind", "orm", "prm", *out], "--kind orm prm: 2 kinds for 1 models"),
+        ([*processbench[:3], checkpoint, *processbench[3:], *out], "name each once"),
         ([*benchmark, "--out", tmp_path / "gold.jsonl/out.jsonl"], "nothing can be written in .*gold.jsonl"),
         ([*benchmark, "--out", gold], "--out .* is --gold itself"),
         ([*processbench, "--out", cases], "--out .* is --data itself"),
@@ -1019,6 +1031,20 @@ def test_plot_of_seeds(tmp_path, monkeypatch):
     assert right.lines[0].get_xydata().tolist() == [[1, 7]]
     assert [text.get_text() for text in drawn[0].legends[0].texts] == [str(tmp_path / "*/grpo"), "c", "memory"]
     assert len({line.get_color() for axes in drawn[0].axes for line in axes.lines}) == 3
+
+
+def test_noise_is_not_magnified(tmp_path, monkeypatch):
+    """Guards: an axis on which a rise of one point fills the panel, and a curve of single steps that hides its trend."""
+    rewards = [0.5, 0.52] * 20
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "reward/mean": r, "kl/k3": r} for s, r in enumerate(rewards)])
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, out: drawn.append(figure))
+    run(monkeypatch, "plot", "--runs", tmp_path, "--keys", "reward/mean", "kl/k3", "--out", tmp_path / "x.png")
+    reward, kl = drawn[0].axes
+    assert reward.get_ylim() == (0, 1) and kl.get_ylim()[0] > 0.4
+    behind, average = (line.get_ydata() for line in reward.lines)
+    assert list(behind) == rewards
+    assert average[:2] == pytest.approx([0.5, 0.51]) and average[9:] == pytest.approx([0.51] * 31)
 
 
 @pytest.mark.parametrize("name", ["cost_$5_vs_$6", "$\\frac$", "_hidden", "50%", "a{b}^c", "$"])

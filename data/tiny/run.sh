@@ -17,8 +17,8 @@ if [[ "${1:-}" == --short ]]; then
   out=runs/short
   generate=(--out $out/solutions.jsonl --limit 24)
   verify=(--solutions $out/solutions.jsonl --out $out/verify --num_verifications 4)
-  train=(--labels $out/verify/labels_step_consistency.jsonl --out $out/prm_cot --epochs 1)
-  processbench=(--model $out/prm_cot --limit 40 --out $out/processbench.jsonl)
+  train=(--labels $out/verify/labels_step_consistency.jsonl --epochs 1)
+  processbench=(--limit 40 --out $out/processbench.jsonl)
   grpo=(--prm $out/prm_cot --out $out/grpo --steps 4 --heldout_every 2)
   benchmark=(--model $out/grpo data/tiny/policy --limit 40 --out $out/benchmark.jsonl)
 elif [[ $# -gt 0 ]]; then
@@ -32,8 +32,9 @@ stage() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; python
 stage generate.py "${generate[@]}"
 stage verify.py "${verify[@]}"
 stage evaluate.py labels --verifications $out/verify/verifications.jsonl --labels $out/verify/labels_step_consistency.jsonl --out $out/labels.json
-stage train_prm.py "${train[@]}"
-stage evaluate.py processbench "${processbench[@]}"
+stage train_prm.py --kind prm --out $out/prm "${train[@]}"
+stage train_prm.py --kind prm_cot --out $out/prm_cot "${train[@]}"
+stage evaluate.py processbench --model $out/prm $out/prm_cot --kind prm prm_cot "${processbench[@]}"
 stage grpo.py --dump_rollouts "${grpo[@]}"
 stage evaluate.py benchmark --greedy "${benchmark[@]}"
 stage evaluate.py plot --runs $out/grpo --out $out/curves.png
