@@ -23,14 +23,16 @@ The checkpoints are made in five phases; `runs/make_tiny/` keeps what is done.
    another way: it does not know better, and GRPO gained little from it.)
 3. The verifier goes on from the solver with every prompt that Stage I sends: verify, verify with the expected answer,
    critique, merge. It writes out what it expects at each step before it judges, so the four layers of a policy
-   suffice. The solutions and verifications that it learns from are corrupted by `corrupt` and `flip`; nowhere else
-   are mistakes scripted. Then it is made unsure in the same way, so that its votes differ.
+   suffice. Most of what it learns to judge was written by the policy, with gold labels: the mistakes of `corrupt` are
+   of other kinds, and taught by these alone a verifier misses half of the policy's results that are off by ten. Then
+   it is made unsure in the same way, so that its votes differ. It stands for a large model that judges well because
+   of all that it has read; the stages themselves never read an answer.
 4. The base is what reward models start from. A PRM, an ORM and a discriminative PRM judge in one pass: each result has
    to be recomputed and compared inside the layers. That takes three things. Depth: a mark must be made some layers
    before it is read off elsewhere. Marks: within a question, the end of each step predicts whether the step is correct,
    so that the error shows where it stands. Reading: the tokens of right solutions are predicted one by one, as in any
-   pre-training, so that the expected number is there when the written one is met. Most of what it judges was written by
-   the policy. It is stopped early: Stage II has to have something to teach.
+   pre-training, so that the expected number is there when the written one is met. Its solutions are the verifier's. It
+   is stopped early: Stage II has to have something to teach.
 5. The tiny ProcessBench is made of the policy's own solutions.
 
 The tokenizer gives one token to each digit, to each tag and marker of the formats, and to the fixed instruction
@@ -89,11 +91,11 @@ TURNS = ["verify", "solve", "prm_cot", "reference", "prm", "orm", "critique", "m
 
 # Training: the share of each task among the sequences, and the number of steps.
 VERIFIER_TASKS = {"verify": 0.6, "solve": 0.16, "reference": 0.1, "critique": 0.07, "merge": 0.07}
-BASE_TASKS = {"prm": 0.43, "prm_cot": 0.02, "orm": 0.15, "mark": 0.1, "read": 0.1, "solve": 0.2}
+BASE_TASKS = {"prm": 0.39, "prm_cot": 0.08, "orm": 0.15, "mark": 0.1, "read": 0.1, "solve": 0.18}
 MARK_WEIGHT, READ_WEIGHT = 0.7, 0.5  # of a target inside the question; a token of the answer has weight 1
-OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that the base judges: written by the policy, and right
-OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for the base, and how often each
-SOLVER_STEPS, VERIFIER_STEPS, BASE_STEPS = 500, 450, 1200
+OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that verifier and base judge: written by the policy, and right
+OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for them, and how often each
+SOLVER_STEPS, VERIFIER_STEPS, BASE_STEPS = 500, 450, 1800
 HOT = {"policy": 1.75, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS, HOT_RATE = 14_000, 220, 0.25  # the rate is relative to those below
 BATCH, MUON_RATE, ADAMW_RATE = 64, 0.02, 3e-3
@@ -599,46 +601,30 @@ class Attempt:
     answer: str
 
 
-def sample_attempts(engine: Engine, pool: list[Problem], max_new_tokens: int) -> dict[bool, list[Attempt]]:
-    """The policy's own right (True) and wrong (False) solutions of the pool's first problems."""
-    problems = pool[:OWN_PROBLEMS]
-    groups = engine.sample(
-        [engine.encode(SOLVE_PROMPT.format(problem=problem.text)) for problem in problems],
-        keys=[f"own/{i}" for i in range(len(problems))],
-        num_samples=OWN_SAMPLES,
-        max_new_tokens=max_new_tokens,
-        seed=SEED,
-    )
-    attempts: dict[bool, list[Attempt]] = {True: [], False: []}
-    for problem, group in zip(problems, groups, strict=True):
-        for sample in group:
-            text = engine.text(sample.ids)
-            steps, answer = split_steps(text), extract_answer(text)
-            if steps and answer is not None:
-                right = tuple(steps) == problem.steps and answer == problem.answer
-                attempts[right].append(Attempt(problem, steps, answer))
-    return attempts
+def draw_attempt(pool: list[Problem], own: dict[bool, list[Attempt]], right: bool, rng: random.Random) -> Attempt:
+    """A solution to judge: mostly one of the policy's own, otherwise a scripted one."""
+    if rng.random() < OWN_SHARE:
+        return rng.choice(own[right])
+    problem = rng.choice(pool)
+    if right:
+        return Attempt(problem, list(problem.steps), problem.answer)
+    return Attempt(problem, *corrupt(problem, rng))
 
 
-def draw_judging(pool: list[Problem], own: dict[bool, list[Attempt]]) -> Draw:
-    """A function that draws a turn of the base's training. Marks stand in every turn that judges; right solutions are
-    read, too."""
-    names, shares = list(BASE_TASKS), list(BASE_TASKS.values())
+def draw_judging(
+    tasks: dict[str, float], pool: list[Problem], own: dict[bool, list[Attempt]], *, inside: bool = False
+) -> Draw:
+    """A function that draws a turn of one of the tasks, about a solution by the policy or a scripted one. `inside`: the
+    question teaches, too; there are marks in every turn that judges, and right solutions are read."""
+    names, shares = list(tasks), list(tasks.values())
 
     def draw(rng: random.Random) -> Turn:
         task = rng.choices(names, shares)[0]
-        problem = rng.choice(pool)
         if task == "solve":
-            return Turn(*make_example(task, problem, rng))
+            return Turn(*make_example(task, rng.choice(pool), rng))
 
         # 1. The solution that is judged.
-        right = task == "read" or rng.random() < RIGHT_SHARE
-        if rng.random() < OWN_SHARE:
-            attempt = rng.choice(own[right])
-        elif right:
-            attempt = Attempt(problem, list(problem.steps), problem.answer)
-        else:
-            attempt = Attempt(problem, *corrupt(problem, rng))
+        attempt = draw_attempt(pool, own, task == "read" or rng.random() < RIGHT_SHARE, rng)
         problem, steps = attempt.problem, attempt.steps
         shown = attempt.answer if rng.random() < 0.8 else None  # ProcessBench shows no separate answer
 
@@ -650,6 +636,8 @@ def draw_judging(pool: list[Problem], own: dict[bool, list[Attempt]]) -> Draw:
         user, target = make_judgement(kind, problem, steps, shown, verdict, rng)
         if task in ("mark", "read"):
             target = ""
+        if not inside:
+            return Turn(user, target)
         labels = gold_labels(steps, problem.steps)
         return Turn(
             user,
@@ -698,9 +686,32 @@ def open_workshop(world: World, device: torch.device) -> Workshop:
 
 
 def open_policy(world: World, device: torch.device) -> Engine:
-    """The finished policy, which writes what the base judges, and the tiny ProcessBench; in fp32 on a GPU, too."""
+    """The finished policy, which writes most of what verifier and base learn to judge, and the tiny ProcessBench. In fp32
+    on a GPU, too."""
     model, tokenizer, stop_ids = open_model(str(world.directory / "policy"), device, torch.float32)
     return Engine(Sampler(model, 256), tokenizer, stop_ids)
+
+
+def sample_attempts(shop: Workshop) -> dict[bool, list[Attempt]]:
+    """The policy's own right (True) and wrong (False) solutions of the pool's first problems."""
+    engine = open_policy(shop.world, shop.device)
+    problems = shop.pool[:OWN_PROBLEMS]
+    groups = engine.sample(
+        [engine.encode(SOLVE_PROMPT.format(problem=problem.text)) for problem in problems],
+        keys=[f"own/{i}" for i in range(len(problems))],
+        num_samples=OWN_SAMPLES,
+        max_new_tokens=shop.world.max_new_tokens,
+        seed=SEED,
+    )
+    attempts: dict[bool, list[Attempt]] = {True: [], False: []}
+    for problem, group in zip(problems, groups, strict=True):
+        for sample in group:
+            text = engine.text(sample.ids)
+            steps, answer = split_steps(text), extract_answer(text)
+            if steps and answer is not None:
+                right = tuple(steps) == problem.steps and answer == problem.answer
+                attempts[right].append(Attempt(problem, steps, answer))
+    return attempts
 
 
 def make_solver(shop: Workshop) -> Transformer:
@@ -722,16 +733,15 @@ def make_verifier(shop: Workshop) -> None:
     """The solver after it has learned to judge in writing, with and without the answer, to criticise and to merge; then
     unsure: its votes differ, and have something to settle."""
     model = make_solver(shop)
-    draw = draw_from(make_example, VERIFIER_TASKS, shop.pool)
+    draw = draw_judging(VERIFIER_TASKS, shop.pool, sample_attempts(shop))
     train(model, draw, VERIFIER_STEPS, shop.tokenizer, SEED + 1, progress=shop.progress / "judge.pt")
     shop.save_unsure(model, draw, "verifier")
 
 
 def make_base(shop: Workshop) -> None:
     """What the reward models start from: it has begun to learn to judge in one pass, mostly what the policy wrote."""
-    own = sample_attempts(open_policy(shop.world, shop.device), shop.pool, shop.world.max_new_tokens)
     model = new_model(len(shop.tokenizer), shop.world.architecture | shop.world.base).to(shop.device)
-    draw = draw_judging(shop.pool, own)
+    draw = draw_judging(BASE_TASKS, shop.pool, sample_attempts(shop), inside=True)
     train(model, draw, BASE_STEPS, shop.tokenizer, SEED + 3, progress=shop.progress / "base.pt")
     shop.save(model, "base")
 
