@@ -396,49 +396,58 @@ def verify_solutions(
         """The fewest votes that solution i lacks, whatever they say; 0: it is settled."""
         return fewest_further_votes(votes[i], args) if limits[i] is not None else 0
 
-    def settings(asked: list[int]) -> dict:
-        """The sampler's settings, for as many votes on these solutions as each needs."""
+    def settings(asked: list[int], counts: list[int]) -> dict:
+        """The sampler's settings, for so many votes on each of these solutions."""
         return {
             "prompts": [prompts[i] for i in asked],
             "keys": [todo[i]["id"] for i in asked],
-            "num_samples": [needed(i) for i in asked],
+            "num_samples": counts,
             "first_samples": [len(votes[i]) for i in asked],
             "max_new_tokens": [limits[i] for i in asked],
             "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed,
         }  # fmt: skip
 
-    def write(i: int, samples: list[Sample]) -> None:
-        """Append the next verifications of solution i, and count their votes."""
-        numbered = enumerate(samples, len(votes[i]))
-        verifications = [make_verification(engine, todo[i], prompts[i], sample, k) for k, sample in numbered]
-        output.append(verifications)
-        votes[i] += [vote_of(verification) for verification in verifications]
-
-    # 2. The votes that each solution needs in any case. By default these are all.
+    # 2. The votes that each solution needs in any case; by default these are all. `settled` asks for a majority, which
+    #    a correct step needs: votes that are asked for together share their prompt. Where no step is correct the last
+    #    one may be superfluous, and is thrown away.
     unsettled = [i for i in range(len(todo)) if needed(i) > 0]
-    stream = sample_from_queue(engine, title="verify", queue="verifications", **settings(unsettled))
+    counts = [needed(i) for i in unsettled]
+    if args.stop == "settled":
+        majority_size = args.num_verifications // 2 + 1
+        counts = [max(needed(i), majority_size - len(votes[i])) for i in unsettled]
+    stream = sample_from_queue(engine, title="verify", queue="verifications", **settings(unsettled, counts))
     mine = []  # this rank's
     for place, samples in stream:
-        write(unsettled[place], samples)
-        mine.append(unsettled[place])
+        i = unsettled[place]
+        verifications = []
+        for sample in samples:
+            if needed(i) == 0:
+                break
+            verifications.append(make_verification(engine, todo[i], prompts[i], sample, len(votes[i])))
+            votes[i].append(vote_of(verifications[-1]))
+        output.append(verifications)
+        mine.append(i)
 
     # 3. Further votes, each as soon as no stop can make it superfluous. They end in any order, which doesn't matter:
     #    the rules of --stop only count.
     unsettled = [i for i in mine if needed(i) > 0]
     if not unsettled:
         return
-    counted = [list(votes[i]) for i in unsettled]
+    numbers = [len(votes[i]) for i in unsettled]  # of each one's next verification
+    further: list[dict[int, dict]] = [{} for _ in unsettled]  # its further verifications by number
 
-    def count_vote(place: int, sample: Sample) -> int:
+    def count_vote(place: int, number: int, sample: Sample) -> int:
         """How many more votes the solution needs at least, now that this one is known."""
         i = unsettled[place]
-        verification = parse_verification(engine.text(sample.ids, prompts[i]), len(todo[i]["steps"]))
-        counted[place].append(vote_of(asdict(verification)))
-        return fewest_further_votes(counted[place], args)
+        verification = make_verification(engine, todo[i], prompts[i], sample, numbers[place] + number)
+        further[place][number] = verification
+        votes[i].append(vote_of(verification))
+        return needed(i)
 
-    stream = engine.stream(further=count_vote, **settings(unsettled))
-    for place, samples in with_progress(stream, engine.sampler, "verify further", len(unsettled), 1):
-        write(unsettled[place], samples)
+    counts = [needed(i) for i in unsettled]
+    stream = engine.stream(further=count_vote, **settings(unsettled, counts))
+    for place, _ in with_progress(stream, engine.sampler, "verify further", len(unsettled), 1):
+        output.append([further[place][number] for number in sorted(further[place])])
 
 
 def make_verification(engine: Engine, solution: dict, prompt: list[int], sample: Sample, number: int) -> dict:

@@ -160,7 +160,7 @@ class Call:
     limits: list[int]  # new tokens of each prompt
     asked: list[int]  # of each prompt, how many samples were asked for so far
     group: int  # most samples of a prompt that are in the queue or running at a time
-    further: Callable[[int, Sample], int] | None  # see `Sampler.stream`
+    further: Callable[[int, int, Sample], int] | None  # see `Sampler.stream`
     choose: Callable  # logits (n, V), uniform (n,) -> tensors (n,): token, log-prob, full log-prob (, certainty)
     stop_ids: set[int]
     seed: int
@@ -227,7 +227,7 @@ class Sampler:
         *,
         keys: list[str],
         num_samples: int | list[int] = 1,
-        further: Callable[[int, Sample], int] | None = None,
+        further: Callable[[int, int, Sample], int] | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -239,8 +239,8 @@ class Sampler:
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. num_samples, max_new_tokens: for all prompts, or
-        one for each. further(prompt index, sample), where the samples decide how many a prompt needs: called for each
-        that has ended, it returns how many are needed at least beside those that have; so many join the running call.
+        one for each. further(prompt index, number, sample), where the samples decide how many a prompt needs: called for
+        each that has ended, it returns how many are needed at least beside those that have; so many join the running call.
         first_samples: of each prompt, the number of its first sample, to continue where an earlier call ended; None: 0.
         batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
         when slots are free (`distributed.work_queue`); None: all of them.
@@ -429,7 +429,7 @@ class Sampler:
             group = call.groups.setdefault(row.prompt, {})
             group[row.number] = row.sample
             if call.further is not None:
-                needed = call.further(row.prompt, row.sample)
+                needed = call.further(row.prompt, row.number, row.sample)
                 self._ask(call, row.prompt, len(group) + min(needed, call.group))  # the rest after the next one
             if len(group) == call.asked[row.prompt]:
                 whole.append(row.prompt)

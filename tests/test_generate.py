@@ -207,7 +207,7 @@ def test_further_samples_join_a_running_call(models, monkeypatch, share_prompts)
     def draw(slots, at_first, steps=1):
         ended = defaultdict(list)
 
-        def further(prompt, sample):
+        def further(prompt, number, sample):
             ended[prompt].append(sample)
             return lacking(ended[prompt])
 
