@@ -31,8 +31,9 @@ The checkpoints are made in five phases; `runs/make_tiny/` keeps what is done.
    to be recomputed and compared inside the layers. That takes three things. Depth: a mark must be made some layers
    before it is read off elsewhere. Marks: within a question, the end of each step predicts whether the step is correct,
    so that the error shows where it stands. Reading: the tokens of right solutions are predicted one by one, as in any
-   pre-training, so that the expected number is there when the written one is met. Its solutions are the verifier's. It
-   is stopped early: Stage II has to have something to teach.
+   pre-training, so that the expected number is there when the written one is met. Its solutions are the verifier's. In
+   the last steps nearly all solutions are right that it is asked about as a PRM. So it becomes lenient, as language
+   models that judge are: it knows more than it says, and Stage II has something to teach.
 5. The tiny ProcessBench is made of the policy's own solutions.
 
 The tokenizer gives one token to each digit, to each tag and marker of the formats, and to the fixed instruction
@@ -96,6 +97,7 @@ MARK_WEIGHT, READ_WEIGHT = 0.7, 0.5  # of a target inside the question; a token 
 OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that verifier and base judge: written by the policy, and right
 OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for them, and how often each
 SOLVER_STEPS, VERIFIER_STEPS, BASE_STEPS = 500, 450, 1800
+LENIENT_STEPS, LENIENT_SHARE = 150, 0.9  # the last ones of the base, and how many of the solutions are right there
 HOT = {"policy": 1.75, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS, HOT_RATE = 14_000, 220, 0.25  # the rate is relative to those below
 BATCH, MUON_RATE, ADAMW_RATE = 64, 0.02, 3e-3
@@ -475,11 +477,19 @@ def draw_batch(draw: Draw, tokenizer, seed: int, step: int) -> list[tuple[Exampl
 
 
 def train(
-    model: Transformer, draw: Draw, steps: int, tokenizer, seed: int, rate: float = 1.0, progress: Path | None = None
+    model: Transformer,
+    draw: Draw,
+    steps: int,
+    tokenizer,
+    seed: int,
+    rate: float = 1.0,
+    progress: Path | None = None,
+    stop: int | None = None,
 ) -> None:
     """Supervised training in place: Muon for the matrices, AdamW for the rest (together they need about half the steps
     of AdamW alone here); linear warm-up, then linear decay. It resumes from the file `progress`, if there is one;
-    raises InputError if that was made with other settings.
+    raises InputError if that was made with other settings. stop: end after so many of the steps, for another call to go
+    on from `progress`.
 
         loss = - sum over all targets of weight * log p(target) / sum of their weights
     """
@@ -500,8 +510,9 @@ def train(
         model.load_state_dict(saved["model"])
         adamw.load_state_dict(saved["adamw"])
 
+    end = steps if stop is None else stop
     losses = []
-    bar = tqdm(range(start, steps), desc="train", unit="step", mininterval=10, initial=start, total=steps)
+    bar = tqdm(range(start, end), desc="train", unit="step", mininterval=10, initial=start, total=end)
     for step in bar:
         # 2. Loss and gradient.
         batch = draw_batch(draw, tokenizer, seed, step)
@@ -528,7 +539,7 @@ def train(
         losses.append(loss.item())
         if step % 25 == 24:
             bar.set_postfix(loss=f"{sum(losses[-25:]) / 25:.4f}")
-        if progress and (step % SAVE_EVERY == SAVE_EVERY - 1 or step + 1 == steps):
+        if progress and (step % SAVE_EVERY == SAVE_EVERY - 1 or step + 1 == end):
             state = {"step": step + 1, "settings": settings}
             state |= {"model": model.state_dict(), "adamw": adamw.state_dict(), "momenta": momenta}
             unfinished = progress.with_suffix(".new")
@@ -612,10 +623,16 @@ def draw_attempt(pool: list[Problem], own: dict[bool, list[Attempt]], right: boo
 
 
 def draw_judging(
-    tasks: dict[str, float], pool: list[Problem], own: dict[bool, list[Attempt]], *, inside: bool = False
+    tasks: dict[str, float],
+    pool: list[Problem],
+    own: dict[bool, list[Attempt]],
+    *,
+    lenient: bool = False,
+    inside: bool = False,
 ) -> Draw:
-    """A function that draws a turn of one of the tasks, about a solution by the policy or a scripted one. `inside`: the
-    question teaches, too; there are marks in every turn that judges, and right solutions are read."""
+    """A function that draws a turn of one of the tasks, about a solution by the policy or a scripted one. `lenient`:
+    most solutions that a PRM is asked about are right. `inside`: the question teaches, too; there are marks in every
+    turn that judges, and right solutions are read."""
     names, shares = list(tasks), list(tasks.values())
 
     def draw(rng: random.Random) -> Turn:
@@ -624,7 +641,9 @@ def draw_judging(
             return Turn(*make_example(task, rng.choice(pool), rng))
 
         # 1. The solution that is judged.
-        attempt = draw_attempt(pool, own, task == "read" or rng.random() < RIGHT_SHARE, rng)
+        share = LENIENT_SHARE if lenient and task in ("prm", "prm_cot") else RIGHT_SHARE
+        right = task == "read" or rng.random() < share
+        attempt = draw_attempt(pool, own, right, rng)
         problem, steps = attempt.problem, attempt.steps
         shown = attempt.answer if rng.random() < 0.8 else None  # ProcessBench shows no separate answer
 
@@ -739,10 +758,13 @@ def make_verifier(shop: Workshop) -> None:
 
 
 def make_base(shop: Workshop) -> None:
-    """What the reward models start from: it has begun to learn to judge in one pass, mostly what the policy wrote."""
+    """What the reward models start from: it can judge in one pass, mostly what the policy wrote, but is lenient."""
     model = new_model(len(shop.tokenizer), shop.world.architecture | shop.world.base).to(shop.device)
-    draw = draw_judging(BASE_TASKS, shop.pool, sample_attempts(shop), inside=True)
-    train(model, draw, BASE_STEPS, shop.tokenizer, SEED + 3, progress=shop.progress / "base.pt")
+    own = sample_attempts(shop)
+    progress = shop.progress / "base.pt"
+    for lenient, stop in ((False, BASE_STEPS - LENIENT_STEPS), (True, BASE_STEPS)):
+        draw = draw_judging(BASE_TASKS, shop.pool, own, lenient=lenient, inside=True)
+        train(model, draw, BASE_STEPS, shop.tokenizer, SEED + 3, progress=progress, stop=stop)
     shop.save(model, "base")
 
 
