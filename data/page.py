@@ -29,7 +29,6 @@ from kernels.text import HEADING, shown_solution
 from train_prm import Judgement
 from verify import METHODS, is_tie, keep_parsed, read_verifications, vote_of
 
-import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import AutoTokenizer
@@ -567,7 +566,7 @@ def describe_panel(curve: dict) -> dict | None:
     behind = []  # the single steps, behind their moving average
     if curve["smooth"] and len(x) >= 3 * report.AVERAGED:
         behind = line
-        averages = report.moving_average(np.array([y]))[0]
+        averages = report.moving_average([y])[0]
         line = [place(at, value) for at, value in zip(x, averages, strict=True)]
     above = [place(at, value) for at, value in zip(x, high, strict=True)]
     below = [place(at, value) for at, value in zip(x, low, strict=True)]

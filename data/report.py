@@ -279,9 +279,10 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     return line
 
 
-def moving_average(y: np.ndarray) -> np.ndarray:
-    """(rows, points): each point as the mean of the last AVERAGED, itself included; the first ones of fewer."""
-    averages = np.empty_like(y)
+def moving_average(y: Sequence) -> np.ndarray:
+    """Of (rows, points): each point as the mean of the last AVERAGED, itself included; the first ones of fewer."""
+    y = np.asarray(y)
+    averages = np.empty(y.shape)
     for i in range(y.shape[1]):
         averages[:, i] = y[:, max(0, i + 1 - AVERAGED) : i + 1].mean(axis=1)
     return averages
