@@ -214,16 +214,18 @@ def average(metrics: list[Metric]) -> Metric:
 
 
 def average_rows(benchmark: str, rows: list[dict], metrics: list[str]) -> list[dict]:
-    """`average` of each metric over the subsets or benchmarks of one model, if there are several."""
+    """`average` of each metric over the subsets or benchmarks of each model, if it has several."""
     averages = []
-    for name in metrics:
-        measured = [row for row in rows if row["metric"] == name]
-        if len(measured) < 2:
-            continue
-        mean = average([Metric(row["value"], row["n"], row["interval"]) for row in measured])
-        seconds = sum(row["seconds"] for row in measured)
-        tokens = sum(row["tokens"] for row in measured)
-        averages += records.result_rows(benchmark, "average", {name: mean}, measured[0]["settings"], seconds, tokens)
+    for model in dict.fromkeys(row["settings"]["model"] for row in rows):
+        for name in metrics:
+            measured = [row for row in rows if row["metric"] == name and row["settings"]["model"] == model]
+            if len(measured) < 2:
+                continue
+            mean = average([Metric(row["value"], row["n"], row["interval"]) for row in measured])
+            seconds = sum(row["seconds"] for row in measured)
+            tokens = sum(row["tokens"] for row in measured)
+            settings = measured[0]["settings"]
+            averages += records.result_rows(benchmark, "average", {name: mean}, settings, seconds, tokens)
     return averages
 
 
@@ -348,11 +350,7 @@ def run_processbench(parser: argparse.ArgumentParser) -> None:
             results.add(rows)
 
     # 3. The paper's headline is the average over subsets.
-    averages = []
-    for model in kinds:
-        of_model = [row for row in results.rows if row["settings"]["model"] == model]
-        averages += average_rows("processbench", of_model, ["f1", "outcome_acc"])
-    results.add(averages, complete=True)
+    results.add(average_rows("processbench", results.rows, ["f1", "outcome_acc"]), complete=True)
     report.print_results(results.rows)
 
 
@@ -663,11 +661,8 @@ def run_benchmark(parser: argparse.ArgumentParser) -> None:
 
     # 3. Average over benchmarks, compare models. The paper's table of six benchmarks is greedy.
     headline = f"avg@{measured[0].settings['num_samples']}"
-    rows = []
-    for model in dict.fromkeys(benchmark.model for benchmark in measured):
-        of_model = [row for row in results.rows if row["settings"]["model"] == model]
-        rows += average_rows("benchmarks", of_model, [headline, "greedy"])
-    results.add(rows + compare_with_last(measured, headline, args.seed), complete=True)
+    averages = average_rows("benchmarks", results.rows, [headline, "greedy"])
+    results.add(averages + compare_with_last(measured, headline, args.seed), complete=True)
     report.print_results(results.rows)
 
 
