@@ -564,14 +564,14 @@ def describe_panel(curve: dict) -> dict | None:
 
     line = [place(at, value) for at, value in zip(x, y, strict=True)]
     behind = []  # the single steps, behind their moving average
-    if curve["smooth"] and len(x) >= 3 * report.AVERAGED:
+    if curve["smooth"]:
         behind = line
-        averages = report.moving_average([y])[0]
-        line = [place(at, value) for at, value in zip(x, averages, strict=True)]
+        line = [place(at, value) for at, value in zip(x, report.moving_average(y), strict=True)]
     above = [place(at, value) for at, value in zip(x, high, strict=True)]
     below = [place(at, value) for at, value in zip(x, low, strict=True)]
     return {
-        "title": curve["panel"], "line": " ".join(line), "behind": " ".join(behind), "band": " ".join([*above, *below[::-1]]) if "low" in curve else "",
+        "title": curve["panel"], "line": " ".join(line), "behind": " ".join(behind),
+        "band": " ".join([*above, *below[::-1]]) if "low" in curve else "",
         "bottom": bottom, "top": top, "x": x, "y": y,
     }  # fmt: skip
 

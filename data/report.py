@@ -149,7 +149,7 @@ def run_curves(run: str, name: str, keys: list[str]) -> list[dict]:
             continue
         points = metrics[key]
         curve = {"panel": PANELS.get(key, key), "curve": name, "x": list(points), "y": list(points.values())}
-        curve["smooth"] = not key.startswith("heldout/")
+        curve["smooth"] = not key.startswith("heldout/") and len(points) >= 3 * AVERAGED
         if key == "heldout/accuracy":
             for end in ("low", "high"):
                 known = metrics.get(f"heldout/{end}", {})
@@ -257,9 +257,9 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
         row[:] = [values[at] for at in x]
 
     # 2. What jumps from step to step is shown as a moving average, with the steps themselves behind it.
-    if first.get("smooth") and len(x) >= 3 * AVERAGED:
+    if first.get("smooth"):
         axes.plot(x, y.mean(axis=0), style, color=colour, alpha=0.3, linewidth=0.7)
-        y = moving_average(y)
+        y = np.array([moving_average(row) for row in y])
 
     # 3. The band: from the lowest seed to the highest, or that of the only one.
     low = y.min(axis=0)
@@ -279,12 +279,12 @@ def draw_seeds(axes, seeds: list[dict], style: str, colour: str):
     return line
 
 
-def moving_average(y: Sequence) -> np.ndarray:
-    """Of (rows, points): each point as the mean of the last AVERAGED, itself included; the first ones of fewer."""
-    y = np.asarray(y)
-    averages = np.empty(y.shape)
-    for i in range(y.shape[1]):
-        averages[:, i] = y[:, max(0, i + 1 - AVERAGED) : i + 1].mean(axis=1)
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Each value as the mean of the last AVERAGED, itself included; the first ones of fewer."""
+    averages = []
+    for end in range(1, len(values) + 1):
+        last = values[max(0, end - AVERAGED) : end]
+        averages.append(sum(last) / len(last))
     return averages
 
 
