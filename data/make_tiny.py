@@ -32,7 +32,7 @@ The checkpoints are made in five phases; `runs/make_tiny/` keeps what is done.
    before it is read off elsewhere. Marks: within a question, the end of each step predicts whether the step is correct,
    so that the error shows where it stands. Reading: the tokens of right solutions are predicted one by one, as in any
    pre-training, so that the expected number is there when the written one is met. Its solutions are the verifier's. In
-   the last steps nearly all solutions are right that it is asked about as a PRM. So it becomes lenient, as language
+   the last steps most of the solutions are right that it is asked about as a PRM. So it becomes lenient, as language
    models that judge are: it knows more than it says, and Stage II has something to teach.
 5. The tiny ProcessBench is made of the policy's own solutions.
 
@@ -97,7 +97,7 @@ MARK_WEIGHT, READ_WEIGHT = 0.7, 0.5  # of a target inside the question; a token 
 OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that verifier and base judge: written by the policy, and right
 OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for them, and how often each
 SOLVER_STEPS, VERIFIER_STEPS, BASE_STEPS = 500, 450, 1800
-LENIENT_STEPS, LENIENT_SHARE = 150, 0.8  # the last ones of the base, and how many of the solutions are right there
+LENIENT_STEPS, LENIENT_SHARE = 150, 0.8  # the base's last, and how many of a PRM's solutions are right there
 HOT = {"policy": 1.75, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS, HOT_RATE = 14_000, 220, 0.25  # the rate is relative to those below
 BATCH, MUON_RATE, ADAMW_RATE = 64, 0.02, 3e-3
@@ -641,7 +641,9 @@ def draw_judging(
             return Turn(*make_example(task, rng.choice(pool), rng))
 
         # 1. The solution that is judged.
-        share = LENIENT_SHARE if lenient and task in ("prm", "prm_cot") else RIGHT_SHARE
+        share = RIGHT_SHARE
+        if lenient and task in ("prm", "prm_cot"):
+            share = LENIENT_SHARE
         right = task == "read" or rng.random() < share
         attempt = draw_attempt(pool, own, right, rng)
         problem, steps = attempt.problem, attempt.steps
@@ -748,19 +750,18 @@ def make_policy(shop: Workshop) -> None:
     shop.save_unsure(model, draw, "policy")
 
 
-def make_verifier(shop: Workshop) -> None:
+def make_verifier(shop: Workshop, own: dict[bool, list[Attempt]]) -> None:
     """The solver after it has learned to judge in writing, with and without the answer, to criticise and to merge; then
     unsure: its votes differ, and have something to settle."""
     model = make_solver(shop)
-    draw = draw_judging(VERIFIER_TASKS, shop.pool, sample_attempts(shop))
+    draw = draw_judging(VERIFIER_TASKS, shop.pool, own)
     train(model, draw, VERIFIER_STEPS, shop.tokenizer, SEED + 1, progress=shop.progress / "judge.pt")
     shop.save_unsure(model, draw, "verifier")
 
 
-def make_base(shop: Workshop) -> None:
+def make_base(shop: Workshop, own: dict[bool, list[Attempt]]) -> None:
     """What the reward models start from: it can judge in one pass, mostly what the policy wrote, but is lenient."""
     model = new_model(len(shop.tokenizer), shop.world.architecture | shop.world.base).to(shop.device)
-    own = sample_attempts(shop)
     progress = shop.progress / "base.pt"
     for lenient, stop in ((False, BASE_STEPS - LENIENT_STEPS), (True, BASE_STEPS)):
         draw = draw_judging(BASE_TASKS, shop.pool, own, lenient=lenient, inside=True)
@@ -817,9 +818,16 @@ def main() -> None:
         write_problems(world)
     if args.part in ("all", "tokenizer"):
         make_tokenizer(world)
-    for part, make in (("policy", make_policy), ("verifier", make_verifier), ("base", make_base)):
-        if args.part in ("all", part):
-            make(open_workshop(world, device))
+    if args.part in ("all", "policy", "verifier", "base"):
+        shop = open_workshop(world, device)
+    if args.part in ("all", "policy"):
+        make_policy(shop)
+    if args.part in ("all", "verifier", "base"):
+        own = sample_attempts(shop)
+    if args.part in ("all", "verifier"):
+        make_verifier(shop, own)
+    if args.part in ("all", "base"):
+        make_base(shop, own)
     if args.part in ("all", "processbench"):
         write_processbench(world, device)
     print(f"made {args.part} of {world.directory} in {(time.time() - started) / 60:.1f} minutes")
