@@ -410,11 +410,9 @@ def verify_solutions(
     # 2. The votes that each solution needs in any case; by default these are all. `settled` asks for a majority, which
     #    a correct step needs: votes that are asked for together share their prompt. Where no step is correct the last
     #    one may be superfluous, and is thrown away.
+    at_least = args.num_verifications // 2 + 1 if args.stop == "settled" else 0
     unsettled = [i for i in range(len(todo)) if needed(i) > 0]
-    counts = [needed(i) for i in unsettled]
-    if args.stop == "settled":
-        majority_size = args.num_verifications // 2 + 1
-        counts = [max(needed(i), majority_size - len(votes[i])) for i in unsettled]
+    counts = [max(needed(i), at_least - len(votes[i])) for i in unsettled]
     stream = sample_from_queue(engine, title="verify", queue="verifications", **settings(unsettled, counts))
     mine = []  # this rank's
     for place, samples in stream:

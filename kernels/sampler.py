@@ -239,8 +239,9 @@ class Sampler:
         batches: Iterator[list[int]] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (prompt index, its samples) as prompts are finished. num_samples, max_new_tokens: for all prompts, or
-        one for each. further(prompt index, number, sample), where the samples decide how many a prompt needs: called for
-        each that has ended, it returns how many are needed at least beside those that have; so many join the running call.
+        one for each. further(prompt index, number, sample), where the samples decide how many a prompt needs: called
+        for each that has ended, it returns how many are needed at least beside those that have; so many join the
+        running call.
         first_samples: of each prompt, the number of its first sample, to continue where an earlier call ended; None: 0.
         batches: this rank's numbers from 0 to len(prompts) - 1, places in the order of the longest first, asked for
         when slots are free (`distributed.work_queue`); None: all of them.

@@ -77,8 +77,8 @@ def test_lead_looks_at_even_numbers(outputs):
 
 
 def test_records_depend_on_neither_slots_nor_kills(outputs, solutions, tmp_path, monkeypatch):
-    """Guards: votes that end in another order and leave other records; a resumed run that counts a settled solution as unfinished,
-    or an unfinished one as settled, or begins its votes again."""
+    """Guards: votes that end in another order and leave other records; a resumed run that counts a settled solution as
+    unfinished, or an unfinished one as settled, or begins its votes again."""
     expected = read(outputs / "settled/verifications.jsonl")
     arguments = ["--solutions", solutions, "--stop", "settled"]
     for slots in (8, 32):  # `expected` is of 256
