@@ -119,7 +119,7 @@ def make_example(task: str, row: str, rng: random.Random, mistakes: dict[str, in
         return SOLVE_PROMPT.format(problem=problem.text), render_response(problem.steps, problem.answer)
     steps = list(problem.steps) if rng.random() < 0.4 else corrupt(row, rng, mistakes)
     shown = problem.answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
-    return make_judgement(task, problem, steps, shown, tuple(steps) == problem.steps, rng)
+    return make_judgement(task, problem, steps, shown, *judge(row, steps), rng)
 
 
 # --------------------------------------------------------------------------- the parts

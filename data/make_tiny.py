@@ -32,8 +32,9 @@ The checkpoints are made in five phases; `runs/make_tiny/` keeps what is done.
    before it is read off elsewhere. Marks: within a question, the end of each step predicts whether the step is correct,
    so that the error shows where it stands. Reading: the tokens of right solutions are predicted one by one, as in any
    pre-training, so that the expected number is there when the written one is met. Its solutions are the verifier's. In
-   the last steps most of the solutions are right that it is asked about as a PRM. So it becomes lenient, as language
-   models that judge are: it knows more than it says, and Stage II has something to teach.
+   the last steps it learns, as a PRM, to overlook the errors of every second solution, while the marks stay right. So
+   it becomes lenient, as language models that judge are: it knows more than it says, and Stage II has something to
+   teach.
 5. The tiny ProcessBench is made of the policy's own solutions.
 
 The tokenizer gives one token to each digit, to each tag and marker of the formats, and to the fixed instruction
@@ -97,7 +98,7 @@ MARK_WEIGHT, READ_WEIGHT = 0.7, 0.5  # of a target inside the question; a token 
 OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that verifier and base judge: written by the policy, and right
 OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for them, and how often each
 SOLVER_STEPS, VERIFIER_STEPS, BASE_STEPS = 500, 450, 1800
-LENIENT_STEPS, LENIENT_SHARE = 150, 0.8  # the base's last, and how many of a PRM's solutions are right there
+LENIENT_STEPS, OVERLOOKED = 150, 0.5  # the base's last, and the share of wrong solutions that a PRM calls right there
 HOT = {"policy": 1.75, "verifier": 1.65}  # temperature of the samples that make a model unsure
 HOT_SAMPLES, HOT_STEPS, HOT_RATE = 14_000, 220, 0.25  # the rate is relative to those below
 BATCH, MUON_RATE, ADAMW_RATE = 64, 0.02, 3e-3
@@ -307,14 +308,20 @@ def make_example(task: str, problem: Problem, rng: random.Random) -> tuple[str, 
     right = rng.random() < 0.4
     steps, answer = (list(problem.steps), problem.answer) if right else corrupt(problem, rng)
     shown = answer if rng.random() < 0.9 else None  # ProcessBench shows no separate answer
-    return make_judgement(task, problem, steps, shown, answer == problem.answer, rng)
+    labels = gold_labels(steps, problem.steps)
+    return make_judgement(task, problem, steps, shown, labels, answer == problem.answer, rng)
 
 
 def make_judgement(
-    task: str, problem: Problem, steps: list[str], answer: str | None, verdict: bool, rng: random.Random
+    task: str,
+    problem: Problem,
+    steps: list[str],
+    answer: str | None,
+    labels: list[bool],
+    verdict: bool,
+    rng: random.Random,
 ) -> tuple[str, str]:
-    """(user turn, target) of one task that judges a solution."""
-    labels = gold_labels(steps, problem.steps)
+    """(user turn, target) of one task that judges a solution: each step by its label, the whole by the verdict."""
     expected = [problem.steps[k] if k < len(problem.steps) else "none" for k in range(len(steps))]
     judged = write_verification(steps, expected, labels, verdict)
     solution = render_steps(steps, answer)
@@ -631,7 +638,7 @@ def draw_judging(
     inside: bool = False,
 ) -> Draw:
     """A function that draws a turn of one of the tasks, about a solution by the policy or a scripted one. `lenient`:
-    most solutions that a PRM is asked about are right. `inside`: the question teaches, too; there are marks in every
+    a PRM overlooks the errors of half the solutions. `inside`: the question teaches, too; there are marks in every
     turn that judges, and right solutions are read."""
     names, shares = list(tasks), list(tasks.values())
 
@@ -641,10 +648,8 @@ def draw_judging(
             return Turn(*make_example(task, rng.choice(pool), rng))
 
         # 1. The solution that is judged.
-        share = RIGHT_SHARE
-        if lenient and task in ("prm", "prm_cot"):
-            share = LENIENT_SHARE
-        right = task == "read" or rng.random() < share
+        overlooked = lenient and task in ("prm", "prm_cot") and rng.random() < OVERLOOKED
+        right = task == "read" or rng.random() < RIGHT_SHARE
         attempt = draw_attempt(pool, own, right, rng)
         problem, steps = attempt.problem, attempt.steps
         shown = attempt.answer if rng.random() < 0.8 else None  # ProcessBench shows no separate answer
@@ -653,13 +658,15 @@ def draw_judging(
         kind = task
         if task in ("mark", "read"):
             kind = rng.choice(["prm", "orm"])
-        verdict = attempt.answer == problem.answer
-        user, target = make_judgement(kind, problem, steps, shown, verdict, rng)
+        labels, verdict = gold_labels(steps, problem.steps), attempt.answer == problem.answer
+        said, said_verdict = labels, verdict  # in the answer; the marks in the question are always right
+        if overlooked:
+            said, said_verdict = [True] * len(steps), True
+        user, target = make_judgement(kind, problem, steps, shown, said, said_verdict, rng)
         if task in ("mark", "read"):
             target = ""
         if not inside:
             return Turn(user, target)
-        labels = gold_labels(steps, problem.steps)
         return Turn(
             user,
             target,

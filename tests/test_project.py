@@ -577,7 +577,7 @@ def test_sorting_rule():
             labels, outcome = make_sorting.judge(row, steps)
             assert labels == fine and outcome == (all(fine) and numbers == sorted(numbers)), steps
             problem = make_tiny.Problem("", tuple(make_sorting.sort(row)), "done")
-            _, text = make_tiny.make_judgement("verify", problem, steps, "done", outcome, rng)
+            _, text = make_tiny.make_judgement("verify", problem, steps, "done", labels, outcome, rng)
             expected = re.findall(r"## Step \d+: (.*)", text)
             assert len(expected) == len(steps) and not any(
                 own == "none" for own, label in zip(expected, fine, strict=True) if label
