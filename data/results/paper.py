@@ -167,7 +167,7 @@ the other.
 
 [^runs]: Settings and lengths of these runs, their curves, and how many responses were gamed.
 """
-MARK = "  † marks numbers that were made on an earlier tiny world.\n"
+MARK = "† marks numbers that were made on an earlier tiny world.\n"
 
 METHODS = {
     "single": "single verification",
