@@ -59,7 +59,7 @@ TINY = {
     "heldout": ["data/tiny/heldout.jsonl"],
     "heldout_temperature": 1.0,
     "gold": ["data/tiny/gold.jsonl"],
-    "steps": 60, "batch_size": 16, "group_size": 8, "lr": 1.5e-4, "max_new_tokens": 120, "prm_max_new_tokens": 200,
+    "steps": 30, "batch_size": 16, "group_size": 8, "lr": 1.5e-4, "max_new_tokens": 120, "prm_max_new_tokens": 200,
     "min_steps": 2, "max_steps": 8, "heldout_every": 10, "save_every": 20, "slots": 128, "device": "cpu",
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {

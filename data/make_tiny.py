@@ -31,10 +31,10 @@ The checkpoints are made in five phases; `runs/make_tiny/` keeps what is done.
    to be recomputed and compared inside the layers. That takes three things. Depth: a mark must be made some layers
    before it is read off elsewhere. Marks: within a question, the end of each step predicts whether the step is correct,
    so that the error shows where it stands. Reading: the tokens of right solutions are predicted one by one, as in any
-   pre-training, so that the expected number is there when the written one is met. Its solutions are the verifier's. In
-   the last steps it learns, as a PRM, to overlook the errors of every second solution, while the marks stay right. So
-   it becomes lenient, as language models that judge are: it knows more than it says, and Stage II has something to
-   teach.
+   pre-training, so that the expected number is there when the written one is met. A PRM-CoT writes that number out,
+   and needs turns of its own to learn it. The solutions are the verifier's. In the last steps the base learns, as a
+   PRM, to overlook the errors of every second solution, while the marks stay right. So it becomes lenient, as language
+   models that judge are: it knows more than it says, and Stage II has something to teach.
 5. The tiny ProcessBench is made of the policy's own solutions.
 
 The tokenizer gives one token to each digit, to each tag and marker of the formats, and to the fixed instruction
@@ -93,7 +93,7 @@ TURNS = ["verify", "solve", "prm_cot", "reference", "prm", "orm", "critique", "m
 
 # Training: the share of each task among the sequences, and the number of steps.
 VERIFIER_TASKS = {"verify": 0.6, "solve": 0.16, "reference": 0.1, "critique": 0.07, "merge": 0.07}
-BASE_TASKS = {"prm": 0.39, "prm_cot": 0.08, "orm": 0.15, "mark": 0.1, "read": 0.1, "solve": 0.18}
+BASE_TASKS = {"prm": 0.36, "prm_cot": 0.18, "orm": 0.10, "mark": 0.10, "read": 0.10, "solve": 0.16}
 MARK_WEIGHT, READ_WEIGHT = 0.7, 0.5  # of a target inside the question; a token of the answer has weight 1
 OWN_SHARE, RIGHT_SHARE = 0.7, 0.4  # of the solutions that verifier and base judge: written by the policy, and right
 OWN_PROBLEMS, OWN_SAMPLES = 4_000, 4  # of the pool that the policy solves for them, and how often each

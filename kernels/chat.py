@@ -154,6 +154,7 @@ def end_of_turn(tokenizer) -> int | None:
 MADE_BY = {
     "data/tiny/policy": "-m data.make_tiny",
     "data/tiny/verifier": "-m data.make_tiny",
+    "data/tiny/base": "-m data.make_tiny",
     "runs/tiny/prm_cot": "train_prm.py",
     "runs/tiny/grpo": "grpo.py",
 }

@@ -145,8 +145,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(world, tmp_path_factory):
-    """Flags of a run with the tiny policy, which the tiny verifier judges."""
-    changes = ["--policy", TINY / "policy", "--reward", "process_aware", "--prm", TINY / "verifier", "--group_size", 2]
+    """Flags of a run with the tiny policy, which the base of the tiny reward models judges as a PRM."""
+    changes = ["--policy", TINY / "policy", "--reward", "process_aware", "--prm", TINY / "base", "--group_size", 2]
+    changes += ["--prm_kind", "prm"]
     changes += ["--format_constraints", "paper", "--max_new_tokens", 120, "--prm_max_new_tokens", 200, "--seed", 3]
     return [*world[0], *changes, "--steps", 2]
 
@@ -239,13 +240,13 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     assert [life.end() for life in lives] == [0, 0], lives[0].said("stderr")
     heldout = records.read(judged[judged.index("--heldout") + 1], ["id", "problem"])
     gold = {r["id"]: r["answer"] for r in records.read(TINY / "gold.jsonl", ["id", "answer"])}
-    policy, prm = [open_engine(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "verifier")]
+    policy, prm = [open_engine(str(TINY / name), torch.device("cpu"), 16) for name in ("policy", "base")]
     settings = {"num_samples": 1, "temperature": 1.0, "max_new_tokens": 120, "seed": 3}
     result = evaluate.heldout_accuracy(policy, heldout, gold, **settings)
     texts = [sample["text"] for (sample,) in result.samples]
     shown = [grpo.shown_solution(text) for text in texts]
     asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
-    scored = score_solutions(Judge(prm, "prm_cot", max_new_tokens=200), asked)
+    scored = score_solutions(Judge(prm, "prm", max_new_tokens=200), asked)
     rewards = [format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
     first = read_metrics(tmp_path / "out")[0]
     assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0

@@ -33,7 +33,7 @@ if [[ ! -f $common/lenient/model.safetensors ]]; then
   imitate=(python train_prm.py --model data/tiny/policy --labels $common/gamed.jsonl --kind policy --epochs 1)
   "${imitate[@]}" --lr 4e-5 --out $common/able
   "${imitate[@]}" --lr 2e-4 --out $common/weak
-  python train_prm.py --model data/tiny/verifier --labels $common/lenient.jsonl --out $common/lenient \
+  python train_prm.py --model data/tiny/base --labels $common/lenient.jsonl --out $common/lenient \
     --lr 2e-4 --epochs 3 --batch_size 32
 fi
 
