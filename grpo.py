@@ -59,8 +59,8 @@ TINY = {
     "heldout": ["data/tiny/heldout.jsonl"],
     "heldout_temperature": 1.0,
     "gold": ["data/tiny/gold.jsonl"],
-    "steps": 30, "batch_size": 16, "group_size": 8, "lr": 1.5e-4, "max_new_tokens": 120, "prm_max_new_tokens": 200,
-    "min_steps": 2, "max_steps": 8, "heldout_every": 10, "save_every": 20, "slots": 128, "device": "cpu",
+    "steps": 24, "batch_size": 16, "group_size": 8, "lr": 1.5e-4, "max_new_tokens": 120, "prm_max_new_tokens": 200,
+    "min_steps": 2, "max_steps": 8, "heldout_every": 8, "save_every": 8, "slots": 128, "device": "cpu",
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
