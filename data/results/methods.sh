@@ -12,7 +12,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268
 
 for seed in ${SEEDS:-0 1 2 3 4}; do
   out=runs/methods/$seed
-  python generate.py --seed "$seed" --out "$out/solutions.jsonl"
+  python generate.py --seed "$seed" --limit 100 --out "$out/solutions.jsonl"
   judge=(python verify.py --seed "$seed" --solutions "$out/solutions.jsonl")
   labels=()
   for method in single outcome_consistency step_consistency meta_critique hybrid; do

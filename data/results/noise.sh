@@ -19,7 +19,7 @@ for seed in ${SEEDS:-0 1 2}; do
       --labels "runs/claims/$seed/verify/labels_step_consistency.jsonl"
     python train_prm.py --seed "$seed" --labels "$out/labels.jsonl" --out "$out/prm_cot"
     python evaluate.py processbench --seed "$seed" --model "$out/prm_cot" --out "$out/processbench.jsonl"
-    python grpo.py --seed "$seed" --prm "$out/prm_cot" --out "$out/process_aware"
+    python grpo.py --seed "$seed" --steps 60 --heldout_every 10 --prm "$out/prm_cot" --out "$out/process_aware"
     python evaluate.py benchmark --greedy --seed "$seed" --model "$out/process_aware" --out "$out/benchmark.jsonl"
   done
 done

@@ -22,7 +22,7 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     local name=$1
     shift
     [[ -f "$out/$name.jsonl" ]] && return
-    python grpo.py --seed "$seed" --out "$out/$name" "$@"
+    python grpo.py --seed "$seed" --steps 60 --heldout_every 10 --out "$out/$name" "$@"
     python evaluate.py benchmark --greedy --seed "$seed" --model "$out/$name" --out "$out/$name.jsonl"
   }
   run process_aware-orm --prm "$out/orm" --prm_kind orm
