@@ -40,7 +40,7 @@ TINY = {
     "max_new_tokens": 160,
     "temperature": 1.0,  # at the paper's 0.7 the tiny generator makes too few mistakes to learn from
     "top_p": 1.0,
-    "limit": 80,
+    "limit": 75,
     "slots": 256,
     "device": "cpu",
 }

@@ -60,7 +60,7 @@ TINY = {
     "heldout_temperature": 1.0,
     "gold": ["data/tiny/gold.jsonl"],
     "steps": 24, "batch_size": 16, "group_size": 8, "lr": 1.5e-4, "max_new_tokens": 120, "prm_max_new_tokens": 200,
-    "min_steps": 2, "max_steps": 8, "heldout_every": 8, "save_every": 8, "slots": 128, "device": "cpu",
+    "min_steps": 2, "max_steps": 8, "heldout_every": 12, "save_every": 12, "slots": 128, "device": "cpu",
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {
     "out", "device", "steps", "slots", "micro_tokens", "save_every", "dump_rollouts", "sample_every", "heldout_every",
