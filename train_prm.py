@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 # Used when no --model is given; an explicit flag wins. The tiny reward models start from a base that knows how a judge
-# answers, as Qwen2.5 does, and overlooks half of the errors (data/README.md).
+# answers, as Qwen2.5 does, and overlooks most errors (data/README.md).
 TINY = {
     "model": "data/tiny/base",
     "labels": "runs/tiny/verify/labels_step_consistency.jsonl",
