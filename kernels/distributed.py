@@ -42,7 +42,8 @@ def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main. User errors, failed runs, disk-full and other file errors, out-of-memory errors and Ctrl-C
     become one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 
-    Under torchrun the ranks print one line together; torchrun adds its own report to it."""
+    Under torchrun the ranks print one line together; torchrun adds its own report to it. After success they end here
+    and don't return."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know the characters of a model's text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -67,6 +68,11 @@ def run_stage(main: Callable[[], None]) -> None:
         # Only on success: the call is collective and would hang a failing rank.
         if dist.is_initialized():
             dist.destroy_process_group()
+            # A thread of Gloo may still hold what the last collective sent. If it lets go of that while the interpreter
+            # ends, the process aborts (PyTorch's pull request 179291), so the interpreter is left out.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         return
     if _is_first_to_fail():
         print(f"error: {_printable(message)}", file=sys.stderr)
