@@ -145,9 +145,10 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(world, tmp_path_factory):
-    """Flags of a run with the tiny policy, which the base of the tiny reward models judges as a PRM."""
+    """Flags of a run with the tiny policy, which the base of the reward models judges as an ORM: as a PRM it is lenient
+    and gives all responses the same reward."""
     changes = ["--policy", TINY / "policy", "--reward", "process_aware", "--prm", TINY / "base", "--group_size", 2]
-    changes += ["--prm_kind", "prm"]
+    changes += ["--prm_kind", "orm"]
     changes += ["--format_constraints", "paper", "--max_new_tokens", 120, "--prm_max_new_tokens", 200, "--seed", 3]
     return [*world[0], *changes, "--steps", 2]
 
@@ -179,6 +180,7 @@ def test_kill_and_restart_with_a_reward_model(tmp_path, judged):
     whole, out = tmp_path / "whole", tmp_path / "out"
     life = Life(tmp_path / "output", *judged, "--out", whole)
     assert life.end() == 0, life.said("stderr")
+    assert any(metrics["reward/std"] for metrics in read_metrics(whole)[1:])  # otherwise no judgement would matter
     for moment in (3, 19, 30):
         assert Life(tmp_path / "output", *judged, "--out", out, moment=moment).end() == -9
     assert Life(tmp_path / "output", *judged, "--out", out).end() == 0
@@ -246,7 +248,7 @@ def test_held_out_reward_is_what_the_judge_says(judged, tmp_path):
     texts = [sample["text"] for (sample,) in result.samples]
     shown = [grpo.shown_solution(text) for text in texts]
     asked = [{**p, "steps": steps, "answer": answer} for p, (steps, answer) in zip(heldout, shown, strict=True)]
-    scored = score_solutions(Judge(prm, "prm", max_new_tokens=200), asked)
+    scored = score_solutions(Judge(prm, "orm", max_new_tokens=200), asked)
     rewards = [format_valid(text) and s.verdict is True for text, s in zip(texts, scored, strict=True)]
     first = read_metrics(tmp_path / "out")[0]
     assert first["heldout/reward"] == pytest.approx(sum(rewards) / 3) and sum(rewards) > 0

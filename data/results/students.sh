@@ -6,7 +6,7 @@
 #   python -m data.results.students             # the table from data/results/students.jsonl
 #
 # About forty minutes a seed on one core; SEEDS="0 1" limits it; what is there isn't made again. The verifier makes the
-# labels, as everywhere; only the student differs from that of methods.sh, which starts from the verifier itself.
+# labels, as everywhere; only the student differs from that of methods.sh, which starts from data/tiny/base.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
